@@ -1,0 +1,207 @@
+"""The command line that `pred.py` and `eval.py` share: the published flags, and what was added to them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, InputError, SqueezeConfig
+
+TASKS = ("Long",)
+MODEL_ARCHS = ("Mistral", "llama", "no_change")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
+
+PRED_EXAMPLES = """examples
+  a uniform budget of 21 % of the prompt in every layer (Mistral: sliding window):
+    python pred.py --model Mistral --pred Long --enable_squeeze --model_arch Mistral --device cuda:0 \\
+        --ini_size 0.21 --KV_class3 0.21
+  SqueezeAttention: the layers that change the least keep 8 %, the others share what that frees:
+    python pred.py --model Mistral --pred Long --enable_squeeze --model_arch Mistral --device cuda:0 \\
+        --ini_size 0.21 --KV_class3 0.08
+  the full cache, the baseline:
+    python pred.py --model Mistral --pred Long --device cuda:0
+  the small embedded model on the demo rows, without a GPU or a network:
+    python pred.py --model SmolLM2-135M --pred Long --enable_squeeze --ini_size 0.2 --KV_class3 0.1 \\
+        --data_dir data/longbench --sample_num 4
+
+A run that was interrupted goes on where it was when it is started again with the same flags.
+"""
+
+EVAL_EXAMPLES = """examples
+  score the squeezed run that pred.py made with these sizes:
+    python eval.py --model Mistral --pred Long --ini_size 0.21 --KV_class3 0.08
+  score the full cache's run:
+    python eval.py --model Mistral --pred Long
+  score a folder, also one that other LongBench code wrote:
+    python eval.py pred_Long/Mistral/0.21/8
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help explains every flag)")
+
+
+def pred_parser() -> Parser:
+    """The flags of `pred.py`."""
+    parser = _parser("Write a model's predictions on LongBench, with a full or a squeezed KV cache.", PRED_EXAMPLES)
+    _add_run_flags(parser)
+    parser.add_argument(
+        "--device", help="cpu, cuda, or one GPU such as cuda:0 (default: the first GPU if there is one, else the CPU)"
+    )
+    parser.add_argument("--sample_num", type=int, help="how many rows of each data set to run (default: all)")
+    parser.add_argument(
+        "--data_dir", help="folder with <dataset>.jsonl files in LongBench's format (default: LongBench from the Hub)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="auto (bfloat16 on a GPU, float32 on the CPU), float32, bfloat16 or float16"
+    )
+    parser.add_argument(
+        "--attn",
+        default="auto",
+        help="attention over the prompt: auto (which is sdpa), sdpa, eager, or, for the full cache, flash_attention_2",
+    )
+    parser.add_argument(
+        "--allow_pickle", action="store_true", help="also load weights that are not safetensors; they can run code"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew: drop the samples that the run's folder already has of these data sets",
+    )
+    return parser
+
+
+def eval_parser() -> Parser:
+    """The flags of `eval.py`: those of `pred.py` that name a run's folder, or the folder itself."""
+    parser = _parser("Score a run's predictions with LongBench's own metrics.", EVAL_EXAMPLES)
+    parser.add_argument("folder", nargs="?", help="folder of prediction files, in place of the flags that name a run")
+    _add_run_flags(parser)
+    return parser
+
+
+def _parser(description: str, examples: str) -> Parser:
+    return Parser(
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_run_flags(parser: Parser) -> None:
+    """What decides on a run's folder. Sizes stay text, so that 0.03 is 3/100 and not the nearest binary number."""
+    parser.add_argument(
+        "--model", help="a name in config/model2path.json, a local model folder, or a Hub name such as org/model"
+    )
+    parser.add_argument("--model_path", help="where --model lies, in place of what config/model2path.json says")
+    parser.add_argument("--pred", default="Long", help="the benchmark: Long is LongBench")
+    parser.add_argument("--datasets", help="LongBench data sets, separated by commas (pred.py's default: samsum)")
+    parser.add_argument(
+        "--model_arch",
+        help="Mistral or llama: must be the model's own architecture, which is the default; no_change: full cache",
+    )
+    parser.add_argument(
+        "--enable_squeeze", action="store_true", help="bound the KV cache (default: the full cache, the baseline)"
+    )
+    parser.add_argument(
+        "--ini_size", help="budget of every layer before squeezing, as a fraction of the prompt, (0, 1]"
+    )
+    parser.add_argument(
+        "--KV_class3",
+        help="budget of the layers whose attention changes the least, as a fraction of the prompt, (0, ini_size]; "
+        "equal to ini_size: every layer keeps the same",
+    )
+    parser.add_argument(
+        "--algorithm",
+        help="which tokens stay: sliding_window (default for Mistral), streaming (StreamingLLM, default for llama) "
+        "or h2o",
+    )
+    parser.add_argument(
+        "--allocation",
+        help="how classes become budgets: squeeze (default; keeps the total to the token), squeeze-log (classes on a "
+        "log scale) or paper (the published formula to the letter, which can lose part of the total)",
+    )
+    parser.add_argument(
+        "--start_size",
+        "--start_token",
+        type=int,
+        default=4,
+        help="tokens at the start that streaming never evicts (default: 4)",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="seed of the run (default: 42)")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Check the values that are words or counts, and spell `--model_arch` in one way.
+
+    Raises:
+        InputError: a value is none of those allowed.
+    """
+    if args.pred not in TASKS:
+        raise InputError(f"--pred must be {' or '.join(TASKS)} (LongBench), got {args.pred}")
+    if args.model_arch is not None:
+        spelled = {arch.lower(): arch for arch in MODEL_ARCHS}
+        if args.model_arch.lower() not in spelled:
+            raise InputError(f"--model_arch must be one of {', '.join(MODEL_ARCHS)}, got {args.model_arch}")
+        args.model_arch = spelled[args.model_arch.lower()]
+    words = {"algorithm": ALGORITHMS, "allocation": ALLOCATIONS, "dtype": DTYPES, "attn": ATTENTIONS}
+    for name, allowed in words.items():
+        value = getattr(args, name, None)
+        if value is not None and value not in allowed:
+            raise InputError(f"--{name} must be one of {', '.join(allowed)}, got {value}")
+    if getattr(args, "sample_num", None) is not None and args.sample_num < 1:
+        raise InputError(f"--sample_num must be 1 or more, got {args.sample_num}")
+    if args.seed < 0:
+        raise InputError(f"--seed must be 0 or more, got {args.seed}")
+
+
+def config_from_flags(args: argparse.Namespace) -> SqueezeConfig | None:
+    """What the flags ask of the cache; None for the full cache.
+
+    Raises:
+        InputError: a size is out of its range or missing, or stands beside the full cache.
+    """
+    if not args.enable_squeeze or args.model_arch == "no_change":
+        why = "--model_arch no_change" if args.enable_squeeze else "no --enable_squeeze"
+        for flag in ("ini_size", "KV_class3", "algorithm", "allocation"):
+            if getattr(args, flag) is not None:
+                raise InputError(f"--{flag} is for a squeezed cache, but the full cache was asked for ({why})")
+        return None
+    attn = getattr(args, "attn", "auto")
+    if attn == "flash_attention_2":
+        raise InputError("--attn flash_attention_2 is for the full cache only: use auto with --enable_squeeze")
+    return SqueezeConfig(
+        algorithm=args.algorithm,
+        ini_size=args.ini_size,
+        kv_class3=args.KV_class3,
+        allocation=args.allocation or "squeeze",
+        start_size=args.start_size,
+        attn=attn,
+    )
+
+
+def for_model(config: SqueezeConfig | None, model_type: str) -> SqueezeConfig | None:
+    """`config` with the algorithm that this architecture uses when none is asked for."""
+    if config is None or config.algorithm is not None:
+        return config
+    return dataclasses.replace(config, algorithm=DEFAULT_ALGORITHM[model_type])
+
+
+def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
+    """Run a command and return its exit code: bad input is one sentence on stderr and code 2, never a traceback."""
+    try:
+        main(None)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,289 @@
+"""Names of models → where they lie → loaded models, with errors that say what to do."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import logging as hub_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from squeeze.config import DEFAULT_ALGORITHM, InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+#: Positions left for what is generated; the longest generation of LongBench.
+GENERATION_MARGIN = 512
+PICKLES = "pytorch_model*.bin"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model lies.
+
+    Args:
+        name: what its run folders are called.
+        path: a local folder, or a name on the Hub.
+        max_length: the most prompt tokens by `config/model2maxlen.json`; None for a model it does not list.
+    """
+
+    name: str
+    path: str
+    max_length: int | None
+
+    @property
+    def is_local(self) -> bool:
+        """False if the model is on the Hub."""
+        return Path(self.path).is_absolute()
+
+
+def resolve(model: str, model_path: str | None = None) -> ModelSource:
+    """Find a model: a name in `config/model2path.json`, a local folder, or a Hub name.
+
+    Args:
+        model: the name. A path's or Hub name's last part names the run folder.
+        model_path: where the model lies, in place of what the name says: a local folder or a Hub name.
+    Raises:
+        InputError: there is no such model.
+    """
+    paths: dict[str, str] = json.loads((ROOT / "config/model2path.json").read_text(encoding="utf-8"))
+    lengths: dict[str, int] = json.loads((ROOT / "config/model2maxlen.json").read_text(encoding="utf-8"))
+    name = run_name(model)
+    if model_path is not None:
+        path = _local(Path.cwd(), model_path) or _hub(model_path)
+        if path is None:
+            raise InputError(f"--model_path {model_path} is no folder and no Hub name such as org/model")
+    elif model in paths:
+        path = _local(ROOT, paths[model]) or _hub(paths[model])
+        if path is None or paths[model].startswith("models/"):
+            path = str(ROOT / paths[model])
+    else:
+        path = _local(Path.cwd(), model) or _hub(model)
+        if path is None:
+            near = difflib.get_close_matches(model, paths, cutoff=0.4) or list(paths)
+            raise InputError(
+                f"unknown model {model}: config/model2path.json has {', '.join(near)}; a local folder, "
+                "or a Hub name such as org/model, works too"
+            )
+    return ModelSource(name, path, lengths.get(name))
+
+
+def run_name(model: str) -> str:
+    """What the run folders of `--model` are called: the name, or the last part of a path or Hub name."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else folder.name
+
+
+def guess_model_type(model: str, model_path: str | None, model_arch: str | None) -> str:
+    """The architecture of a model that may not be at hand.
+
+    Its config says it if it is on this machine, or else `--model_arch`, or else the name.
+    """
+    try:
+        source = resolve(model, model_path)
+        cached = None if source.is_local else try_to_load_from_cache(source.path, "config.json")
+        folder = Path(source.path) if source.is_local else Path(cached).parent if isinstance(cached, str) else None
+        if folder is not None and (folder / "config.json").is_file():
+            return read_config(folder)["model_type"]
+    except InputError:
+        pass  # what cannot be loaded here can still be scored
+    if model_arch is not None and model_arch != "no_change":
+        return model_arch.lower()
+    return "mistral" if "mistral" in model.lower() else "llama"
+
+
+def _local(base: Path, text: str) -> str | None:
+    path = base / Path(text).expanduser()
+    return str(path.resolve()) if path.is_dir() else None
+
+
+def _hub(text: str) -> str | None:
+    return text if HUB_NAME.fullmatch(text) else None
+
+
+def fetch(source: ModelSource, allow_pickle: bool = False) -> Path:
+    """Return the model's folder, downloaded where it is on the Hub, with its config and weights present.
+
+    Args:
+        allow_pickle: also take weights that are not safetensors.
+    Raises:
+        InputError: the folder lacks its config or weights, or the Hub does not give the model.
+    """
+    folder = Path(source.path) if source.is_local else _download(source.path, allow_pickle)
+    hint = ""
+    if folder.parent == ROOT / "models" and folder.name.startswith("SmolLM2-135M"):
+        hint = ": bash script/setup.sh makes it"
+    if not folder.is_dir():
+        raise InputError(f"the model folder {folder} is not there{hint}")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"the model folder {folder} has no config.json{hint}")
+    if not weight_files(folder, allow_pickle):
+        if any(folder.glob(PICKLES)):
+            hint = ", only pickled weights, which can run code: --allow_pickle loads them if you trust their author"
+        raise InputError(f"the model folder {folder} has no weights (*.safetensors){hint}")
+    return folder
+
+
+def _download(name: str, allow_pickle: bool) -> Path:
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", *([PICKLES] if allow_pickle else [])]
+    try:
+        with quiet_hub():
+            return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]))
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"the model {name} cannot be read from the Hugging Face Hub and is not cached ({type(error).__name__}): "
+            "put a local path into config/model2path.json or pass --model_path FOLDER"
+        ) from None
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """No warning for each attempt to reach the Hub: when all fail, one sentence says so."""
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
+
+
+def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
+    """The weight files that loading will use."""
+    safe = sorted(folder.glob("*.safetensors"))
+    if safe or not allow_pickle:
+        return safe
+    return sorted(folder.glob(PICKLES))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a model's `config.json`, which must be that of a Llama or Mistral model.
+
+    Raises:
+        InputError: it is no JSON object, or names another architecture or none.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        config = None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not a JSON object")
+    if config.get("model_type") not in DEFAULT_ALGORITHM:
+        found = f"is of type {config['model_type']}" if config.get("model_type") else "has no model_type"
+        raise InputError(f"the model of {path} {found}: supported are {', '.join(DEFAULT_ALGORITHM)}")
+    return config
+
+
+def check_arch(model_arch: str | None, model_type: str) -> None:
+    """Raises InputError if `--model_arch` names another architecture than the model's own."""
+    if model_arch is not None and model_arch != "no_change" and model_arch.lower() != model_type:
+        raise InputError(f"--model_arch is {model_arch}, but the model's own architecture is {model_type}")
+
+
+def prompt_limit(source: ModelSource, config: dict[str, Any]) -> tuple[int, str | None]:
+    """The most prompt tokens, and a sentence where that is not what `config/model2maxlen.json` says.
+
+    A model that is not listed gets its positions less a margin for what is generated, at least half of them; one
+    that is listed gets no more than that either.
+    """
+    positions = config.get("max_position_embeddings", 2048)
+    derived = max(positions - GENERATION_MARGIN, positions // 2)
+    if source.max_length is None:
+        reason = f"{source.name} is not in config/model2maxlen.json and has {positions} positions"
+    elif source.max_length > derived:
+        reason = f"config/model2maxlen.json says {source.max_length}, but the model has {positions} positions"
+    else:
+        return source.max_length, None
+    return derived, f"prompts are cut to {derived} tokens: {reason}"
+
+
+def pick_device(device: str | None) -> torch.device:
+    """Read `--device`; None is the first GPU, or the CPU where there is none.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu, cuda or cuda:N, got {device}")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: PyTorch finds no CUDA here; use --device cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
+    return found
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Read `--dtype`; auto is bfloat16 on a GPU and float32 on the CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, dtype)
+
+
+def load(
+    folder: Path, device: torch.device, dtype: torch.dtype, attn: str = "auto", allow_pickle: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer for inference, without running code that came with them.
+
+    Args:
+        folder: from `fetch`.
+        attn: `auto` (sdpa), `sdpa`, `eager` or `flash_attention_2`.
+    Raises:
+        InputError: the files are not a whole model, or flash-attn is not installed.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa" if attn == "auto" else attn,
+            use_safetensors=not allow_pickle or bool(weight_files(folder)),
+            trust_remote_code=False,
+            device_map={"": device},
+            output_loading_info=True,
+        )
+    except ImportError as error:
+        raise InputError(f"--attn {attn} is not installed here: {_first_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise InputError(f"the model in {folder} does not fit on {device} in {dtype}") from None
+    except Exception as error:
+        raise InputError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"the weights in {folder} lack {len(missing)} tensors of the model, among them {missing[0]}")
+    return model.eval(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def identity(source: ModelSource, folder: Path, allow_pickle: bool = False) -> dict[str, Any]:
+    """What tells this model from another: its config's hash and its weight files' names and sizes.
+
+    The Hub's revision is added where the model came from there.
+    """
+    return {
+        "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+        "weights": {path.name: path.stat().st_size for path in weight_files(folder, allow_pickle)},
+        "revision": None if source.is_local else folder.name,
+    }

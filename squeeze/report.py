@@ -1,0 +1,93 @@
+"""Runs side by side: `python -m squeeze.report FOLDER…` prints a table of every run found in the folders."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from squeeze.config import InputError
+
+COLUMNS = ("algorithm", "allocation", "ini_size", "KV_class3", "score", "KV kept", "KV MB", "tokens/s", "classes")
+
+
+def find_runs(folders: list[Path]) -> list[Path]:
+    """Run folders in or below `folders`, in order of their path.
+
+    Raises:
+        InputError: a folder holds no run.
+    """
+    found: dict[Path, None] = {}
+    for folder in folders:
+        runs = sorted(path.parent for path in folder.rglob("run.json"))
+        if not runs:
+            raise InputError(f"{folder} holds no run: pred.py makes one")
+        found |= dict.fromkeys(runs)
+    return list(found)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """One run's line for each of its finished data sets: the columns and `dataset`, as text."""
+    manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    scores = folder / "result.json"
+    score = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {}
+    lines = []
+    for dataset, summary in manifest["datasets"].items():
+        if "samples" not in summary:
+            continue  # not finished
+        measured = {
+            "dataset": dataset,
+            "score": f"{score[dataset]:.2f}" if dataset in score else "-",
+            "KV kept": f"{100 * summary['kept']:.1f}%",
+            "KV MB": f"{summary['kv_bytes'] / 1e6:.1f}",
+            "tokens/s": f"{summary['tokens_per_second']:.1f}",
+            "samples": str(summary["samples"]),
+        }
+        lines.append(describe(manifest["settings"], summary) | measured)
+    return lines
+
+
+def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
+    """What was asked of a run: its algorithm, allocation and sizes, and how its layers fell into classes."""
+    if settings["cache"] == "full":
+        return dict.fromkeys(COLUMNS, "-") | {"algorithm": "full cache"}
+    uniform = settings["ini_size"] == settings["KV_class3"]
+    return {
+        "algorithm": settings["algorithm"],
+        "allocation": "uniform" if uniform else settings["allocation"],
+        "ini_size": f"{settings['ini_size']:g}",
+        "KV_class3": f"{settings['KV_class3']:g}",
+        "classes": "-" if uniform else "/".join(f"{layers:g}" for layers in summary["layers_per_class"]),
+    }
+
+
+def table(lines: list[dict[str, str]]) -> str:
+    """The lines of one data set as text, columns aligned; the full cache first."""
+    lines = sorted(lines, key=lambda line: line["algorithm"] != "full cache")
+    widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in COLUMNS}
+    text = [[name.ljust(widths[name]) for name in COLUMNS], ["-" * widths[name] for name in COLUMNS]]
+    text += [[line[name].ljust(widths[name]) for name in COLUMNS] for line in lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a table for every data set of the runs; 2 and a sentence where there is no run."""
+    parser = argparse.ArgumentParser(prog="python -m squeeze.report", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold any, like pred_Long")
+    try:
+        lines = [line for folder in find_runs(parser.parse_args(arguments).folders) for line in rows(folder)]
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for dataset in dict.fromkeys(line["dataset"] for line in lines):
+        chosen = [line for line in lines if line["dataset"] == dataset]
+        samples = "/".join(sorted({line["samples"] for line in chosen}, key=int))
+        print(f"{dataset}, {samples} samples: LongBench's score; KV is held after prefill, mean of the samples")
+        print(table(chosen))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
