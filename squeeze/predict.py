@@ -123,7 +123,7 @@ def predict(
 ) -> None:
     """Generate the samples that are missing and append each to `samples` as soon as it is there."""
     settings = generation_settings(tokenizer, data.dataset)
-    said = {note for record in samples.records for note in record["stats"].get("notes", ())}
+    noted = any(record["stats"].get("notes") for record in samples.records)
     total = len(samples.records) + len(samples.missing)
     with tqdm(total=total, initial=len(samples.records), desc=data.dataset, unit="sample") as bar:
         for index in list(samples.missing):
@@ -133,10 +133,9 @@ def predict(
             answer = tokenizer.decode(output, skip_special_tokens=True)
             published = {"pred": answer} | {key: row[key] for key in ("answers", "all_classes", "length")}
             samples.append(index, published, stats)
-            for note in stats.get("notes", ()):
-                if note not in said:
-                    said.add(note)
-                    bar.write(f"note: {note}")
+            if stats.get("notes") and not noted:
+                noted = True
+                bar.write(f"note, from sample {index} on: {'; '.join(stats['notes'])}")
             bar.set_postfix_str(progress([record["stats"] for record in samples.records]))
             bar.update()
 
@@ -179,5 +178,6 @@ def summarize(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for key in ("classes", "budgets"):
             mean = np.array([one[key] for one in stats]).mean(axis=0)
             summary[key] = {"first": stats[0][key], "mean": [round(float(value), 2) for value in mean]}
-        summary["notes"] = list(dict.fromkeys(note for one in stats for note in one["notes"]))
+        noted = [one["notes"] for one in stats if one["notes"]]
+        summary |= {"samples_with_notes": len(noted), "first_notes": noted[0] if noted else []}
     return summary

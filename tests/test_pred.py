@@ -1,0 +1,258 @@
+"""`pred.py` from end to end: what it writes and measures, how it goes on, and what bad input gets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import LISTS, save_rows, save_tiny, tiny_tokenizer
+
+import pred
+from squeeze import InputError, SqueezeConfig, runs, squeezed
+from squeeze.flags import run_command
+from squeeze.longbench import build_prompt, encode_prompt, generation_lengths
+from squeeze.models import load
+from squeeze.predict import full_cache_bytes, generate
+
+ROOT = Path(__file__).parent.parent
+SQUEEZE = ["--enable_squeeze", "--ini_size", "0.3", "--KV_class3", "0.126"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with a tiny model `tiny` and three rows in `data`; 24 tokens are generated for each."""
+    monkeypatch.setitem(generation_lengths(), "samsum", 24)
+    save_tiny(tmp_path / "tiny")
+    save_rows(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def predict(*flags, model="tiny"):
+    pred.main(["--model", model, "--pred", "Long", "--device", "cpu", "--data_dir", "data", *flags])
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text("utf-8").split("\n")[:-1]]
+
+
+def summary(folder, dataset="samsum"):
+    return json.loads((Path(folder) / "run.json").read_text("utf-8"))["datasets"][dataset]
+
+
+def test_the_full_cache_is_what_generate_gives(place, capsys):
+    predict()
+    lines = read("pred_Long/tiny/full/samsum.jsonl")
+    assert [set(line) for line in lines] == [{"pred", "answers", "all_classes", "length"}] * 3
+    model, tokenizer = load(place / "tiny", torch.device("cpu"), torch.float32)
+    for line, row in zip(lines, read("data/samsum.jsonl"), strict=True):
+        tokens = encode_prompt(tokenizer, "samsum", build_prompt("samsum", row), 3584, "tiny")
+        length = tokens.shape[1]
+        stops = [tokenizer.eos_token_id, tokenizer.encode("\n")[-1]]
+        output = model.generate(tokens, max_new_tokens=24, min_length=length + 1, do_sample=False, eos_token_id=stops)[
+            0, length:
+        ]
+        assert line["pred"] == tokenizer.decode(output, skip_special_tokens=True)
+        assert {key: line[key] for key in LISTS} == LISTS
+    found = summary("pred_Long/tiny/full")
+    assert found["samples"] == 3
+    assert found["kept"] == 1.0
+    assert found["kv_bytes"] == found["full_kv_bytes"]  # one was measured, one computed
+    assert "classes" not in found
+    assert "KV 100.0%" in capsys.readouterr().out
+
+
+def test_a_squeezed_run_keeps_what_its_budgets_say(place, capsys):
+    predict(*SQUEEZE)
+    folder = Path("pred_Long/tiny/0.3/12.6")
+    found = summary(folder)
+    layers, bytes_per_token = 5, 2 * 2 * 8 * 4
+    assert len(found["classes"]["first"]) == len(found["budgets"]["mean"]) == layers
+    assert found["kv_bytes"] <= 1.02 * sum(found["budgets"]["mean"]) * bytes_per_token
+    assert found["kept"] == pytest.approx(0.3, abs=0.02)
+    assert sum(found["layers_per_class"]) == pytest.approx(layers)
+    manifest = json.loads((folder / "run.json").read_text("utf-8"))
+    assert manifest["settings"]["algorithm"] == "streaming"
+    assert manifest["flags"]["ini_size"] == "0.3"
+    assert manifest["command"].startswith("python pred.py --model tiny")
+    assert torch.__version__.startswith(manifest["versions"]["torch"])
+    assert manifest["model"]["weights"]["model.safetensors"] > 0
+    assert found["data"]["rows"] == 3
+    assert found["generated_tokens"] > 3
+    assert min(found["prefill_seconds"], found["decode_seconds"], found["peak_memory_bytes"]) > 0
+    shown = capsys.readouterr().out
+    assert str(folder / "samsum.jsonl") in shown
+    assert "layers in class 1, 2, 3" in shown
+
+
+@pytest.mark.parametrize("algorithm", ["sliding_window", "streaming", "h2o"])
+def test_the_folder_of_every_algorithm_on_mistral(place, algorithm):
+    save_tiny(place / "tiny-m", "mistral")
+    predict(*SQUEEZE, "--algorithm", algorithm, "--allocation", "squeeze-log", "--sample_num", "1", model="tiny-m")
+    level = "" if algorithm == "sliding_window" else algorithm
+    folder = Path("pred_Long/tiny-m", level, "squeeze-log/0.3/12.6")
+    assert len(read(folder / "samsum.jsonl")) == 1
+    assert (summary(folder)["state_bytes"] > 0) == (algorithm == "h2o")
+
+
+def test_an_interrupted_run_goes_on(place, monkeypatch):
+    predict(*SQUEEZE, "--seed", "1")
+    whole = Path("pred_Long/tiny/seed-1/0.3/12.6/samsum.jsonl").read_bytes()
+    (place / "again").mkdir()
+    monkeypatch.chdir(place / "again")
+    append = runs.Samples.append
+
+    def append_and_die(self, index, *rest):
+        append(self, index, *rest)
+        if index == 1:
+            raise KeyboardInterrupt
+
+    again = ["--model", "../tiny", "--device", "cpu", "--data_dir", "../data", "--seed", "1", *SQUEEZE]
+    monkeypatch.setattr(runs.Samples, "append", append_and_die)
+    monkeypatch.setattr(sys, "argv", ["pred.py", *again])
+    assert run_command(pred.main) == 130
+    folder = Path("pred_Long/tiny/seed-1/0.3/12.6")
+    assert not (folder / "samsum.jsonl").exists()
+    with (folder / "samsum.partial.jsonl").open("a") as file:
+        file.write('{"index": 2, "pr')
+    done = []
+
+    def append_and_note(self, index, *rest):
+        append(self, index, *rest)
+        done.append(index)
+
+    monkeypatch.setattr(runs.Samples, "append", append_and_note)
+    pred.main(again)
+    assert done == [2]
+    assert (folder / "samsum.jsonl").read_bytes() == whole
+    assert summary(folder)["samples"] == 3
+
+
+def test_a_finished_run_needs_no_model(place, monkeypatch, capsys):
+    predict(*SQUEEZE)
+    first = capsys.readouterr().out
+    monkeypatch.setattr(pred.models, "load", lambda *rest: pytest.fail("loaded again"))
+    predict(*SQUEEZE)
+    assert capsys.readouterr().out == first
+    with pytest.raises(InputError, match=r"attn auto \(now eager\): --overwrite"):
+        predict(*SQUEEZE, "--attn", "eager")
+    save_rows(place / "data", count=2)
+    with pytest.raises(InputError, match=r"holds samsum with data_sha256"):
+        predict(*SQUEEZE)
+
+
+def test_several_data_sets_and_empty_predictions(place):
+    """A model that gives nothing but padding: every prediction is empty, and that is a result."""
+    save_tiny(place / "silent", silent=True)
+    save_rows(place / "data", "lcc", count=1)
+    predict("--datasets", "lcc,samsum", "--sample_num", "1", model="silent")
+    for dataset in ("lcc", "samsum"):
+        assert [line["pred"] for line in read(f"pred_Long/silent/full/{dataset}.jsonl")] == [""]
+    assert summary("pred_Long/silent/full", "lcc")["generated_tokens"] == 64
+
+
+def test_a_stop_token_comes_second_at_the_earliest(place):
+    """For samsum: a model that wants to stop at once gives one other token first."""
+    model, _ = load(save_tiny(place / "silent", silent=True), torch.device("cpu"), torch.float32)
+    tokens = torch.tensor([[5, 6, 7]])
+    settings = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": [2, 0]}
+    assert generate(model, tokens, settings | {"min_new_tokens": 1}, None)[0].tolist() == [1, 0]
+    output, stats = generate(model, tokens, settings, None)
+    assert output.tolist() == [0]
+    assert stats["new_tokens"] == 1
+    assert stats["prompt_tokens"] == 3
+
+
+def test_full_cache_bytes_are_those_of_the_models_own_window(place):
+    model, _ = load(save_tiny(place / "w", "mistral", sliding_window=16), torch.device("cpu"), torch.bfloat16)
+    assert full_cache_bytes(model.config, 10, model.dtype) == 2 * 5 * 2 * 8 * 10 * 2
+    assert full_cache_bytes(model.config, 99, model.dtype) == 2 * 5 * 2 * 8 * 16 * 2
+
+
+def test_long_prompts_are_cut_to_the_models_positions(place, capsys):
+    save_tiny(place / "short", max_position_embeddings=80)
+    predict("--sample_num", "2", model="short")
+    assert "note: prompts are cut to 40 tokens: short is not in config/model2maxlen.json" in capsys.readouterr().out
+    assert summary("pred_Long/short/full")["prompt_tokens"] <= 2 * 44  # cut text may split into other tokens
+
+
+def test_notes_are_told_once(place, capsys):
+    save_rows(place / "data", count=2)
+    predict("--enable_squeeze", "--ini_size", "0.01", "--KV_class3", "0.01")
+    found = summary("pred_Long/tiny/0.01/1")
+    assert found["samples_with_notes"] == 2
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).count("note, from sample 0 on: ") == 1
+    assert found["first_notes"][0] in shown.out + shown.err
+
+
+def test_the_measured_similarities_are_the_engines(place):
+    model, _ = load(place / "tiny", torch.device("cpu"), torch.float32)
+    tokens = torch.arange(5, 45)[None]
+    with squeezed(model, SqueezeConfig(ini_size="0.5", kv_class3="0.2")) as run:
+        _, stats = generate(model, tokens, {"max_new_tokens": 4, "do_sample": False}, run)
+        assert stats["budgets"] == run.budgets[0].tolist()
+        assert stats["kv_bytes"] == run.kv_bytes
+    assert sum(stats["budgets"]) == 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "nothing"], "unknown model nothing"),
+        (["--datasets", "samsun"], "unknown data set samsun"),
+        (["--datasets", ""], "names no data set"),
+        (["--datasets", "trec"], "trec.jsonl is not there: data has samsum"),
+        (["--model_arch", "Mistral", *SQUEEZE], "the model's own architecture is llama"),
+        (["--model", "half"], "has no weights"),
+        (["--model", "broken"], "cannot be loaded"),
+        (["--model", "gpt"], "is of type gpt2"),
+    ],
+)
+def test_bad_input_leaves_no_folder(place, flags, words):
+    for name, weights in {"half": None, "gpt": b"", "broken": b"broken"}.items():
+        save_tiny(place / name)
+        (place / name / "model.safetensors").unlink()
+        if weights is not None:
+            (place / name / "model.safetensors").write_bytes(weights)
+    (place / "gpt/config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(InputError, match=words) as error:
+        predict(*flags)
+    assert "\n" not in str(error.value)
+    assert not (place / "pred_Long").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([*SQUEEZE[:1], "--ini_size", "1.5", "--KV_class3", "0.1"], "ini_size must be in (0, 1], got 1.5"),
+        (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
+    ],
+)
+def test_as_a_command_bad_input_is_one_sentence_and_code_2(place, flags, words):
+    command = [sys.executable, str(ROOT / "pred.py"), "--model", "tiny", "--data_dir", "data", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_the_tiny_tokenizer_fits_the_tiny_model():
+    assert len(tiny_tokenizer()) <= 199
+
+
+def test_the_embedded_model_end_to_end(tmp_path, monkeypatch):
+    """The published command on a real model, which answers the third time as it was shown twice, and stops there."""
+    assert (ROOT / "models/SmolLM2-135M-Mistral").is_dir(), "the model is missing: bash script/setup.sh makes it"
+    dialogue = "Dialogue: Ann: hey, did you get the tickets?\r\nBob: no :( they were sold out\nSummary: "
+    shown = f"{dialogue}Bob did not get the tickets.\n"
+    save_rows(tmp_path / "data", count=1, context=shown * 2, input=dialogue)
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--ini_size", "0.9", "--KV_class3", "0.8"]
+    predict("--enable_squeeze", "--model_arch", "Mistral", *sizes, model="SmolLM2-135M-Mistral")
+    [line] = read("pred_Long/SmolLM2-135M-Mistral/0.9/80/samsum.jsonl")
+    assert line["pred"].strip() == "Bob did not get the tickets."

@@ -1,0 +1,47 @@
+"""The table of runs: made from what the runs recorded, nothing else."""
+
+import json
+
+from squeeze import report
+
+
+def write_run(folder, settings, summary, score=None):
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"settings": settings, "datasets": {"samsum": summary}}))
+    if score is not None:
+        (folder / "result.json").write_text(json.dumps({"samsum": score}))
+
+
+SUMMARY = {
+    "samples": 6,
+    "kept": 0.2,
+    "kv_bytes": 19_300_000,
+    "tokens_per_second": 13.4,
+    "layers_per_class": [3, 10.5, 16.5],
+}
+SETTINGS = {"cache": "squeezed", "algorithm": "h2o", "allocation": "squeeze", "ini_size": 0.2, "KV_class3": 0.12}
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table(tmp_path, capsys):
+    write_run(tmp_path / "a/squeezed", SETTINGS, SUMMARY, 21.5)
+    write_run(tmp_path / "a/uniform", SETTINGS | {"KV_class3": 0.2}, SUMMARY)
+    write_run(tmp_path / "a/unfinished", SETTINGS, {"settings": {}})
+    write_run(tmp_path / "b", {"cache": "full"}, SUMMARY | {"kept": 1.0, "kv_bytes": 96_000_000}, 33.47)
+    assert report.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    title, header, _, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith("samsum, 6 samples")
+    assert cells(header) == list(report.COLUMNS)
+    assert [cells(line) for line in lines] == [
+        ["full cache", "-", "-", "-", "33.47", "100.0%", "96.0", "13.4", "-"],
+        ["h2o", "squeeze", "0.2", "0.12", "21.50", "20.0%", "19.3", "13.4", "3/10.5/16.5"],
+        ["h2o", "uniform", "0.2", "0.2", "-", "20.0%", "19.3", "13.4", "-"],
+    ]
+
+
+def test_a_folder_without_runs_is_a_sentence(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} holds no run: pred.py makes one\n"
