@@ -195,10 +195,13 @@ def for_model(config: SqueezeConfig | None, model_type: str) -> SqueezeConfig | 
 
 
 def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
-    """Run a command and return its exit code: bad input is one sentence on stderr and code 2, never a traceback."""
+    """Run a command and return its exit code.
+
+    Bad input, or a package of a version that was not tested, is one sentence on stderr and code 2, never a traceback.
+    """
     try:
         main(None)
-    except InputError as error:
+    except (InputError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -270,6 +270,7 @@ def load(
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(f"the weights in {folder} lack {len(missing)} tensors of the model, among them {missing[0]}")
+    model.generation_config.max_length = None  # Llama-2's files set it, and `generate` warns beside max_new_tokens
     return model.eval(), tokenizer
 
 
