@@ -7,13 +7,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-import torch
-
-from squeeze import InputError, models, squeezed
+from squeeze import InputError, models
 from squeeze.flags import check_flags, config_from_flags, for_model, pred_parser, run_command
 from squeeze.longbench import Data, data_settings, dataset_names, load_data
-from squeeze.predict import predict, progress, summarize
 from squeeze.runs import Run, Samples, cache_settings, run_folder, versions
+from squeeze.stats import progress, summarize
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,8 +22,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = config_from_flags(args)
     datasets = dataset_names("samsum" if args.datasets is None else args.datasets)
     source = models.resolve(args.model, args.model_path)
-    device = models.pick_device(args.device)
-    dtype = models.pick_dtype(args.dtype, device)
+
+    # torch and transformers take seconds to import: --help and what is wrong with the flags should not wait for them.
+    import torch
+
+    from squeeze import loading, squeezed
+    from squeeze.predict import predict
+
+    device = loading.pick_device(args.device)
+    dtype = loading.pick_dtype(args.dtype, device)
     data = [load_data(dataset, args.data_dir) for dataset in datasets]
     folder = models.fetch(source, args.allow_pickle)
     model_config = models.read_config(folder)
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if any(samples.missing for _, samples in todo):
         torch.manual_seed(args.seed)
-        model, tokenizer = models.load(folder, device, dtype, args.attn, args.allow_pickle)
+        model, tokenizer = loading.load(folder, device, dtype, args.attn, args.allow_pickle)
         with squeezed(model, config) if config else nullcontext() as squeeze_run:
             for one, samples in todo:
                 if samples.missing:

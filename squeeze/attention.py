@@ -91,7 +91,7 @@ def _blocks(
         logits[..., first - low :].masked_fill_(_hidden(start, end, first, window, logits.device), -torch.inf)
         probabilities = logits.softmax(dim=-1).flatten(1, 2)
         if scores is not None:
-            scores[:, low:end] += probabilities.sum(dim=1)
+            scores[:, low:end] += probabilities.detach().sum(dim=1)
         attended = torch.bmm(probabilities.to(values.dtype), values[:, low:end])
         output[:, start:end] = attended.unflatten(1, (-1, end - start)).flatten(0, 1)
     return output
@@ -137,7 +137,7 @@ def decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float, inv_freq: t
         logits = logits.masked_fill(empty[:, None, None], -torch.inf)
     probabilities = logits.softmax(dim=-1)
     if layer.evictor.needs_scores:
-        layer.scores[:, :, :count] += probabilities.sum(dim=2)
+        layer.scores[:, :, :count] += probabilities.detach().sum(dim=2)
     attended = torch.bmm(probabilities.to(values.dtype).flatten(0, 1), values.flatten(0, 1))
     return attended.view_as(queries)
 

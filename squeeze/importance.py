@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 
+@torch.no_grad()
 def similarity(before: torch.Tensor, after: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Mean cosine similarity over the prompt's tokens; high means that the layer changes little.
 

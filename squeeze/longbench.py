@@ -13,16 +13,18 @@ import zipfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import PreTrainedTokenizerBase
 
 from squeeze.config import InputError
 from squeeze.files import parse_jsonl
 from squeeze.models import quiet_hub
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 HUB_DATASET = "THUDM/LongBench"

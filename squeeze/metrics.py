@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rouge import Rouge
-from rouge_score.rouge_scorer import RougeScorer
 
 from squeeze.config import InputError
 from squeeze.files import parse_jsonl
@@ -96,6 +95,8 @@ def dataset_score(scores: Sequence[float]) -> float:
 
 def rouge_details(dataset: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """F of ROUGE-1, 2 and L by `rouge-score`, with stemming, in percent: per prediction the best over its answers."""
+    from rouge_score.rouge_scorer import RougeScorer  # a second to import, of which --help knows nothing
+
     scorer = RougeScorer(list(ROUGE_VARIANTS), use_stemmer=True)
     details = []
     for row in rows:

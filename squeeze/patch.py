@@ -278,7 +278,7 @@ def _forward(
     queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
     layer = past_key_values.layers[module.layer_idx]
     if past_key_values.compressed:
-        layer.write(keys, values)
+        layer.write(keys.detach(), values.detach())
         inv_freq = run.model.model.rotary_emb.inv_freq.to(queries.device)
         output = attention.decode(queries, layer, module.scaling, inv_freq)
     else:
@@ -292,6 +292,6 @@ def _forward(
             fused=run.config.attn != "eager",
             with_scores=run.evictor.needs_scores,
         )
-        layer.fill(keys, values, scores)
+        layer.fill(keys.detach(), values.detach(), scores)
     output = output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
     return module.o_proj(output), None

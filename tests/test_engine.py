@@ -41,7 +41,8 @@ def compare(model, prompt, config):
 def test_real_model_matches_the_reference(embedded, prompts, architecture, algorithm, kv_class3):
     config = SqueezeConfig(algorithm, "0.3", kv_class3, "squeeze-log")
     run = compare(embedded(architecture), prompts[2], config)
-    assert len(np.unique(run.budgets)) > 2 if kv_class3 == "0.15" else np.ptp(run.budgets) <= 1
+    spread = np.ptp(run.budgets)  # uniform budgets differ by the rounding alone
+    assert spread > 0.2 * len(prompts[2]) if kv_class3 == "0.15" else spread <= 1
 
 
 @pytest.mark.parametrize("kv_class3", ["0.4", "0.1"], ids=["uniform", "squeezed"])

@@ -1,9 +1,11 @@
 """The command line: what is taken, what is refused, and in how many words."""
 
+import subprocess
 import sys
 from fractions import Fraction
 
 import pytest
+from conftest import ROOT
 
 from squeeze import InputError
 from squeeze.flags import check_flags, config_from_flags, eval_parser, for_model, pred_parser, run_command
@@ -105,3 +107,10 @@ def test_help_explains_every_flag_and_shows_the_published_commands(parser, monke
     assert "--model Mistral --pred Long" in shown
     assert "--ini_size 0.21 --KV_class3 0.08" in shown
     assert all(action.help for action in parser()._actions)
+
+
+@pytest.mark.parametrize("command", ["pred.py --help", "pred.py --model Mistral --ini_size 0.2", "eval.py --help"])
+def test_flags_are_answered_without_importing_torch(command):
+    code = f"import sys; sys.argv = {command.split()}\ntry: exec(open(sys.argv[0]).read())\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

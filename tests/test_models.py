@@ -9,15 +9,13 @@ from tiny import save_tiny
 
 from squeeze import InputError, models
 from squeeze import embedded as conversion
+from squeeze.loading import load, pick_device, pick_dtype
 from squeeze.models import (
     ModelSource,
     check_arch,
     fetch,
     guess_model_type,
     identity,
-    load,
-    pick_device,
-    pick_dtype,
     prompt_limit,
     read_config,
     resolve,

@@ -166,6 +166,17 @@ def test_the_model_is_what_it_was_afterwards(architecture):
     assert torch.equal(model(IDS).logits, expected)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_outside_no_grad_the_cache_keeps_no_graph(algorithm):
+    with squeezed(LLAMA, SqueezeConfig(algorithm, 0.4, 0.2)) as run:
+        cache = run.cache(max_new_tokens=2)
+        first = LLAMA(IDS, past_key_values=cache).logits
+        second = LLAMA(IDS[:, :1], past_key_values=cache).logits
+    assert first.requires_grad and second.requires_grad
+    for layer in cache.layers:
+        assert not any(tensor.requires_grad for tensor in (layer.keys, layer.values, layer.scores))
+
+
 def test_without_a_squeeze_cache_the_model_runs_its_own_code():
     expected = LLAMA(IDS).logits
     mask = torch.ones_like(IDS)

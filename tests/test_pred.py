@@ -10,10 +10,10 @@ import torch
 from tiny import LISTS, save_rows, save_tiny, tiny_tokenizer
 
 import pred
-from squeeze import InputError, SqueezeConfig, runs, squeezed
+from squeeze import InputError, SqueezeConfig, loading, runs, squeezed
 from squeeze.flags import run_command
+from squeeze.loading import load
 from squeeze.longbench import build_prompt, encode_prompt, generation_lengths
-from squeeze.models import load
 from squeeze.predict import full_cache_bytes, generate
 
 ROOT = Path(__file__).parent.parent
@@ -133,7 +133,7 @@ def test_an_interrupted_run_goes_on(place, monkeypatch):
 def test_a_finished_run_needs_no_model(place, monkeypatch, capsys):
     predict(*SQUEEZE)
     first = capsys.readouterr().out
-    monkeypatch.setattr(pred.models, "load", lambda *rest: pytest.fail("loaded again"))
+    monkeypatch.setattr(loading, "load", lambda *rest: pytest.fail("loaded again"))
     predict(*SQUEEZE)
     assert capsys.readouterr().out == first
     with pytest.raises(InputError, match=r"attn auto \(now eager\): --overwrite"):

@@ -1,0 +1,81 @@
+"""A model's folder → the model and its tokenizer on a device, with errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from squeeze.config import InputError
+from squeeze.models import weight_files
+
+
+def pick_device(device: str | None) -> torch.device:
+    """Read `--device`; None is the first GPU, or the CPU where there is none.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu, cuda or cuda:N, got {device}")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: PyTorch finds no CUDA here; use --device cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
+    return found
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Read `--dtype`; auto is bfloat16 on a GPU and float32 on the CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, dtype)
+
+
+def load(
+    folder: Path, device: torch.device, dtype: torch.dtype, attn: str = "auto", allow_pickle: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer for inference, without running code that came with them.
+
+    Args:
+        folder: from `fetch`.
+        attn: `auto` (sdpa), `sdpa`, `eager` or `flash_attention_2`.
+    Raises:
+        InputError: the files are not a whole model, or flash-attn is not installed.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa" if attn == "auto" else attn,
+            use_safetensors=not allow_pickle or bool(weight_files(folder)),
+            trust_remote_code=False,
+            device_map={"": device},
+            output_loading_info=True,
+        )
+    except ImportError as error:
+        raise InputError(f"--attn {attn} is not installed here: {_first_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise InputError(f"the model in {folder} does not fit on {device} in {dtype}") from None
+    except Exception as error:
+        raise InputError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"the weights in {folder} lack {len(missing)} tensors of the model, among them {missing[0]}")
+    model.generation_config.max_length = None  # Llama-2's files set it, and `generate` warns beside max_new_tokens
+    return model.eval(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
