@@ -17,12 +17,9 @@ from functools import partial
 
 
 def version() -> str:
-    import transformers
+    from squeeze.compatibility import check_transformers
 
-    from squeeze.patch import check_transformers
-
-    check_transformers()
-    return transformers.__version__
+    return check_transformers()
 
 
 def attention_classes() -> str:
@@ -80,6 +77,10 @@ def full_budget(architecture: str) -> str:
             worst = (torch.stack(logits) - expected).abs().max().item()
             if not worst < 1e-4:
                 raise RuntimeError(f"{algorithm} differs from the unpatched model by {worst:.2g}")
+        full = model.generate(tokens, max_new_tokens=8, do_sample=False)
+        with squeezed(model, SqueezeConfig(budgets=[40] * 4)) as run:
+            if not torch.equal(model.generate(tokens, max_new_tokens=8, do_sample=False), full) or run.budgets is None:
+                raise RuntimeError("generate does not use the squeezed cache as it should")
         if not torch.equal(model(tokens).logits[0, 19:], expected):
             raise RuntimeError("the model is not what it was after the patch was taken off")
     return f"{', '.join(ALGORITHMS)} equal the unpatched model"

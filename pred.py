@@ -43,30 +43,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model_id = models.identity(source, folder, args.allow_pickle)
     settings = {"model": model_id, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
-    settings |= {"attn": args.attn, "seed": args.seed, **cache_settings(config)}
+    settings |= {"attn": "sdpa" if args.attn == "auto" else args.attn, "seed": args.seed, **cache_settings(config)}
     info = {
-        "model": {"name": source.name, "path": source.path, "type": model_type, **model_id},
         "command": shlex.join(["python", "pred.py", *(sys.argv[1:] if argv is None else argv)]),
         "flags": vars(args),
+        "model": {"name": source.name, "path": source.path, "type": model_type},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": versions(),
     }
-    run = Run(run_folder(args.pred, source.name, config, model_type, args.seed), settings, info, args.overwrite)
-    todo = [(one, run.open(one.dataset, data_settings(one), one.count(args.sample_num))) for one in data]
-
-    if any(samples.missing for _, samples in todo):
-        torch.manual_seed(args.seed)
-        model, tokenizer = loading.load(folder, device, dtype, args.attn, args.allow_pickle)
-        with squeezed(model, config) if config else nullcontext() as squeeze_run:
-            for one, samples in todo:
-                if samples.missing:
-                    run.start(samples)
-                    predict(model, tokenizer, one, samples, squeeze_run, max_length, source.name)
-                    finish(run, one, samples)
-    for one, samples in todo:
-        if not samples.complete:
-            finish(run, one, samples)
-        report(run, samples)
+    with Run(run_folder(args.pred, source.name, config, model_type, args.seed), settings, info, args.overwrite) as run:
+        todo = [(one, run.open(one.dataset, data_settings(one), one.count(args.sample_num))) for one in data]
+        if any(samples.missing for _, samples in todo):
+            torch.manual_seed(args.seed)
+            model, tokenizer = loading.load(folder, device, dtype, args.attn, args.allow_pickle)
+            with squeezed(model, config) if config else nullcontext() as squeeze_run:
+                for one, samples in todo:
+                    if samples.missing:
+                        run.start(samples)
+                        predict(model, tokenizer, one, samples, squeeze_run, max_length, source.name)
+                        finish(run, one, samples)
+        for one, samples in todo:
+            if not samples.complete:
+                run.start(samples)
+                finish(run, one, samples)
+            report(run, samples)
 
 
 def finish(run: Run, data: Data, samples: Samples) -> None:

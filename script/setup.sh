@@ -7,7 +7,8 @@ cd "$(dirname "$0")/.."
 requirements=requirements.txt
 [ "${1:-}" = dev ] && requirements=requirements-dev.txt
 
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    rm -rf .venv
     for python in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
         if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             "$python" -m venv .venv

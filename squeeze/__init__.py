@@ -14,6 +14,9 @@ def __getattr__(name: str) -> Any:
     """`squeezed` is imported when it is first asked for: torch and transformers take seconds, `--help` should not."""
     if name != "squeezed":
         raise AttributeError(f"module {__name__} has no attribute {name}")
+    from squeeze.compatibility import check_transformers
+
+    check_transformers()
     from squeeze.patch import squeezed
 
     return squeezed

@@ -93,22 +93,23 @@ def allocate(
     Returns:
         for `squeeze` and `squeeze-log`, budgets whose sum is `floor(layers * ini_size * length)` unless the caps or
         the minimums of all layers leave no such choice (a note says so); for `paper`, each layer's budget truncated
-        and capped by itself.
+        and capped by itself, and the minimums taken out of the layers above theirs.
     """
     classes = classify(similarities, log_scale=allocation == "squeeze-log")
     shares = formula(classes, ini_size, kv_class3, length)
     minimum = min(minimum, cap)
-    if allocation == "paper":
-        return Budgets([max(minimum, min(int(share), cap)) for share in shares], classes)
-
     total = int(len(classes) * ini_size * length)
+    if allocation == "paper":
+        shares = [Fraction(min(int(share), cap)) for share in shares]
+        total = int(sum(shares))
     notes: tuple[str, ...] = ()
     if total < len(classes) * minimum:
         notes = (f"{total} tokens do not give {len(classes)} layers their minimum of {minimum}: the total grows",)
     elif total > len(classes) * cap:
         notes = (f"the layers can hold {cap} tokens each, so {total - len(classes) * cap} of {total} stay unused",)
     total = min(max(total, len(classes) * minimum), len(classes) * cap)
-    shares = _give_back(shares, classes, cap)
+    if allocation != "paper":
+        shares = _give_back(shares, classes, cap)
     shares = _raise_to(shares, minimum)
     return Budgets(_round(shares, total), classes, notes)
 

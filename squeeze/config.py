@@ -10,15 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from numbers import Integral
 
-Algorithm = Literal["sliding_window", "streaming", "h2o"]
-Allocation = Literal["squeeze", "squeeze-log", "paper"]
-Attention = Literal["auto", "sdpa", "eager"]
-
-ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
-ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
-ATTENTIONS: tuple[str, ...] = get_args(Attention)
+ALGORITHMS = ("sliding_window", "streaming", "h2o")
+ALLOCATIONS = ("squeeze", "squeeze-log", "paper")
+ATTENTIONS = ("auto", "sdpa", "eager")
 
 #: What the published command lines rely on: each architecture has its own eviction method.
 DEFAULT_ALGORITHM: dict[str, str] = {"mistral": "sliding_window", "llama": "streaming"}
@@ -81,7 +77,10 @@ class SqueezeConfig:
         if self.budgets is not None:
             if self.ini_size is not None or self.kv_class3 is not None:
                 raise InputError("budgets replaces ini_size and kv_class3: give one or the other")
-            object.__setattr__(self, "budgets", tuple(self.budgets))
+            budgets = tuple(self.budgets)
+            if not all(isinstance(tokens, Integral) for tokens in budgets):
+                raise InputError(f"budgets must be whole numbers of tokens, got {list(budgets)}")
+            object.__setattr__(self, "budgets", tuple(int(tokens) for tokens in budgets))
             return
         if self.ini_size is None or self.kv_class3 is None:
             missing = "ini_size" if self.ini_size is None else "KV_class3"

@@ -73,7 +73,8 @@ def find_gguf() -> Path:
 def is_converted(folder: Path) -> bool:
     """True if `folder` holds a finished conversion of this very GGUF file."""
     try:
-        return json.loads((folder / STAMP).read_text(encoding="utf-8")) == STAMP_CONTENT
+        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+        return stamp == STAMP_CONTENT and (folder / "model.safetensors").is_file()
     except (OSError, ValueError):
         return False
 

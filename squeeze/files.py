@@ -15,6 +15,27 @@ from squeeze.config import InputError
 NUMBERS = re.compile(r"\[\n\s*([-+.\deE,\s]+?)\n\s*\]")
 
 
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes; InputError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; InputError, naming the line, if it is none."""
+    try:
+        content = json.loads(read_bytes(path).decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
+    except (UnicodeDecodeError, RecursionError):
+        raise InputError(f"{path} is not JSON") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return content
+
+
 def parse_jsonl(data: bytes, source: str | Path, fields: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
     """Read JSON Lines.
 

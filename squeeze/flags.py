@@ -65,7 +65,8 @@ def pred_parser() -> Parser:
     parser.add_argument(
         "--attn",
         default="auto",
-        help="attention over the prompt: auto (which is sdpa), sdpa, eager, or, for the full cache, flash_attention_2",
+        help="attention over the prompt: auto (sdpa), sdpa, eager, or, for the full cache, flash_attention_2; "
+        "h2o needs the probabilities and always computes them in blocks",
     )
     parser.add_argument(
         "--allow_pickle", action="store_true", help="also load weights that are not safetensors; they can run code"
@@ -135,7 +136,9 @@ def _add_run_flags(parser: Parser) -> None:
         default=4,
         help="tokens at the start that streaming never evicts (default: 4)",
     )
-    parser.add_argument("--seed", type=int, default=42, help="seed of the run (default: 42)")
+    parser.add_argument(
+        "--seed", type=int, default=42, help="names the run; greedy decoding does not depend on it (default: 42)"
+    )
 
 
 def check_flags(args: argparse.Namespace) -> None:

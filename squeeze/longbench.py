@@ -19,7 +19,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
 from squeeze.config import InputError
-from squeeze.files import parse_jsonl
+from squeeze.files import parse_jsonl, read_bytes
 from squeeze.models import quiet_hub
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _local_file(dataset: str, data_dir: str) -> tuple[bytes, str, None]:
     if not path.is_file():
         there = sorted(file.stem for file in Path(data_dir).glob("*.jsonl"))
         raise InputError(f"{path} is not there: {data_dir} has {', '.join(there) if there else 'no .jsonl file'}")
-    return path.read_bytes(), str(path), None
+    return read_bytes(path), str(path), None
 
 
 def _hub_file(dataset: str) -> tuple[bytes, str, str | None]:
@@ -124,11 +124,14 @@ def _hub_file(dataset: str) -> tuple[bytes, str, str | None]:
             f"unpack its data.zip on a machine with a network and pass --data_dir FOLDER "
             f"(--data_dir data/longbench has the project's own small demo set)"
         ) from None
-    with zipfile.ZipFile(archive) as files:
-        name = f"data/{dataset}.jsonl"
-        if name not in files.namelist():
-            raise InputError(f"{archive} has no {name}")
-        return files.read(name), f"{HUB_DATASET}/{name}", archive.parent.name
+    name = f"data/{dataset}.jsonl"
+    try:
+        with zipfile.ZipFile(archive) as files:
+            return files.read(name), f"{HUB_DATASET}/{name}", archive.parent.name
+    except KeyError:
+        raise InputError(f"{archive} has no {name}") from None
+    except zipfile.BadZipFile:
+        raise InputError(f"{archive} is no whole zip file: delete it, so that it is downloaded again") from None
 
 
 def _check_row(row: dict[str, Any], where: str) -> None:
@@ -161,9 +164,8 @@ def data_settings(data: Data) -> dict[str, Any]:
 
 
 def is_chat_model(model_name: str) -> bool:
-    """True for the Llama-2 chat models, the only ones among LongBench's that this project runs with a chat format."""
-    name = model_name.lower().replace("-", "")
-    return "llama2" in name and "chat" in name
+    """Whether LongBench's runner gives this model a chat format: of those it knows, the names with `llama2`."""
+    return "llama2" in model_name
 
 
 def encode_prompt(

@@ -16,7 +16,7 @@ from typing import Any
 from rouge import Rouge
 
 from squeeze.config import InputError
-from squeeze.files import parse_jsonl
+from squeeze.files import parse_jsonl, read_bytes
 
 ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL")
 
@@ -67,7 +67,7 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: the file is empty, ends in the middle of a line, or has a line that is not a prediction.
     """
-    rows = parse_jsonl(path.read_bytes(), path, ("pred", "answers", "all_classes"))
+    rows = parse_jsonl(read_bytes(path), path, ("pred", "answers", "all_classes"))
     for number, row in rows:
         if not isinstance(row["pred"], str):
             raise InputError(f"{path} line {number}: pred is not text")

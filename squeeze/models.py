@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
 
 from squeeze.config import DEFAULT_ALGORITHM, InputError
+from squeeze.files import read_bytes, read_object
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -24,6 +24,16 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 #: Positions left for what is generated; the longest generation of LongBench.
 GENERATION_MARGIN = 512
 PICKLES = "pytorch_model*.bin"
+
+#: Beside the weights, the files of a model's folder that change what it generates.
+SETTINGS_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,8 @@ def resolve(model: str, model_path: str | None = None) -> ModelSource:
     Raises:
         InputError: there is no such model.
     """
-    paths: dict[str, str] = json.loads((ROOT / "config/model2path.json").read_text(encoding="utf-8"))
-    lengths: dict[str, int] = json.loads((ROOT / "config/model2maxlen.json").read_text(encoding="utf-8"))
+    paths: dict[str, str] = read_object(ROOT / "config/model2path.json")
+    lengths: dict[str, int] = read_object(ROOT / "config/model2maxlen.json")
     name = run_name(model)
     if model_path is not None:
         path = _local(Path.cwd(), model_path) or _hub(model_path)
@@ -127,7 +137,9 @@ def fetch(source: ModelSource, allow_pickle: bool = False) -> Path:
     if not (folder / "config.json").is_file():
         raise InputError(f"the model folder {folder} has no config.json{hint}")
     if not weight_files(folder, allow_pickle):
-        if any(folder.glob(PICKLES)):
+        if not source.is_local:
+            hint = "; if it has pickled ones, which can run code, --allow_pickle loads them if you trust their author"
+        elif any(folder.glob(PICKLES)):
             hint = ", only pickled weights, which can run code: --allow_pickle loads them if you trust their author"
         raise InputError(f"the model folder {folder} has no weights (*.safetensors){hint}")
     return folder
@@ -171,12 +183,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: it is no JSON object, or names another architecture or none.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        config = None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not a JSON object")
+    config = read_object(path)
     if config.get("model_type") not in DEFAULT_ALGORITHM:
         found = f"is of type {config['model_type']}" if config.get("model_type") else "has no model_type"
         raise InputError(f"the model of {path} {found}: supported are {', '.join(DEFAULT_ALGORITHM)}")
@@ -207,12 +214,24 @@ def prompt_limit(source: ModelSource, config: dict[str, Any]) -> tuple[int, str 
 
 
 def identity(source: ModelSource, folder: Path, allow_pickle: bool = False) -> dict[str, Any]:
-    """What tells this model from another: its config's hash and its weight files' names and sizes.
+    """What tells this model from another: hashes of its files, and the Hub's revision where it came from there.
 
-    The Hub's revision is added where the model came from there.
+    A weight file counts by its size and 256 pieces of 64 KiB spread over it, so that a model of many gigabytes is
+    told from its fine-tunes in a second.
     """
+    small = [folder / name for name in SETTINGS_FILES if (folder / name).is_file()]
     return {
-        "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
-        "weights": {path.name: path.stat().st_size for path in weight_files(folder, allow_pickle)},
+        "files_sha256": {path.name: hashlib.sha256(read_bytes(path)).hexdigest() for path in small},
+        "weights": {path.name: _sampled_hash(path) for path in weight_files(folder, allow_pickle)},
         "revision": None if source.is_local else folder.name,
     }
+
+
+def _sampled_hash(path: Path, pieces: int = 256, piece: int = 65536) -> str:
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for index in range(pieces):
+            file.seek(max(0, (size - piece) * index // (pieces - 1)))
+            found.update(file.read(piece))
+    return found.hexdigest()

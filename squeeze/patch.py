@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
@@ -23,11 +22,10 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from squeeze import attention
 from squeeze.allocation import Budgets, allocate
 from squeeze.cache import SqueezeCache
+from squeeze.compatibility import check_transformers
 from squeeze.config import DEFAULT_ALGORITHM, InputError, SqueezeConfig
 from squeeze.evictors import make_evictor
 from squeeze.importance import similarity
-
-TESTED_TRANSFORMERS = ("5.23.0",)
 
 #: What the patched forward pass uses of an attention module.
 ATTENTION_CLASSES: dict[str, Any] = {"llama": LlamaAttention, "mistral": MistralAttention}
@@ -91,6 +89,8 @@ class SqueezedModel:
         """Turn what was measured into budgets, sequence by sequence, and cut the cache to them."""
         measured = torch.stack([values.cpu() for values in self._measured], dim=1).numpy() if self._measured else None
         self._measured = []
+        if measured is not None and not np.isfinite(measured).all():
+            raise InputError(f"the model's hidden states are not finite in {self.model.dtype}: use another dtype")
         allocated = [
             self._allocate(None if measured is None else measured[row], length, cache.max_new_tokens)
             for row, length in enumerate(cache.prompt_lengths)
@@ -158,16 +158,6 @@ def squeezed(model: PreTrainedModel, config: SqueezeConfig) -> Iterator[Squeezed
             handle.remove()
         for restore in undo:
             restore()
-
-
-def check_transformers() -> None:
-    """Raises ImportError if the installed transformers is not one that the patch was tested with."""
-    if transformers.__version__ not in TESTED_TRANSFORMERS:
-        tested = " or ".join(TESTED_TRANSFORMERS)
-        raise ImportError(
-            f"transformers {transformers.__version__} is installed, and the patch was tested with {tested}: "
-            f"pip install transformers=={TESTED_TRANSFORMERS[-1]}"
-        )
 
 
 def _replace(owner: object, name: str, value: object):

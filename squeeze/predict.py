@@ -99,9 +99,9 @@ def _pad_token(model: PreTrainedModel) -> int:
 
 
 def full_cache_bytes(config: PretrainedConfig, length: int, dtype: torch.dtype) -> int:
-    """Bytes of all keys and values of `length` tokens, or of the model's own window where that is shorter."""
+    """Bytes of all keys and values of `length` tokens, or of what the model's own window needs for the next one."""
     window = getattr(config, "sliding_window", None)
-    held = min(length, window) if window else length
+    held = min(length, window - 1) if window else length
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * held * dtype.itemsize
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from squeeze.config import InputError
+from squeeze.files import read_object
 
-COLUMNS = ("algorithm", "allocation", "ini_size", "KV_class3", "score", "KV kept", "KV MB", "tokens/s", "classes")
+COLUMNS = (
+    *("model", "algorithm", "allocation", "ini_size", "KV_class3"),
+    *("samples", "score", "KV kept", "KV MB", "tokens/s", "classes"),
+)
 
 
 def find_runs(folders: list[Path]) -> list[Path]:
@@ -30,15 +33,17 @@ def find_runs(folders: list[Path]) -> list[Path]:
 
 def rows(folder: Path) -> list[dict[str, str]]:
     """One run's line for each of its finished data sets: the columns and `dataset`, as text."""
-    manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    scores = folder / "result.json"
-    score = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {}
+    manifest = read_object(folder / "run.json")
+    if not {"settings", "datasets"} <= manifest.keys():
+        raise InputError(f"{folder / 'run.json'} is not a run's manifest")
+    score = read_object(folder / "result.json") if (folder / "result.json").exists() else {}
     lines = []
     for dataset, summary in manifest["datasets"].items():
         if "samples" not in summary:
             continue  # not finished
         measured = {
             "dataset": dataset,
+            "model": summary["starts"][-1]["model"]["name"],
             "score": f"{score[dataset]:.2f}" if dataset in score else "-",
             "KV kept": f"{100 * summary['kept']:.1f}%",
             "KV MB": f"{summary['kv_bytes'] / 1e6:.1f}",
@@ -77,14 +82,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m squeeze.report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold any, like pred_Long")
     try:
-        lines = [line for folder in find_runs(parser.parse_args(arguments).folders) for line in rows(folder)]
+        folders = parser.parse_args(arguments).folders
+        lines = [line for folder in find_runs(folders) for line in rows(folder)]
+        if not lines:
+            raise InputError(f"no run in {', '.join(map(str, folders))} is finished: start pred.py again to go on")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for dataset in dict.fromkeys(line["dataset"] for line in lines):
         chosen = [line for line in lines if line["dataset"] == dataset]
-        samples = "/".join(sorted({line["samples"] for line in chosen}, key=int))
-        print(f"{dataset}, {samples} samples: LongBench's score; KV is held after prefill, mean of the samples")
+        print(f"{dataset}: LongBench's score; KV is what is held after prefill, mean of the samples")
         print(table(chosen))
     return 0
 

@@ -7,15 +7,15 @@ measured on each sample.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
-from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from squeeze.config import DEFAULT_ALGORITHM, InputError, SqueezeConfig
 from squeeze.files import parse_jsonl, to_jsonl, write_json, write_whole
@@ -45,7 +45,7 @@ def run_folder(task: str, name: str, config: SqueezeConfig | None, model_type: s
         folder /= f"seed-{seed}"
     if config is None:
         return folder / "full"
-    ini_size, kv_class3 = _sizes(config)
+    ini_size, kv_class3 = config.fractions
     return folder / f"{float(ini_size):g}" / f"{float(100 * kv_class3):g}"
 
 
@@ -53,7 +53,7 @@ def cache_settings(config: SqueezeConfig | None) -> dict[str, Any]:
     """The settings of the cache that change results, for `Run`."""
     if config is None:
         return {"cache": "full"}
-    ini_size, kv_class3 = _sizes(config)
+    ini_size, kv_class3 = config.fractions
     settings = {
         "cache": "squeezed",
         "algorithm": config.algorithm,
@@ -62,12 +62,6 @@ def cache_settings(config: SqueezeConfig | None) -> dict[str, Any]:
         "KV_class3": float(kv_class3),
     }
     return settings | ({"start_size": config.start_size} if config.algorithm == "streaming" else {})
-
-
-def _sizes(config: SqueezeConfig) -> tuple[Fraction, Fraction]:
-    if not isinstance(config.ini_size, Fraction) or not isinstance(config.kv_class3, Fraction):
-        raise TypeError("a run's folder is named by ini_size and KV_class3, and this configuration has budgets")
-    return config.ini_size, config.kv_class3
 
 
 def versions() -> dict[str, str | None]:
@@ -83,12 +77,12 @@ def versions() -> dict[str, str | None]:
 
 
 class Run:
-    """A run's folder. Nothing is written before `start`.
+    """A run's folder. Nothing is written before `start`, which locks it for this process until `close`.
 
     Args:
         folder: see `run_folder`.
         settings: everything that changes results, the same for all data sets.
-        info: what else `run.json` shall say; the latest start counts.
+        info: how this process was started and on what; `run.json` lists every start of a data set.
         overwrite: drop the samples that are there, all of them if they were made with other settings.
     Raises:
         InputError: the folder holds a run with other settings.
@@ -97,14 +91,32 @@ class Run:
     def __init__(self, folder: Path, settings: dict[str, Any], info: dict[str, Any], overwrite: bool = False) -> None:
         self.folder = folder
         self.path = folder / "run.json"
+        self.settings = settings
+        self.info = info
         self.overwrite = overwrite
+        self._lock: IO[str] | None = None
+        self._read()
+
+    def _read(self) -> None:
         previous = self._previous()
-        difference = _difference(previous["settings"], _plain(settings)) if previous else None
-        if difference and not overwrite:
-            raise InputError(f"{folder} holds a run with {difference}: --overwrite replaces it")
+        difference = _difference(previous["settings"], _plain(self.settings)) if previous else None
+        if difference and not self.overwrite:
+            raise InputError(f"{self.folder} holds a run with {difference}: --overwrite replaces it")
         self.replaced = bool(difference)
         known = previous["datasets"] if previous and not difference else {}
-        self.manifest: dict[str, Any] = {"settings": settings, **info, "datasets": known}
+        self.manifest: dict[str, Any] = {"settings": self.settings, "datasets": known}
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes write into the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _previous(self) -> dict[str, Any] | None:
         if not self.path.exists():
@@ -125,9 +137,8 @@ class Run:
         Raises:
             InputError: the samples that are there were made with other settings, or cannot be read.
         """
-        samples = Samples(self.folder, dataset, settings)
+        samples = Samples(self.folder, dataset, settings, total)
         if self.overwrite:
-            samples.missing = list(range(total))
             return samples
         previous = self.manifest["datasets"].get(dataset)
         if previous is None and samples.exist:
@@ -137,25 +148,32 @@ class Run:
         difference = _difference(previous["settings"], _plain(settings)) if previous else None
         if difference:
             raise InputError(f"{self.folder} holds {dataset} with {difference}: --overwrite replaces it")
-        samples.read(total)
+        samples.read()
         return samples
 
     def start(self, samples: Samples) -> None:
         """Make the folder ready for the samples that are missing.
 
         Raises:
-            InputError: the folder cannot be written.
+            InputError: the folder cannot be written, or another process is writing into it.
         """
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._lock is None:
+                self._lock = _lock(self.folder)
+                self._read()  # another process may have written meanwhile
+            if not self.overwrite:
+                samples.read()
             if self.replaced:
                 _remove_run(self.folder)
                 self.replaced = False
-            self.folder.mkdir(parents=True, exist_ok=True)
             for name in RESULTS:
                 (self.folder / name).unlink(missing_ok=True)
             if self.overwrite:
                 samples.remove()
-            self.manifest["datasets"][samples.dataset] = {"settings": samples.settings}
+            earlier = [] if self.overwrite else self.manifest["datasets"].get(samples.dataset, {}).get("starts", [])
+            starts = [*earlier, {"samples_done": len(samples.records), **self.info}]
+            self.manifest["datasets"][samples.dataset] = {"settings": samples.settings, "starts": starts}
             write_json(self.path, self.manifest)
             samples.reopen()
         except OSError as error:
@@ -163,7 +181,7 @@ class Run:
 
     def finish(self, samples: Samples, summary: dict[str, Any]) -> None:
         """Write the published predictions of a data set whose samples are all there, and what was measured."""
-        self.manifest["datasets"][samples.dataset] = {"settings": samples.settings, **summary}
+        self.manifest["datasets"][samples.dataset] |= summary
         try:
             write_json(self.path, self.manifest)
             samples.publish()
@@ -179,14 +197,15 @@ class Samples:
         missing: indices that are still to be run.
     """
 
-    def __init__(self, folder: Path, dataset: str, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, dataset: str, settings: dict[str, Any], total: int) -> None:
         self.dataset = dataset
         self.settings = settings
         self.partial = folder / f"{dataset}.partial.jsonl"
         self.finished = folder / "samples" / f"{dataset}.jsonl"
         self.published = folder / f"{dataset}.jsonl"
+        self.total = total
         self.records: list[dict[str, Any]] = []
-        self.missing: list[int] = []
+        self.missing = list(range(total))
 
     @property
     def exist(self) -> bool:
@@ -198,15 +217,21 @@ class Samples:
         """True if the published file is there and nothing is missing."""
         return not self.missing and self.published.exists() and not self.partial.exists()
 
-    def read(self, total: int) -> None:
-        """Read the samples that are there; a torn last line does not count."""
+    def read(self) -> None:
+        """Read the samples that are there; a torn last line does not count.
+
+        Raises:
+            InputError: the file is not what was written into it.
+        """
         source = self.partial if self.partial.exists() else self.finished
         whole = _whole_lines(source)
         if whole:
             self.records = [row for _, row in parse_jsonl(whole, source, ("index", "stats", *PUBLISHED))]
             self.records.sort(key=lambda row: row["index"])
         done = {row["index"] for row in self.records}
-        self.missing = [index for index in range(total) if index not in done]
+        if len(done) < len(self.records):
+            raise InputError(f"{source} has a sample twice: --overwrite starts anew")
+        self.missing = [index for index in range(self.total) if index not in done]
 
     def reopen(self) -> None:
         """Cut a torn last line off; take a finished data set up again where more samples are wanted than it has."""
@@ -243,6 +268,22 @@ class Samples:
         """Forget every sample of this data set."""
         for path in (self.partial, self.finished, self.published):
             path.unlink(missing_ok=True)
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Take the folder's lock, which ends with this process; InputError says who holds it."""
+    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise InputError(f"{folder} is being written by {holder}: wait for it, or end it") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def check_count(folder: Path, dataset: str, lines: int) -> None:

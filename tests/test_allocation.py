@@ -89,6 +89,8 @@ def test_paper_truncates_and_loses_what_a_layer_cannot_use():
     # (6 * 0.6 - 4 * 0.2) / 2 = 1.4 of a prompt of 101 tokens, of which 101 + 9 can be held.
     paper = run(values, "paper", "0.6", "0.2", length=101, cap=110)
     assert paper.tokens == [110, 110, 20, 20, 20, 20]
+    low = run(values, "paper", "0.1", "0.01", length=100, cap=110, minimum=5)
+    assert (low.tokens, low.notes) == ([20, 20, 5, 5, 5, 5], ()), "28, 28, 1, 1, 1, 1 with the minimum paid for"
     squeeze = run(values, "squeeze", "0.6", "0.2", length=101, cap=110)
     assert sum(squeeze.tokens) == int(Fraction("3.6") * 101) == 363
     assert squeeze.tokens == [110, 110, 36, 36, 36, 35], "what the cap leaves over goes evenly to class 3"

@@ -106,9 +106,9 @@ def test_chat_format_by_model_and_data_set():
 
     assert text("gov_report", "llama2-7b-chat-4k") == "[INST]Dialogue[/INST]"
     assert text("samsum", "llama2-7b-chat-4k") == "Dialogue"
-    assert text("gov_report", "llama2-7b-32k") == "Dialogue"
-    assert is_chat_model("Llama-2-13b-chat-hf")
-    assert not any(is_chat_model(name) for name in ("Mistral", "llama2-7b-32k", "llama2-70B", "SmolLM2-135M"))
+    assert text("gov_report", "Mistral") == "Dialogue"
+    assert is_chat_model("llama2-7b-32k")
+    assert not any(is_chat_model(name) for name in ("Mistral", "Llama-2-13b-chat-hf", "SmolLM2-135M"))
 
 
 def test_stop_rules(tokenizer):

@@ -90,7 +90,7 @@ def test_a_model_that_the_hub_does_not_give():
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "is not a JSON object"),
+        ("{", r"config\.json line 1 is not JSON"),
         ("[]", "is not a JSON object"),
         ("{}", "has no model_type: supported are"),
         ('{"model_type": "gpt2"}', "is of type gpt2: supported are mistral, llama"),
@@ -182,11 +182,16 @@ def test_weights_that_are_not_whole(tiny, tmp_path):
 def test_identity_tells_models_apart(tiny, tmp_path):
     source = resolve(str(tiny))
     first = identity(source, tiny)
-    assert first["weights"] == {"model.safetensors": (tiny / "model.safetensors").stat().st_size}
     assert first["revision"] is None
     assert identity(resolve("org/model"), tiny)["revision"] == tiny.name
     other = save_tiny(tmp_path / "other", num_hidden_layers=4)
-    assert identity(source, other)["config_sha256"] != first["config_sha256"]
+    assert identity(source, other)["files_sha256"] != first["files_sha256"]
+    tuned = shutil.copytree(tiny, tmp_path / "tuned")
+    weights = bytearray((tuned / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tuned / "model.safetensors").write_bytes(weights)
+    assert identity(source, tuned)["files_sha256"] == first["files_sha256"]
+    assert identity(source, tuned)["weights"] != first["weights"]
 
 
 def test_guess_model_type(tiny):
@@ -221,6 +226,7 @@ def test_a_finished_conversion_is_kept(tmp_path, monkeypatch):
     for name in (conversion.LLAMA, conversion.MISTRAL):
         (tmp_path / name).mkdir()
         (tmp_path / name / conversion.STAMP).write_text(json.dumps(conversion.STAMP_CONTENT))
+        (tmp_path / name / "model.safetensors").touch()
     monkeypatch.setattr(conversion, "find_gguf", lambda: pytest.fail("converted again"))
     assert all("already there" in line for line in conversion.convert(tmp_path))
 

@@ -1,10 +1,9 @@
 """The check command: passes here, and names the line that fails and what to do elsewhere."""
 
 import pytest
-import transformers
 
 import modify_transformers
-from squeeze import patch
+from squeeze import compatibility, patch
 
 
 def test_this_environment_passes(capsys):
@@ -20,12 +19,17 @@ def test_this_environment_passes(capsys):
 @pytest.mark.parametrize(
     ("break_it", "line", "reason"),
     [
-        (lambda m: m.setattr(transformers, "__version__", "4.34.0"), "transformers version", "4.34.0"),
+        (lambda m: m.setattr(compatibility, "version", lambda name: "4.34.0"), "transformers version", "4.34.0"),
         (lambda m: m.setattr(patch, "ATTENTION_ATTRIBUTES", ("q_proj", "qkv_proj")), "attention classes", "qkv_proj"),
         (lambda m: m.setattr(patch, "apply_rotary_pos_emb", lambda q, k, *_: (q, k)), "llama: full budget", "differs"),
+        (
+            lambda m: m.setattr(patch, "_prepare_cache", lambda *_: None),
+            "llama: full budget",
+            "generate does not use",
+        ),
         (lambda m: m.setattr(patch.SqueezedModel, "_allocate", whole), "llama: own budgets", "holds"),
     ],
-    ids=["version", "attributes", "no-rope", "no-budgets"],
+    ids=["version", "attributes", "no-rope", "no-generate", "no-budgets"],
 )
 def test_a_broken_environment_fails_on_its_line(monkeypatch, capsys, break_it, line, reason):
     break_it(monkeypatch)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import LISTS, save_rows, save_tiny, tiny_tokenizer
 
+import eval
 import pred
-from squeeze import InputError, SqueezeConfig, loading, runs, squeezed
+from squeeze import InputError, SqueezeConfig, loading, models, runs, squeezed
 from squeeze.flags import run_command
 from squeeze.loading import load
 from squeeze.longbench import build_prompt, encode_prompt, generation_lengths
@@ -75,10 +76,11 @@ def test_a_squeezed_run_keeps_what_its_budgets_say(place, capsys):
     assert sum(found["layers_per_class"]) == pytest.approx(layers)
     manifest = json.loads((folder / "run.json").read_text("utf-8"))
     assert manifest["settings"]["algorithm"] == "streaming"
-    assert manifest["flags"]["ini_size"] == "0.3"
-    assert manifest["command"].startswith("python pred.py --model tiny")
-    assert torch.__version__.startswith(manifest["versions"]["torch"])
-    assert manifest["model"]["weights"]["model.safetensors"] > 0
+    assert len(manifest["settings"]["model"]["weights"]["model.safetensors"]) == 64
+    [start] = found["starts"]
+    assert start["flags"]["ini_size"] == "0.3"
+    assert start["command"].startswith("python pred.py --model tiny")
+    assert torch.__version__.startswith(start["versions"]["torch"])
     assert found["data"]["rows"] == 3
     assert found["generated_tokens"] > 3
     assert min(found["prefill_seconds"], found["decode_seconds"], found["peak_memory_bytes"]) > 0
@@ -128,6 +130,7 @@ def test_an_interrupted_run_goes_on(place, monkeypatch):
     assert done == [2]
     assert (folder / "samsum.jsonl").read_bytes() == whole
     assert summary(folder)["samples"] == 3
+    assert [start["samples_done"] for start in summary(folder)["starts"]] == [0, 2]
 
 
 def test_a_finished_run_needs_no_model(place, monkeypatch, capsys):
@@ -136,11 +139,32 @@ def test_a_finished_run_needs_no_model(place, monkeypatch, capsys):
     monkeypatch.setattr(loading, "load", lambda *rest: pytest.fail("loaded again"))
     predict(*SQUEEZE)
     assert capsys.readouterr().out == first
-    with pytest.raises(InputError, match=r"attn auto \(now eager\): --overwrite"):
+    predict(*SQUEEZE, "--attn", "sdpa")
+    with pytest.raises(InputError, match=r"attn sdpa \(now eager\): --overwrite"):
         predict(*SQUEEZE, "--attn", "eager")
     save_rows(place / "data", count=2)
     with pytest.raises(InputError, match=r"holds samsum with data_sha256"):
         predict(*SQUEEZE)
+
+
+def test_the_published_commands(place, monkeypatch, capsys):
+    """pred.py and eval.py one after the other, on the model that config/model2path.json names Mistral."""
+    save_tiny(place / "weights", "mistral")
+    monkeypatch.setattr(models, "ROOT", place)
+    (place / "config").mkdir()
+    (place / "config/model2path.json").write_text(json.dumps({"Mistral": str(place / "weights")}))
+    (place / "config/model2maxlen.json").write_text("{}")
+    for kv_class3, folder in (("0.21", "21"), ("0.08", "8")):
+        sizes = ["--ini_size", "0.21", "--KV_class3", kv_class3]
+        predict("--enable_squeeze", "--model_arch", "Mistral", *sizes, model="Mistral")
+        eval.main(["--model", "Mistral", "--pred", "Long", *sizes])
+        score = json.loads(Path("pred_Long/Mistral/0.21", folder, "result.json").read_text())
+        assert set(score) == {"samsum"}
+        assert json.dumps(score) in capsys.readouterr().out
+        assert len(read(Path("pred_Long/Mistral/0.21", folder, "samsum.jsonl"))) == 3
+    (place / "config/model2path.json").write_text('{"Mistral": "weights",\n}')
+    with pytest.raises(InputError, match=r"model2path\.json line \d is not JSON"):
+        predict(model="Mistral")
 
 
 def test_several_data_sets_and_empty_predictions(place):
@@ -168,7 +192,9 @@ def test_a_stop_token_comes_second_at_the_earliest(place):
 def test_full_cache_bytes_are_those_of_the_models_own_window(place):
     model, _ = load(save_tiny(place / "w", "mistral", sliding_window=16), torch.device("cpu"), torch.bfloat16)
     assert full_cache_bytes(model.config, 10, model.dtype) == 2 * 5 * 2 * 8 * 10 * 2
-    assert full_cache_bytes(model.config, 99, model.dtype) == 2 * 5 * 2 * 8 * 16 * 2
+    _, stats = generate(model, torch.randint(3, 199, (1, 40)), {"max_new_tokens": 4, "do_sample": False}, None)
+    per_token = 2 * 5 * 2 * 8 * 2
+    assert stats["kv_bytes"] == stats["full_kv_bytes"] == 15 * per_token, "what the next token may look back at"
 
 
 def test_long_prompts_are_cut_to_the_models_positions(place, capsys):
@@ -188,7 +214,7 @@ def test_notes_are_told_once(place, capsys):
     assert found["first_notes"][0] in shown.out + shown.err
 
 
-def test_the_measured_similarities_are_the_engines(place):
+def test_what_is_measured_is_the_engines(place):
     model, _ = load(place / "tiny", torch.device("cpu"), torch.float32)
     tokens = torch.arange(5, 45)[None]
     with squeezed(model, SqueezeConfig(ini_size="0.5", kv_class3="0.2")) as run:

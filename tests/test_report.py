@@ -13,6 +13,7 @@ def write_run(folder, settings, summary, score=None):
 
 
 SUMMARY = {
+    "starts": [{"model": {"name": "M"}}],
     "samples": 6,
     "kept": 0.2,
     "kv_bytes": 19_300_000,
@@ -33,15 +34,21 @@ def test_table(tmp_path, capsys):
     write_run(tmp_path / "b", {"cache": "full"}, SUMMARY | {"kept": 1.0, "kv_bytes": 96_000_000}, 33.47)
     assert report.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     title, header, _, *lines = capsys.readouterr().out.splitlines()
-    assert title.startswith("samsum, 6 samples")
+    assert title.startswith("samsum: ")
     assert cells(header) == list(report.COLUMNS)
     assert [cells(line) for line in lines] == [
-        ["full cache", "-", "-", "-", "33.47", "100.0%", "96.0", "13.4", "-"],
-        ["h2o", "squeeze", "0.2", "0.12", "21.50", "20.0%", "19.3", "13.4", "3/10.5/16.5"],
-        ["h2o", "uniform", "0.2", "0.2", "-", "20.0%", "19.3", "13.4", "-"],
+        ["M", "full cache", "-", "-", "-", "6", "33.47", "100.0%", "96.0", "13.4", "-"],
+        ["M", "h2o", "squeeze", "0.2", "0.12", "6", "21.50", "20.0%", "19.3", "13.4", "3/10.5/16.5"],
+        ["M", "h2o", "uniform", "0.2", "0.2", "6", "-", "20.0%", "19.3", "13.4", "-"],
     ]
 
 
-def test_a_folder_without_runs_is_a_sentence(tmp_path, capsys):
+def test_what_holds_no_finished_run_is_a_sentence(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path} holds no run: pred.py makes one\n"
+    write_run(tmp_path / "run", SETTINGS, {"settings": {}})
+    assert report.main([str(tmp_path)]) == 2
+    assert "is finished: start pred.py again" in capsys.readouterr().err
+    (tmp_path / "run/run.json").write_text("{}")
+    assert report.main([str(tmp_path)]) == 2
+    assert "run.json is not a run's manifest" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Run folders, and runs that are interrupted at any byte and go on."""
 
 import json
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -58,14 +59,14 @@ def sample(index):
 
 def go_on(folder, total, stop=None, **flags):
     """Run the missing ones of `total` samples, all or the first `stop` of them; returns the run and its samples."""
-    run = Run(folder, flags.pop("settings", SETTINGS), {"command": "pred"}, **flags)
-    samples = run.open("samsum", DATA, total)
-    if samples.missing:
-        run.start(samples)
-        for index in samples.missing[:stop]:
-            samples.append(index, sample(index), {"seconds": index})
-    if not samples.missing and not samples.complete:
-        run.finish(samples, {"samples": len(samples.records)})
+    with Run(folder, flags.pop("settings", SETTINGS), {"command": "pred"}, **flags) as run:
+        samples = run.open("samsum", DATA, total)
+        if not samples.complete:
+            run.start(samples)
+            for index in samples.missing[:stop]:
+                samples.append(index, sample(index), {"seconds": index})
+        if not samples.missing and not samples.complete:
+            run.finish(samples, {"samples": len(samples.records)})
     return run, samples
 
 
@@ -75,7 +76,7 @@ def test_a_finished_run(tmp_path):
     lines = (folder / "samsum.jsonl").read_text("utf-8").split("\n")
     assert [json.loads(line) for line in lines[:-1]] == [sample(index) for index in range(3)]
     assert "résumé" in lines[0]
-    assert sorted(path.name for path in folder.iterdir()) == ["run.json", "samples", "samsum.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "run.json", "samples", "samsum.jsonl"]
     manifest = json.loads((folder / "run.json").read_text("utf-8"))
     assert manifest["settings"] == SETTINGS
     assert manifest["datasets"]["samsum"]["samples"] == 3
@@ -137,11 +138,11 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
 
 def test_overwrite_with_the_same_settings_spares_other_data_sets(tmp_path):
     go_on(tmp_path, 2)
-    run = Run(tmp_path, SETTINGS, {})
-    qmsum = run.open("qmsum", DATA, 1)
-    run.start(qmsum)
-    qmsum.append(0, sample(0), {})
-    run.finish(qmsum, {"samples": 1})
+    with Run(tmp_path, SETTINGS, {}) as run:
+        qmsum = run.open("qmsum", DATA, 1)
+        run.start(qmsum)
+        qmsum.append(0, sample(0), {})
+        run.finish(qmsum, {"samples": 1})
     _, samples = go_on(tmp_path, 1, overwrite=True)
     assert len(samples.records) == 1
     assert qmsum.published.exists()
@@ -164,6 +165,28 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     partial.write_bytes(b"{broken\n" + partial.read_bytes())
     with pytest.raises(InputError, match=r"samsum\.partial\.jsonl line 1 is not JSON"):
         go_on(tmp_path, 3)
+
+
+def test_a_second_process_is_told_who_writes(tmp_path):
+    with Run(tmp_path, SETTINGS, {}) as first:
+        samples = first.open("samsum", DATA, 2)
+        late = Run(tmp_path, SETTINGS, {})
+        late_samples = late.open("samsum", DATA, 2)
+        first.start(samples)
+        with pytest.raises(InputError, match=f"is being written by process {os.getpid()} on "):
+            late.start(late_samples)
+        samples.append(0, sample(0), {})
+    late.start(late_samples)  # the first was killed, and what it wrote meanwhile counts
+    assert late_samples.missing == [1]
+    late.close()
+
+
+def test_a_sample_that_is_there_twice_is_refused(tmp_path):
+    go_on(tmp_path, 2, stop=1)
+    partial = tmp_path / "samsum.partial.jsonl"
+    partial.write_bytes(partial.read_bytes() * 2)
+    with pytest.raises(InputError, match="has a sample twice"):
+        go_on(tmp_path, 2)
 
 
 def test_nothing_is_written_before_the_start(tmp_path):
