@@ -55,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         todo = [(one, run.open(one.dataset, data_settings(one), one.count(args.sample_num))) for one in data]
         if any(samples.missing for _, samples in todo):
             torch.manual_seed(args.seed)
-            model, tokenizer = loading.load(folder, device, dtype, args.attn, args.allow_pickle)
+            model, tokenizer = loading.load(folder, device, dtype, args.attn, args.allow_pickle, args.device_map)
             with squeezed(model, config) if config else nullcontext() as squeeze_run:
                 for one, samples in todo:
                     if samples.missing:
                         run.start(samples)
-                        predict(model, tokenizer, one, samples, squeeze_run, max_length, source.name)
+                        limits = (max_length, source.name, args.batch_size)
+                        run.note(samples, batch_size=predict(model, tokenizer, one, samples, squeeze_run, *limits))
                         finish(run, one, samples)
         for one, samples in todo:
             if not samples.complete:

@@ -6,6 +6,7 @@ heads of one KV head are neighbours (grouped-query attention), so `heads = kv_he
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,9 @@ from squeeze.cache import SqueezeLayer
 
 #: Queries walked at a time where attention is not fused: long enough for matrix products, short enough for a cache.
 BLOCK = 128
+
+#: What flash-attn's kernels take.
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def prefill(
@@ -108,12 +112,12 @@ def _hidden(start: int, end: int, low: int, window: int | None, device: torch.de
 def decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float, inv_freq: torch.Tensor) -> torch.Tensor:
     """Attention of one new token per sequence over its layer's buffer, the new token's slot included.
 
-    The queries of a KV head are multiplied with its keys together, so keys are read once and never repeated. H2O's
-    scores grow by the probabilities.
+    The queries of a KV head meet its keys together, so keys are read once and never repeated. H2O's scores grow by
+    the probabilities.
 
     StreamingLLM measures distance inside the cache: as tokens between the sinks and the recent window disappear,
-    sinks move closer. Instead of turning the sinks' keys forward at each step, the query is turned back by as much
-    before it meets them: the same angle, and the originals stay.
+    sinks move closer, from their original angle by as many positions as tokens were evicted. Where no fused kernel
+    is used, the query is turned back by as much instead before it meets them: the same angle, and no copy.
 
     Args:
         queries: `(batch, heads, 1, head_dim)`, after RoPE.
@@ -122,6 +126,8 @@ def decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float, inv_freq: t
     Returns:
         `(batch, heads, 1, head_dim)`.
     """
+    if layer.fused:
+        return _fused_decode(queries, layer, scale, inv_freq)
     count, sinks = layer.longest, layer.evictor.sinks
     keys, values = layer.keys[:, :, :count], layer.values[:, :, :count]
     batch, kv_heads, _, head_dim = keys.shape
@@ -140,6 +146,26 @@ def decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float, inv_freq: t
         layer.scores[:, :, :count] += probabilities.detach().sum(dim=2)
     attended = torch.bmm(probabilities.to(values.dtype).flatten(0, 1), values.flatten(0, 1))
     return attended.view_as(queries)
+
+
+def _fused_decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float, inv_freq: torch.Tensor) -> torch.Tensor:
+    """`decode` with flash-attn where it is installed, else with `scaled_dot_product_attention`."""
+    count, sinks = layer.longest, layer.evictor.sinks
+    lengths = torch.minimum(layer.seen, layer.budget)
+    if sinks and layer.evicted:
+        turned = rotate(layer.sink_keys.flatten(1, 2), layer.seen - lengths, inv_freq)
+        layer.keys[:, :, :sinks] = turned.view_as(layer.sink_keys)
+    keys, values = layer.keys[:, :, :count], layer.values[:, :, :count]
+    if queries.dtype in FLASH_DTYPES and importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_with_kvcache
+
+        tokens_first = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
+        seqlens = lengths[:, 0].int()
+        return flash_attn_with_kvcache(*tokens_first, cache_seqlens=seqlens, softmax_scale=scale).transpose(1, 2)
+    # The queries that share a KV head stand where a prompt's tokens would: no head is repeated.
+    grouped = queries.view(*keys.shape[:2], -1, keys.shape[3])
+    mask = (torch.arange(count, device=keys.device) < lengths)[:, None, None] if layer.ragged else None
+    return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).view_as(queries)
 
 
 def rotate(vectors: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:

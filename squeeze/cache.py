@@ -14,6 +14,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from squeeze.evictors import Evictor
 
 
+def fuses(device: torch.device) -> bool:
+    """Whether a fused kernel decodes faster than grouped matrix products: on GPUs; not on CPUs, by measurement."""
+    return device.type == "cuda"
+
+
 class SqueezeLayer(CacheLayerMixin):
     """Keys and values of one layer, and what its evictor remembers about them.
 
@@ -23,6 +28,8 @@ class SqueezeLayer(CacheLayerMixin):
         scores: H2O's accumulated attention, float32, `(batch, kv_heads, slots)`; no elements for the other evictors.
         held: position of the token in each slot, -1 where it is empty, int32, same shape as `scores`.
         seen, budget: tokens seen and slots owned by each sequence, int64, `(batch, 1)`, on the layer's device.
+        fused: whether decoding uses a fused kernel, which gives no scores and reads sinks from the buffer as they are.
+        sink_keys: with `fused`, StreamingLLM's sinks as they came, of which turned copies are in the buffer.
         longest: the most tokens that any sequence holds.
         ragged: whether sequences hold different numbers of tokens.
     """
@@ -35,6 +42,8 @@ class SqueezeLayer(CacheLayerMixin):
         self.evictor = evictor
         self.scores = torch.empty(0)
         self.held = torch.empty(0, dtype=torch.int32)
+        self.sink_keys = torch.empty(0)
+        self.fused = False
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> None:
         """Hold a whole left-padded prompt, `(batch, kv_heads, tokens, head_dim)`, until `compress`."""
@@ -61,6 +70,9 @@ class SqueezeLayer(CacheLayerMixin):
                 scores[row, :, :count] = row_scores.gather(1, kept)
                 held[row, :, :count] = kept
         self.keys, self.values, self.scores, self.held = keys, values, scores, held
+        sinks = self.evictor.sinks
+        self.fused = fuses(keys.device) and not scored and min(lengths) >= sinks
+        self.sink_keys = keys[:, :, : sinks if self.fused else 0].clone()
         self.seen = torch.tensor(lengths, device=keys.device)[:, None]
         self.budget = torch.tensor(budgets, device=keys.device)[:, None]
         self.set_lengths(lengths, budgets)
@@ -90,8 +102,8 @@ class SqueezeLayer(CacheLayerMixin):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of scores and positions."""
-        return self.scores.nbytes + self.held.nbytes
+        """Bytes of scores, positions and sinks kept as they came."""
+        return self.scores.nbytes + self.held.nbytes + self.sink_keys.nbytes
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: buffers are made by `compress`, when the budgets are known."""
@@ -167,7 +179,7 @@ class SqueezeCache(Cache):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all scores and positions (H2O)."""
+        """Bytes of all scores and positions (H2O), and of sinks kept as they came (StreamingLLM on a GPU)."""
         return sum(layer.state_bytes for layer in self.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -14,6 +14,14 @@ TASKS = ("Long",)
 MODEL_ARCHS = ("Mistral", "llama", "no_change")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+WORDS = {
+    "algorithm": ALGORITHMS,
+    "allocation": ALLOCATIONS,
+    "dtype": DTYPES,
+    "attn": ATTENTIONS,
+    "device_map": DEVICE_MAPS,
+}
 
 PRED_EXAMPLES = """examples
   a uniform budget of 21 % of the prompt in every layer (Mistral: sliding window):
@@ -56,6 +64,14 @@ def pred_parser() -> Parser:
         "--device", help="cpu, cuda, or one GPU such as cuda:0 (default: the first GPU if there is one, else the CPU)"
     )
     parser.add_argument("--sample_num", type=int, help="how many rows of each data set to run (default: all)")
+    parser.add_argument(
+        "--device_map",
+        help="in place of --device, for models larger than one GPU: auto, balanced or sequential (accelerate) spreads "
+        "the layers over the GPUs, then CPU memory, then disk; a layer's cache lives where the layer runs",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=1, help="prompts to run together, alike in length (default: 1)"
+    )
     parser.add_argument(
         "--data_dir", help="folder with <dataset>.jsonl files in LongBench's format (default: LongBench from the Hub)"
     )
@@ -154,13 +170,15 @@ def check_flags(args: argparse.Namespace) -> None:
         if args.model_arch.lower() not in spelled:
             raise InputError(f"--model_arch must be one of {', '.join(MODEL_ARCHS)}, got {args.model_arch}")
         args.model_arch = spelled[args.model_arch.lower()]
-    words = {"algorithm": ALGORITHMS, "allocation": ALLOCATIONS, "dtype": DTYPES, "attn": ATTENTIONS}
-    for name, allowed in words.items():
+    if getattr(args, "device_map", None) is not None and args.device is not None:
+        raise InputError("--device_map chooses the devices: leave --device out")
+    for name, allowed in WORDS.items():
         value = getattr(args, name, None)
         if value is not None and value not in allowed:
             raise InputError(f"--{name} must be one of {', '.join(allowed)}, got {value}")
-    if getattr(args, "sample_num", None) is not None and args.sample_num < 1:
-        raise InputError(f"--sample_num must be 1 or more, got {args.sample_num}")
+    for name in ("sample_num", "batch_size"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name} must be 1 or more, got {getattr(args, name)}")
     if args.seed < 0:
         raise InputError(f"--seed must be 0 or more, got {args.seed}")
 

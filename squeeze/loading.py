@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,21 +43,32 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return getattr(torch, dtype)
 
 
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A model's tokenizer; InputError if its files are not whole."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+
+
 def load(
-    folder: Path, device: torch.device, dtype: torch.dtype, attn: str = "auto", allow_pickle: bool = False
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    attn: str = "auto",
+    allow_pickle: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer for inference, without running code that came with them.
 
     Args:
         folder: from `fetch`.
         attn: `auto` (sdpa), `sdpa`, `eager` or `flash_attention_2`.
+        device_map: accelerate's, in place of `device`, for a model that is larger than one device.
     Raises:
         InputError: the files are not a whole model, or flash-attn is not installed.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+    tokenizer = load_tokenizer(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -61,7 +76,8 @@ def load(
             attn_implementation="sdpa" if attn == "auto" else attn,
             use_safetensors=not allow_pickle or bool(weight_files(folder)),
             trust_remote_code=False,
-            device_map={"": device},
+            device_map=device_map or {"": device},
+            offload_folder=_offload_folder() if device_map else None,
             output_loading_info=True,
         )
     except ImportError as error:
@@ -75,6 +91,13 @@ def load(
         raise InputError(f"the weights in {folder} lack {len(missing)} tensors of the model, among them {missing[0]}")
     model.generation_config.max_length = None  # Llama-2's files set it, and `generate` warns beside max_new_tokens
     return model.eval(), tokenizer
+
+
+def _offload_folder() -> str:
+    """Where accelerate may put what fits into no memory; gone with this process."""
+    folder = tempfile.mkdtemp(prefix="squeeze-offload-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _first_line(error: Exception) -> str:

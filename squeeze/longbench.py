@@ -177,7 +177,7 @@ def encode_prompt(
         max_length: the most tokens of the prompt, before the chat format.
         model_name: decides on the chat format.
     Returns:
-        Token ids, (1, tokens).
+        Token ids, (tokens,).
     """
     tokens = tokenizer(prompt, truncation=False).input_ids
     if len(tokens) > max_length:
@@ -186,7 +186,7 @@ def encode_prompt(
         prompt = first + tokenizer.decode(tokens[-half:], skip_special_tokens=True)
     if dataset not in NO_CHAT and is_chat_model(model_name):
         prompt = f"[INST]{prompt}[/INST]"
-    return tokenizer(prompt, truncation=False, return_tensors="pt").input_ids
+    return tokenizer(prompt, truncation=False, return_tensors="pt").input_ids[0]
 
 
 def generation_settings(tokenizer: PreTrainedTokenizerBase, dataset: str) -> dict[str, Any]:

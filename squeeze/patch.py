@@ -42,7 +42,7 @@ class SqueezedModel:
         budgets: `(batch, layers)` tokens.
         kv_bytes: bytes of all key and value tensors held after the prefill.
         state_bytes: bytes of H2O's scores and positions.
-        notes: sentences that the user should see, such as that the total grew because of minimum budgets.
+        notes: of each sequence, sentences that the user should see, such as that minimum budgets made the total grow.
     """
 
     def __init__(self, model: PreTrainedModel, config: SqueezeConfig):
@@ -76,7 +76,7 @@ class SqueezedModel:
         self.budgets: np.ndarray | None = None
         self.kv_bytes = 0
         self.state_bytes = 0
-        self.notes: list[str] = []
+        self.notes: list[list[str]] = []
         self._entering: torch.Tensor | None = None
         self._lengths: list[int] = []
         self._measured: list[torch.Tensor] = []
@@ -100,7 +100,7 @@ class SqueezedModel:
         self.classes = None if measured is None else np.array([budgets.classes for budgets in allocated])
         self.budgets = np.array([budgets.tokens for budgets in allocated])
         self.kv_bytes, self.state_bytes = cache.kv_bytes, cache.state_bytes
-        self.notes = list(dict.fromkeys(note for budgets in allocated for note in budgets.notes))
+        self.notes = [list(budgets.notes) for budgets in allocated]
 
     def _allocate(self, similarities: np.ndarray | None, length: int, max_new_tokens: int) -> Budgets:
         cap = length + max_new_tokens

@@ -9,6 +9,7 @@ from typing import Any
 
 from squeeze.config import InputError
 from squeeze.files import read_object
+from squeeze.tables import table
 
 COLUMNS = (
     *("model", "algorithm", "allocation", "ini_size", "KV_class3"),
@@ -68,15 +69,6 @@ def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str
     }
 
 
-def table(lines: list[dict[str, str]]) -> str:
-    """The lines of one data set as text, columns aligned; the full cache first."""
-    lines = sorted(lines, key=lambda line: line["algorithm"] != "full cache")
-    widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in COLUMNS}
-    text = [[name.ljust(widths[name]) for name in COLUMNS], ["-" * widths[name] for name in COLUMNS]]
-    text += [[line[name].ljust(widths[name]) for name in COLUMNS] for line in lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in text)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Print a table for every data set of the runs; 2 and a sentence where there is no run."""
     parser = argparse.ArgumentParser(prog="python -m squeeze.report", description=__doc__)
@@ -92,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     for dataset in dict.fromkeys(line["dataset"] for line in lines):
         chosen = [line for line in lines if line["dataset"] == dataset]
         print(f"{dataset}: LongBench's score; KV is what is held after prefill, mean of the samples")
-        print(table(chosen))
+        # The full cache first, then as the folders came.
+        print(table(COLUMNS, sorted(chosen, key=lambda line: line["algorithm"] != "full cache")))
     return 0
 
 

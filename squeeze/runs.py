@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -179,6 +180,10 @@ class Run:
         except OSError as error:
             raise InputError(f"cannot write into {self.folder}: {error.strerror}") from None
 
+    def note(self, samples: Samples, **found: Any) -> None:
+        """Add to what `run.json` will say about the latest start."""
+        self.manifest["datasets"][samples.dataset]["starts"][-1] |= found
+
     def finish(self, samples: Samples, summary: dict[str, Any]) -> None:
         """Write the published predictions of a data set whose samples are all there, and what was measured."""
         self.manifest["datasets"][samples.dataset] |= summary
@@ -241,21 +246,23 @@ class Samples:
         if self.partial.exists():
             os.truncate(self.partial, len(_whole_lines(self.partial)))
 
-    def append(self, index: int, published: dict[str, Any], stats: dict[str, Any]) -> None:
-        """Add a finished sample, handed to the operating system before the next one starts.
+    def append(self, records: Sequence[dict[str, Any]]) -> None:
+        """Add a finished batch, handed to the operating system before the next one starts; what is there stays.
 
+        Args:
+            records: `index`, the published fields and `stats` of each sample.
         Raises:
             InputError: it cannot be written.
         """
-        record = {"index": index, **published, "stats": stats}
+        fresh = [record for record in records if record["index"] in self.missing]
         try:
             with self.partial.open("a", encoding="utf-8", newline="\n") as file:
-                file.write(to_jsonl([record]))
+                file.write(to_jsonl(fresh))
         except OSError as error:
             raise InputError(f"cannot write {self.partial}: {error.strerror}; earlier samples are kept") from None
-        self.records.append(record)
-        self.records.sort(key=lambda row: row["index"])
-        self.missing.remove(index)
+        self.records = sorted([*self.records, *fresh], key=lambda row: row["index"])
+        done = {record["index"] for record in fresh}
+        self.missing = [index for index in self.missing if index not in done]
 
     def publish(self) -> None:
         """Write `<dataset>.jsonl` in LongBench's form and put the partial file away."""

@@ -1,12 +1,19 @@
 """The engine against a slow reference, step by step, and against the full cache where nothing is evicted."""
 
+import importlib.util
+import sys
+
+import flash_reference
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import ROOT, random_model
 from reference import Reference
+from torch.nn.utils.rnn import pad_sequence
 
-from squeeze import SqueezeConfig, squeezed
+from squeeze import SqueezeConfig, attention, squeezed
+from squeeze import cache as cache_module
+from squeeze.loading import load
 
 STEPS = 64
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
@@ -78,7 +85,7 @@ def test_own_window_in_prefill(algorithm, attn):
     assert run.budgets.max() <= 24
     run = compare(model, prompt, SqueezeConfig(algorithm, "0.5", "0.5", attn=attn))
     assert (run.budgets == 24).all()
-    assert "unused" in run.notes[0]
+    assert "unused" in run.notes[0][0]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -104,3 +111,84 @@ def test_window_model_gives_the_full_caches_tokens_up_to_the_window(embedded, pr
         assert (run.budgets == window).all(), "the window caps budgets that are larger"
     finally:
         model.config.sliding_window = None
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_real_prompts_do_not_notice_their_batch(embedded, prompts, algorithm):
+    """16 prompts of 160 to 385 tokens, alone and together; only a near tie may be broken in another way."""
+    model, batch = embedded("llama"), prompts[:16]
+    settings = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "return_dict_in_generate": True}
+    ids = pad_sequence(batch, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in batch], batch_first=True, padding_side="left")
+    with squeezed(model, SqueezeConfig(algorithm, "0.3", "0.15", "squeeze-log")) as run:
+        together = model.generate(ids, attention_mask=mask, **settings).sequences[:, -16:]
+        budgets = run.budgets
+        for row, prompt in enumerate(batch):
+            alone = model.generate(prompt[None], output_logits=True, **settings)
+            assert (run.budgets[0] == budgets[row]).all()
+            for step, token in enumerate(alone.sequences[0, -16:]):
+                if token != together[row, step]:
+                    best = alone.logits[step][0].topk(2).values
+                    assert best[0] - best[1] < 1e-3, f"prompt {row}, step {step}"
+                    break
+
+
+def split_map():
+    """Where the layers of the embedded model go: over two GPUs where there are two, else over CPU and disk."""
+    devices = [0, 1] if torch.cuda.device_count() > 1 else ["cpu", "disk"]
+    rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    return dict.fromkeys(rest, devices[0]) | {f"model.layers.{layer}": devices[layer >= 15] for layer in range(30)}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_split_model_holds_each_buffer_where_its_layer_is(embedded, prompts, algorithm):
+    config = SqueezeConfig(algorithm, "0.3", "0.15", "squeeze-log")
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    prompt = prompts[3][None]
+    with squeezed(embedded("llama"), config):
+        expected = embedded("llama").generate(prompt, **settings)
+    split, _ = load(ROOT / "models/SmolLM2-135M", torch.device("cpu"), torch.float32, device_map=split_map())
+    assert set(map(str, split.hf_device_map.values())) in ({"cpu", "disk"}, {"0", "1"})
+    keys = [None] * 30
+
+    def watch(index):
+        return lambda module, args, output: keys.__setitem__(index, output.device)
+
+    handles = [layer.self_attn.k_proj.register_forward_hook(watch(i)) for i, layer in enumerate(split.model.layers)]
+    with squeezed(split, config) as run:
+        cache = run.cache(max_new_tokens=6)
+        output = split.generate(prompt, past_key_values=cache, **settings)
+    for handle in handles:
+        handle.remove()
+    assert output.tolist() == expected.tolist()
+    for layer, device in zip(cache.layers, keys, strict=True):
+        assert {t.device for t in (layer.keys, layer.values, layer.scores, layer.held, layer.seen)} == {device}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flash-attn"])
+@pytest.mark.parametrize("algorithm", ["sliding_window", "streaming"])
+def test_fused_decoding_matches_the_reference(monkeypatch, algorithm, kernel):
+    """The path of GPUs, on the CPU: with PyTorch's kernel, and with flash-attn's as a slow module of its meaning."""
+    monkeypatch.setattr(cache_module, "fuses", lambda device: True)
+    if kernel == "flash-attn":
+        monkeypatch.setattr(attention, "FLASH_DTYPES", (torch.float32,))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setitem(sys.modules, "flash_attn", flash_reference)
+    flash_reference.calls.clear()
+    model = random_model("llama", seed=9)
+    prompt = torch.randint(3, 199, (45,), generator=torch.Generator().manual_seed(1))
+    compare(model, prompt, SqueezeConfig(algorithm, budgets=[9, 33, 45, 60, 5]))
+    assert len(flash_reference.calls) == (STEPS * 5 if kernel == "flash-attn" else 0)
+    ids, mask = torch.stack([prompt, prompt]), torch.ones(2, 45, dtype=torch.long)
+    mask[1, :25] = 0
+    config = SqueezeConfig(algorithm, "0.5", "0.2")
+    with squeezed(model, config):
+        fused = model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+    monkeypatch.setattr(cache_module, "fuses", lambda device: False)
+    with squeezed(model, config):
+        assert model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False).equal(fused)
+
+
+def test_flash_attn_is_not_imported_on_a_cpu():
+    assert not cache_module.fuses(torch.device("cpu"))
+    assert "flash_attn" not in sys.modules

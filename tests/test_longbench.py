@@ -87,22 +87,21 @@ def longbench_encode(tokenizer, prompt, max_length):
 def test_long_prompts_keep_their_halves(max_length):
     tokenizer = tiny_tokenizer()
     tokens = encode_prompt(tokenizer, "samsum", TEXT * 3, max_length, "M")
-    assert tokens.tolist() == longbench_encode(tokenizer, TEXT * 3, max_length).tolist()
-    assert tokens.shape[0] == 1
+    assert tokens.tolist() == longbench_encode(tokenizer, TEXT * 3, max_length)[0].tolist()
 
 
 def test_a_real_tokenizer_cuts_as_longbench_does(tokenizer):
     prompt = "Überlänge: " + "naïve 中文 😀 1234 don't\r\n\t" * 30
     for max_length in (50, 51, 2000):
         expected = longbench_encode(tokenizer, prompt, max_length)
-        assert encode_prompt(tokenizer, "samsum", prompt, max_length, "M").tolist() == expected.tolist()
+        assert encode_prompt(tokenizer, "samsum", prompt, max_length, "M").tolist() == expected[0].tolist()
 
 
 def test_chat_format_by_model_and_data_set():
     tokenizer = tiny_tokenizer()
 
     def text(dataset, model):
-        return tokenizer.decode(encode_prompt(tokenizer, dataset, "Dialogue", 100, model)[0])
+        return tokenizer.decode(encode_prompt(tokenizer, dataset, "Dialogue", 100, model))
 
     assert text("gov_report", "llama2-7b-chat-4k") == "[INST]Dialogue[/INST]"
     assert text("samsum", "llama2-7b-chat-4k") == "Dialogue"

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import LISTS, save_rows, save_tiny, tiny_tokenizer
 
 import eval
 import pred
 from squeeze import InputError, SqueezeConfig, loading, models, runs, squeezed
+from squeeze import predict as predict_module
 from squeeze.flags import run_command
 from squeeze.loading import load
 from squeeze.longbench import build_prompt, encode_prompt, generation_lengths
-from squeeze.predict import full_cache_bytes, generate
+from squeeze.predict import batches, full_cache_bytes, generate
 
 ROOT = Path(__file__).parent.parent
 SQUEEZE = ["--enable_squeeze", "--ini_size", "0.3", "--KV_class3", "0.126"]
@@ -50,11 +53,10 @@ def test_the_full_cache_is_what_generate_gives(place, capsys):
     model, tokenizer = load(place / "tiny", torch.device("cpu"), torch.float32)
     for line, row in zip(lines, read("data/samsum.jsonl"), strict=True):
         tokens = encode_prompt(tokenizer, "samsum", build_prompt("samsum", row), 3584, "tiny")
-        length = tokens.shape[1]
+        length = len(tokens)
         stops = [tokenizer.eos_token_id, tokenizer.encode("\n")[-1]]
-        output = model.generate(tokens, max_new_tokens=24, min_length=length + 1, do_sample=False, eos_token_id=stops)[
-            0, length:
-        ]
+        settings = {"max_new_tokens": 24, "min_length": length + 1, "do_sample": False, "eos_token_id": stops}
+        output = model.generate(tokens[None], **settings)[0, length:]
         assert line["pred"] == tokenizer.decode(output, skip_special_tokens=True)
         assert {key: line[key] for key in LISTS} == LISTS
     found = summary("pred_Long/tiny/full")
@@ -106,9 +108,9 @@ def test_an_interrupted_run_goes_on(place, monkeypatch):
     monkeypatch.chdir(place / "again")
     append = runs.Samples.append
 
-    def append_and_die(self, index, *rest):
-        append(self, index, *rest)
-        if index == 1:
+    def append_and_die(self, records):
+        append(self, records)
+        if len(self.records) == 2:
             raise KeyboardInterrupt
 
     again = ["--model", "../tiny", "--device", "cpu", "--data_dir", "../data", "--seed", "1", *SQUEEZE]
@@ -118,19 +120,70 @@ def test_an_interrupted_run_goes_on(place, monkeypatch):
     folder = Path("pred_Long/tiny/seed-1/0.3/12.6")
     assert not (folder / "samsum.jsonl").exists()
     with (folder / "samsum.partial.jsonl").open("a") as file:
-        file.write('{"index": 2, "pr')
+        file.write('{"index": 0, "pr')
     done = []
 
-    def append_and_note(self, index, *rest):
-        append(self, index, *rest)
-        done.append(index)
+    def append_and_note(self, records):
+        done.extend(record["index"] for record in records)
+        append(self, records)
 
     monkeypatch.setattr(runs.Samples, "append", append_and_note)
     pred.main(again)
-    assert done == [2]
+    assert done == [0], "the longest prompts come first"
     assert (folder / "samsum.jsonl").read_bytes() == whole
     assert summary(folder)["samples"] == 3
     assert [start["samples_done"] for start in summary(folder)["starts"]] == [0, 2]
+
+
+@pytest.mark.parametrize("cache", [[], SQUEEZE, [*SQUEEZE, "--algorithm", "h2o"]], ids=["full", "streaming", "h2o"])
+def test_a_batch_gives_what_single_prompts_give(place, cache):
+    save_rows(place / "data", count=5)
+    predict(*cache)
+    folder = next(Path("pred_Long").rglob("run.json")).parent
+    single = read(folder / "samsum.jsonl")
+    budgets = summary(folder).get("budgets")
+    predict(*cache, "--batch_size", "3", "--overwrite")
+    assert read(folder / "samsum.jsonl") == single
+    assert summary(folder).get("budgets") == budgets
+    assert summary(folder)["starts"][-1]["batch_size"] == 3
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 8))
+def test_batches_hold_every_sample_once_and_the_longest_first(lengths, batch_size):
+    made = batches(lengths, batch_size)
+    assert sorted(index for batch in made for index in batch) == list(range(len(lengths)))
+    assert all(len(batch) == batch_size for batch in made[:-1])
+    ordered = [lengths[index] for batch in made for index in batch]
+    assert ordered == sorted(lengths, reverse=True)
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(place, monkeypatch, capsys):
+    save_rows(place / "data", count=7)
+    predict(*SQUEEZE)
+    folder = Path("pred_Long/tiny/0.3/12.6")
+    expected = (folder / "samsum.jsonl").read_bytes()
+    sizes, real = [], predict_module.generate
+
+    def small_memory(model, prompts, *rest):
+        sizes.append(len(prompts))
+        if len(prompts) > limit:
+            raise error
+        return real(model, prompts, *rest)
+
+    monkeypatch.setattr(predict_module, "generate", small_memory)
+    limit, error = 2, torch.OutOfMemoryError("CUDA out of memory")
+    predict(*SQUEEZE, "--batch_size", "5", "--overwrite")
+    assert (folder / "samsum.jsonl").read_bytes() == expected
+    assert sizes == [5, 2, 2, 1, 2]
+    assert summary(folder)["starts"][-1]["batch_size"] == 2
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).count("out of memory with 5 prompts at a time; going on with 2") == 1
+    limit, error = 0, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    with pytest.raises(InputError, match="out of memory with sample 6 alone"):
+        predict(*SQUEEZE, "--overwrite")
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        predict(*SQUEEZE, "--overwrite")
 
 
 def test_a_finished_run_needs_no_model(place, monkeypatch, capsys):
@@ -180,10 +233,10 @@ def test_several_data_sets_and_empty_predictions(place):
 def test_a_stop_token_comes_second_at_the_earliest(place):
     """For samsum: a model that wants to stop at once gives one other token first."""
     model, _ = load(save_tiny(place / "silent", silent=True), torch.device("cpu"), torch.float32)
-    tokens = torch.tensor([[5, 6, 7]])
+    prompts = [torch.tensor([5, 6, 7])]
     settings = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": [2, 0]}
-    assert generate(model, tokens, settings | {"min_new_tokens": 1}, None)[0].tolist() == [1, 0]
-    output, stats = generate(model, tokens, settings, None)
+    assert generate(model, prompts, settings | {"min_new_tokens": 1}, None)[0][0].tolist() == [1, 0]
+    [output], [stats] = generate(model, prompts, settings, None)
     assert output.tolist() == [0]
     assert stats["new_tokens"] == 1
     assert stats["prompt_tokens"] == 3
@@ -192,7 +245,7 @@ def test_a_stop_token_comes_second_at_the_earliest(place):
 def test_full_cache_bytes_are_those_of_the_models_own_window(place):
     model, _ = load(save_tiny(place / "w", "mistral", sliding_window=16), torch.device("cpu"), torch.bfloat16)
     assert full_cache_bytes(model.config, 10, model.dtype) == 2 * 5 * 2 * 8 * 10 * 2
-    _, stats = generate(model, torch.randint(3, 199, (1, 40)), {"max_new_tokens": 4, "do_sample": False}, None)
+    _, [stats] = generate(model, [torch.arange(3, 43)], {"max_new_tokens": 4, "do_sample": False}, None)
     per_token = 2 * 5 * 2 * 8 * 2
     assert stats["kv_bytes"] == stats["full_kv_bytes"] == 15 * per_token, "what the next token may look back at"
 
@@ -210,15 +263,16 @@ def test_notes_are_told_once(place, capsys):
     found = summary("pred_Long/tiny/0.01/1")
     assert found["samples_with_notes"] == 2
     shown = capsys.readouterr()
-    assert (shown.out + shown.err).count("note, from sample 0 on: ") == 1
-    assert found["first_notes"][0] in shown.out + shown.err
+    assert (shown.out + shown.err).count("note, from sample 1 on: ") == 1
+    assert "the total grows" in found["first_notes"][0]
+    assert "the total grows" in shown.out + shown.err
 
 
 def test_what_is_measured_is_the_engines(place):
     model, _ = load(place / "tiny", torch.device("cpu"), torch.float32)
-    tokens = torch.arange(5, 45)[None]
+    prompts = [torch.arange(5, 45)]
     with squeezed(model, SqueezeConfig(ini_size="0.5", kv_class3="0.2")) as run:
-        _, stats = generate(model, tokens, {"max_new_tokens": 4, "do_sample": False}, run)
+        _, [stats] = generate(model, prompts, {"max_new_tokens": 4, "do_sample": False}, run)
         assert stats["budgets"] == run.budgets[0].tolist()
         assert stats["kv_bytes"] == run.kv_bytes
     assert sum(stats["budgets"]) == 100

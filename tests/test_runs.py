@@ -57,6 +57,10 @@ def sample(index):
     return {"pred": f"résumé {index}\u2028\n", "answers": ["a"], "all_classes": None, "length": index}
 
 
+def record(index):
+    return {"index": index, **sample(index), "stats": {"seconds": index}}
+
+
 def go_on(folder, total, stop=None, **flags):
     """Run the missing ones of `total` samples, all or the first `stop` of them; returns the run and its samples."""
     with Run(folder, flags.pop("settings", SETTINGS), {"command": "pred"}, **flags) as run:
@@ -64,7 +68,7 @@ def go_on(folder, total, stop=None, **flags):
         if not samples.complete:
             run.start(samples)
             for index in samples.missing[:stop]:
-                samples.append(index, sample(index), {"seconds": index})
+                samples.append([record(index)])
         if not samples.missing and not samples.complete:
             run.finish(samples, {"samples": len(samples.records)})
     return run, samples
@@ -141,7 +145,7 @@ def test_overwrite_with_the_same_settings_spares_other_data_sets(tmp_path):
     with Run(tmp_path, SETTINGS, {}) as run:
         qmsum = run.open("qmsum", DATA, 1)
         run.start(qmsum)
-        qmsum.append(0, sample(0), {})
+        qmsum.append([record(0)])
         run.finish(qmsum, {"samples": 1})
     _, samples = go_on(tmp_path, 1, overwrite=True)
     assert len(samples.records) == 1
@@ -175,7 +179,7 @@ def test_a_second_process_is_told_who_writes(tmp_path):
         first.start(samples)
         with pytest.raises(InputError, match=f"is being written by process {os.getpid()} on "):
             late.start(late_samples)
-        samples.append(0, sample(0), {})
+        samples.append([record(0)])
     late.start(late_samples)  # the first was killed, and what it wrote meanwhile counts
     assert late_samples.missing == [1]
     late.close()

@@ -1,0 +1,238 @@
+"""Throughput and memory of caches, each configuration in its own process: `python -m squeeze.bench --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from squeeze import models
+from squeeze.config import ALGORITHMS, ALLOCATIONS, InputError
+from squeeze.files import write_json
+from squeeze.flags import Parser, run_command
+from squeeze.longbench import build_prompt, load_data
+from squeeze.tables import table
+
+EXAMPLES = """examples
+  the embedded model, full, uniform and squeezed caches, one prompt and batches of 8:
+    python -m squeeze.bench --batch_size 1 8 --prompt_length 4096 --ini_size 0.2 --KV_class3 0.12
+  beside Hugging Face's DynamicCache; and NVIDIA's kvpress, which needs an environment of its own:
+    python -m squeeze.bench --peers --peer_python .venv-peers/bin/python
+"""
+COLUMNS = (
+    *("engine", "cache", "dtype", "batch", "prompt", "prefill s", "step ms", "tokens/s"),
+    *("KV MB", "peak MB", "limit ms", "of limit"),
+)
+
+
+def parser() -> Parser:
+    """The flags of `python -m squeeze.bench`."""
+    made = Parser(
+        prog="python -m squeeze.bench",
+        description="Measure prefill, decode and memory of full, uniform and squeezed KV caches.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--model", default="SmolLM2-135M", help="as in pred.py (default: the embedded model)")
+    made.add_argument("--model_path", help="where --model lies, as in pred.py")
+    made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    made.add_argument("--batch_size", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    made.add_argument("--prompt_length", type=int, default=4096, help="tokens of every prompt (default: 4096)")
+    made.add_argument("--new_tokens", type=int, default=65, help="tokens to generate after it (default: 65)")
+    made.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="default: float32 bfloat16")
+    made.add_argument(
+        "--caches",
+        nargs="+",
+        default=["full", "uniform", "squeezed"],
+        choices=["full", "uniform", "squeezed"],
+        help="which caches (default: all three)",
+    )
+    made.add_argument("--algorithm", nargs="+", default=["streaming"], choices=ALGORITHMS, help="default: streaming")
+    made.add_argument("--ini_size", default="0.2", help="as in pred.py (default: 0.2)")
+    made.add_argument("--KV_class3", default="0.12", help="as in pred.py (default: 0.12)")
+    made.add_argument("--allocation", default="squeeze-log", choices=ALLOCATIONS, help="default: squeeze-log")
+    made.add_argument("--rounds", type=int, default=3, help="prefills and generations of each (default: 3)")
+    made.add_argument("--peers", action="store_true", help="also DynamicCache, full and cut, and kvpress's presses")
+    made.add_argument("--peer_python", help="Python of the environment with kvpress (without it: no kvpress)")
+    made.add_argument("--memory_gb", type=float, help="say which batch would fit into so much, by the peaks measured")
+    made.add_argument("--data_dir", default="data/longbench", help="samsum.jsonl here gives the prompts' text")
+    made.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results (default: bench)")
+    return made
+
+
+def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dict[str, Any]]:
+    """Every configuration to measure, this engine's first. Budgets of peers are this engine's own, filled in later."""
+    common = {
+        **{"model": str(folder), "device": args.device, "tokens": tokens, "rounds": args.rounds},
+        **{"prompt_length": args.prompt_length, "new_tokens": args.new_tokens, "attn": "sdpa"},
+    }
+    layers = models.read_config(folder)["num_hidden_layers"]
+    everything = {"budgets": [args.prompt_length + args.new_tokens] * layers}
+    found = []
+    for batch_size in args.batch_size:
+        for dtype in args.dtype:
+            base = common | {"batch_size": batch_size, "dtype": dtype}
+            for algorithm in args.algorithm:
+                sizes = {"ini_size": args.ini_size, "allocation": args.allocation, "algorithm": algorithm}
+                configs = {
+                    "full": {"algorithm": algorithm, **everything},
+                    "uniform": sizes | {"kv_class3": args.ini_size},
+                    "squeezed": sizes | {"kv_class3": args.KV_class3},
+                }
+                for cache in args.caches:
+                    label = f"{algorithm} {cache}"
+                    found.append(base | {"engine": "squeeze", "cache": label, "config": configs[cache]})
+            if args.peers:
+                found += peers(base, args)
+    return found
+
+
+def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What users would run instead, at the same total of tokens."""
+    budget = int(float(args.ini_size) * args.prompt_length)
+    layers = models.read_config(Path(base["model"]))["num_hidden_layers"]
+    cut = {"budgets": [budget] * layers}
+    found = [
+        base | {"engine": "transformers", "cache": "DynamicCache full"},
+        base | {"engine": "transformers", "cache": "DynamicCache uniform", **cut},
+    ]
+    if args.peer_python:
+        kvpress = base | {"engine": "kvpress", "python": args.peer_python}
+        found += [
+            kvpress | {"cache": "StreamingLLMPress", "algorithm": "streaming", **cut},
+            kvpress | {"cache": "PerLayerCompressionPress", "algorithm": "streaming", "budgets": "squeezed"},
+            kvpress | {"cache": "ObservedAttentionPress", "algorithm": "h2o", "attn": "eager", **cut},
+        ]
+    return found
+
+
+def run(spec: dict[str, Any]) -> dict[str, Any]:
+    """Measure one configuration in a process of its own; a failure is a result, too."""
+    command = [spec.get("python", sys.executable), "-m", "squeeze.measure"]
+    done = subprocess.run(command, input=json.dumps(spec), capture_output=True, text=True, cwd=models.ROOT)
+    if done.returncode:
+        return {"error": f"ended with code {done.returncode}, perhaps for want of memory: {done.stderr[-200:]}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def row(record: dict[str, Any]) -> dict[str, str]:
+    """A line of the table."""
+    spec, found = record["spec"], record["result"]
+    line = {
+        **{"engine": spec["engine"], "cache": spec["cache"], "dtype": spec["dtype"]},
+        **{"batch": str(spec["batch_size"]), "prompt": str(spec["prompt_length"])},
+    }
+    if "error" in found:
+        return dict.fromkeys(COLUMNS, "-") | line | {"prefill s": "failed"}
+    step = found["step_seconds"]["median"]
+    limit = (found["weight_bytes"] + found["kv_bytes"]) / found["copy_bandwidth"]
+    return line | {
+        "prefill s": f"{found['prefill_seconds']['median']:.2f}",
+        "step ms": f"{1000 * step:.1f}",
+        "tokens/s": f"{spec['batch_size'] / step:.1f}",
+        "KV MB": f"{found['kv_bytes'] / 1e6:.1f}",
+        "peak MB": f"{found['peak_bytes'] / 1e6:.0f}",
+        "limit ms": f"{1000 * limit:.1f}",
+        "of limit": f"{100 * limit / step:.0f}%",
+    }
+
+
+def fitting(records: Sequence[dict[str, Any]], memory: float) -> dict[str, int]:
+    """The largest batch whose peak fits into `memory` bytes, by a line through the peaks of two batch sizes."""
+    peaks: dict[str, dict[int, int]] = {}
+    for record in records:
+        if "peak_bytes" in record["result"]:
+            spec = record["spec"]
+            name = f"{spec['engine']} {spec['cache']} {spec['dtype']}"
+            peaks.setdefault(name, {})[spec["batch_size"]] = record["result"]["peak_bytes"]
+    found = {}
+    for name, by_batch in peaks.items():
+        if len(by_batch) > 1:
+            (small, low), (large, high) = min(by_batch.items()), max(by_batch.items())
+            each = (high - low) / (large - small)
+            found[name] = max(int((memory - low) / each + small), 0) if each > 0 else large
+    return found
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Tokens per second, and memory, over the batch size: a line for each cache."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series: dict[str, list[tuple[int, float, float]]] = {}
+    for record in records:
+        spec, found = record["spec"], record["result"]
+        if "error" not in found:
+            speed = spec["batch_size"] / found["step_seconds"]["median"]
+            name = f"{spec['engine']}: {spec['cache']}, {spec['dtype']}"
+            series.setdefault(name, []).append((spec["batch_size"], speed, found["peak_bytes"] / 1e9))
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for index, (name, points) in enumerate(series.items()):
+        batch, speed, memory = zip(*sorted(points), strict=True)
+        style = {"marker": "osv^Dx+"[index % 7], "color": f"C{index % 10}", "linestyle": ["-", "--"][index // 10 % 2]}
+        axes[0].plot(batch, speed, label=name, **style)
+        axes[1].plot(batch, memory, **style)
+    for axis, what in zip(axes, ("decode, tokens per second", "peak memory, GB"), strict=True):
+        axis.set(xlabel="batch size", ylabel=what, ylim=(0, None))
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    for name in ("prompt_length", "new_tokens", "rounds"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    if min(args.batch_size) < 1:
+        raise InputError(f"--batch_size must be 1 or more, got {min(args.batch_size)}")
+    source = models.resolve(args.model, args.model_path)
+    folder = models.fetch(source)
+    data = load_data("samsum", args.data_dir)
+
+    from squeeze.config import SqueezeConfig
+    from squeeze.loading import load_tokenizer, pick_device
+
+    pick_device(args.device)
+    SqueezeConfig(ini_size=args.ini_size, kv_class3=args.KV_class3)
+    text = "\n\n".join(build_prompt("samsum", one) for one in data.rows[:8])
+    tokens = load_tokenizer(folder)(text).input_ids
+    todo, records = specs(args, folder, tokens), []
+    squeezed_budgets: list[int] | None = None
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tqdm(todo, unit="configuration") as bar:
+        for spec in bar:
+            bar.set_postfix_str(f"{spec['engine']} {spec['cache']}, {spec['dtype']}, batch {spec['batch_size']}")
+            if spec.get("budgets") == "squeezed":
+                if squeezed_budgets is None:
+                    continue
+                spec = spec | {"budgets": squeezed_budgets}
+            found = run(spec)
+            if spec["engine"] == "squeeze" and spec["cache"].endswith("squeezed") and "budgets" in found:
+                squeezed_budgets = found["budgets"][0]
+            records.append({"spec": {key: value for key, value in spec.items() if key != "tokens"}, "result": found})
+            write_json(args.out / "bench.json", {"machine": platform.platform(), "runs": records})
+            bar.write(table(COLUMNS, [row(records[-1])]).splitlines()[-1])
+    print(table(COLUMNS, [row(record) for record in records]))
+    for record in records:
+        if "error" in record["result"]:
+            print(f"{record['spec']['engine']} {record['spec']['cache']}: {record['result']['error']}")
+    if args.memory_gb:
+        for name, batch in fitting(records, 1e9 * args.memory_gb).items():
+            print(f"{name}: batches of up to {batch} fit into {args.memory_gb:g} GB")
+    plot(records, args.out / "bench.png")
+    print(args.out / "bench.json", args.out / "bench.png")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,180 @@
+"""One configuration of the benchmark in a process of its own: `python -m squeeze.measure` reads and prints JSON.
+
+It imports nothing but torch and transformers, and this package or kvpress where the configuration asks for them, so
+that peers can be measured in an environment of their own with the very same loop.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria
+from transformers.generation import StoppingCriteriaList
+
+
+class StepClock(StoppingCriteria):
+    """Notes the time of every token of `generate`, the first of which ends the prefill; stops nothing."""
+
+    def __init__(self, after_prefill) -> None:
+        self.times: list[float] = []
+        self.after_prefill = after_prefill
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        synchronize(input_ids.device)
+        self.times.append(time.perf_counter())
+        if len(self.times) == 1:
+            self.after_prefill()
+            synchronize(input_ids.device)
+            self.times.append(time.perf_counter())  # cutting a cache belongs to neither prefill nor decode
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def prompts(spec: dict[str, Any]) -> torch.Tensor:
+    """Token ids, `(batch_size, prompt_length)`: the given text, another stretch of it for each sequence."""
+    tokens = torch.tensor(spec["tokens"])
+    length = spec["prompt_length"]
+    rows = [torch.roll(tokens, -997 * row)[:length] for row in range(spec["batch_size"])]
+    return torch.stack([row.repeat(-(-length // len(row)))[:length] for row in rows])
+
+
+def copy_bandwidth(device: torch.device, nbytes: int = 1 << 29, rounds: int = 7) -> float:
+    """Bytes read and written per second by a large copy, the median of some rounds."""
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * nbytes / statistics.median(seconds)
+
+
+def weight_bytes(model) -> int:
+    """Bytes of all weights that one decode step reads; of an embedding that is not the head too, next to nothing."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return total if head is embedding else total - embedding.nbytes
+
+
+def cut(cache: DynamicCache, budgets: list[int]) -> None:
+    """Cut a DynamicCache to budgets after prefill, by what costs least: the last tokens."""
+    for layer, budget in zip(cache.layers, budgets, strict=True):
+        layer.keys = layer.keys[:, :, -budget:].clone()
+        layer.values = layer.values[:, :, -budget:].clone()
+
+
+def press(spec: dict[str, Any]):
+    """A press of kvpress at the configuration's budgets."""
+    import kvpress
+
+    ratios = [1 - budget / spec["prompt_length"] for budget in spec["budgets"]]
+    one = {"streaming": kvpress.StreamingLLMPress, "h2o": kvpress.ObservedAttentionPress}[spec["algorithm"]]
+    if len(set(ratios)) == 1:
+        return one(compression_ratio=ratios[0])
+    return kvpress.PerLayerCompressionPress(one(), compression_ratios=ratios)
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Run one configuration.
+
+    Args:
+        spec: `engine` (`squeeze`, `transformers`, `kvpress`), `model` (a folder), `device`, `dtype`, `attn`, `tokens`
+            (of the text that prompts are cut from), `batch_size`, `prompt_length`, `new_tokens`, `rounds`, and for
+            `squeeze` the fields of `SqueezeConfig` as `config`; for the others `budgets` in tokens (none: the full
+            cache), and `algorithm` for kvpress.
+    Returns:
+        medians and extremes of `prefill_seconds` (a prefill each round) and `step_seconds` (of all decode steps),
+        `kv_bytes` after prefill, `budgets` where they were measured, `weight_bytes`, `copy_bandwidth` (bytes a second)
+        and `peak_bytes` of this process (RSS, or tensors on a GPU).
+    """
+    device = torch.device(spec["device"])
+    model = AutoModelForCausalLM.from_pretrained(
+        spec["model"], dtype=getattr(torch, spec["dtype"]), attn_implementation=spec["attn"]
+    )
+    model.to(device).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.max_length = None
+    ids = prompts(spec).to(device)
+    result: dict[str, Any] = {"weight_bytes": weight_bytes(model)}
+    prefill, steps = [], []
+    with torch.inference_mode():
+        result["copy_bandwidth"] = copy_bandwidth(device)
+        generate(model, ids[:1, :64], spec, 4)  # warm-up
+        for _ in range(spec["rounds"]):
+            start = time.perf_counter()
+            clock, found = generate(model, ids, spec, spec["new_tokens"])
+            prefill.append(clock.times[0] - start)
+            steps += [after - before for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
+            result |= found
+    result |= {"prefill_seconds": spread(prefill), "step_seconds": spread(steps)}
+    half = len(steps) // spec["rounds"] // 2
+    if half >= 32:  # does a step cost more when much has been generated?
+        late = [steps[i] for i in range(len(steps)) if i % (2 * half) >= 2 * half - 32]
+        early = [steps[i] for i in range(len(steps)) if i % (2 * half) < 32]
+        result["late_over_early"] = statistics.median(late) / statistics.median(early)
+    on_gpu = device.type == "cuda"
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result["peak_bytes"] = torch.cuda.max_memory_allocated(device) if on_gpu else rss
+    return result
+
+
+def generate(model, ids: torch.Tensor, spec: dict[str, Any], new_tokens: int) -> tuple[StepClock, dict[str, Any]]:
+    """One `model.generate` with the configuration's cache: when its tokens came, and the bytes held after prefill."""
+    engine, budgets = spec["engine"], spec.get("budgets")
+    found: dict[str, Any] = {}
+    cache = DynamicCache(config=model.config)
+    context: Any = nullcontext()
+    if engine == "squeeze":
+        from squeeze import SqueezeConfig, squeezed
+
+        context = squeezed(model, SqueezeConfig(**spec["config"]))
+    elif engine == "kvpress" and budgets and ids.shape[1] == spec["prompt_length"]:
+        context = press(spec)(model)
+
+    def after_prefill() -> None:
+        if engine == "squeeze":
+            found.update(kv_bytes=run.kv_bytes, state_bytes=run.state_bytes, budgets=run.budgets.tolist())
+            return
+        if engine == "transformers" and budgets and ids.shape[1] == spec["prompt_length"]:
+            cut(cache, budgets)
+        found["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    clock = StepClock(after_prefill)
+    with context as run:
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=None if engine == "squeeze" else cache,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+    return clock, found
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles, in seconds; with fewer than two values they are all the same."""
+    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    return {"median": statistics.median(seconds), "low": low, "high": high}
+
+
+if __name__ == "__main__":
+    try:
+        measured = measure(json.load(sys.stdin))
+    except Exception as error:  # whatever a peer raises is the result, and the benchmark goes on
+        measured = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    print(json.dumps(measured))

@@ -1,0 +1,88 @@
+"""The benchmark: measures in processes of their own, writes what it prints, and says what failed."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_model
+from tiny import save_rows, save_tiny
+from transformers import DynamicCache
+
+from squeeze import InputError, bench, measure
+
+SPEC = {"engine": "squeeze", "cache": "h2o squeezed", "dtype": "float32", "batch_size": 4, "prompt_length": 64}
+
+
+def record(batch_size=4, peak=1e9, step=0.1, **spec):
+    result = {
+        **{"weight_bytes": 5e8, "kv_bytes": 3e8, "copy_bandwidth": 2e10, "peak_bytes": peak},
+        **{"prefill_seconds": {"median": 1.5}, "step_seconds": {"median": step}},
+    }
+    return {"spec": SPEC | {"batch_size": batch_size} | spec, "result": result}
+
+
+def test_a_line_has_speed_memory_and_the_bandwidth_limit():
+    line = bench.row(record())
+    assert (line["tokens/s"], line["step ms"], line["limit ms"], line["of limit"]) == ("40.0", "100.0", "40.0", "40%")
+    failed = bench.row({"spec": SPEC, "result": {"error": "MemoryError"}})
+    assert (failed["prefill s"], failed["tokens/s"]) == ("failed", "-")
+
+
+def test_the_batch_that_fits_is_read_off_a_line_through_the_peaks():
+    records = [record(1, 1.1e9), record(4, 1.4e9), record(1, 2e9, cache="alone")]
+    assert bench.fitting(records, 2e9) == {"squeeze h2o squeezed float32": 10}
+    assert bench.fitting(records, 0.5e9) == {"squeeze h2o squeezed float32": 0}
+
+
+def test_cutting_a_dynamic_cache_leaves_its_last_tokens():
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(torch.arange(10.0).view(1, 1, 10, 1), torch.arange(10.0).view(1, 1, 10, 1), layer)
+    measure.cut(cache, [3, 5])
+    assert [layer.keys.flatten().tolist() for layer in cache.layers] == [[7, 8, 9], [5, 6, 7, 8, 9]]
+    assert cache.layers[0].keys.untyped_storage().nbytes() == 12
+
+
+def test_prompts_differ_and_have_the_length_asked_for():
+    ids = measure.prompts({"tokens": list(range(2000)), "prompt_length": 5000, "batch_size": 3})
+    assert ids.shape == (3, 5000)
+    assert len(set(ids[:, 0].tolist())) == 3
+
+
+def test_what_a_step_reads_of_the_weights():
+    tied, untied = random_model("llama", tie_word_embeddings=True), random_model("llama")
+    assert measure.weight_bytes(tied) == sum(p.nbytes for p in tied.parameters())
+    assert measure.weight_bytes(untied) == measure.weight_bytes(tied)
+
+
+def test_a_small_benchmark(tmp_path, capsys):
+    save_tiny(tmp_path / "tiny")
+    save_rows(tmp_path / "data")
+    sizes = ["--prompt_length", "60", "--new_tokens", "8", "--rounds", "2", "--batch_size", "1", "2", "--peers"]
+    folders = ["--model", str(tmp_path / "tiny"), "--data_dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    caches = ["--caches", "squeezed", "--algorithm", "h2o", "--dtype", "float32", "--memory_gb", "100"]
+    bench.main([*folders, *sizes, *caches])
+    shown = capsys.readouterr().out
+    runs = json.loads((tmp_path / "out/bench.json").read_text())["runs"]
+    assert [run["spec"]["batch_size"] for run in runs] == [1, 1, 1, 2, 2, 2]
+    per_token = 5 * 2 * 2 * 8 * 4
+    for batch_size, (squeezed, full, cut) in ((1, runs[:3]), (2, runs[3:])):
+        budgets = squeezed["result"]["budgets"]
+        assert all(sum(one) == 60 for one in budgets), "5 layers, a fifth of 60 tokens each"
+        longest = [max(layer) for layer in zip(*budgets, strict=True)]
+        assert squeezed["result"]["kv_bytes"] == batch_size * sum(longest) * per_token / 5
+        assert full["result"]["kv_bytes"] == batch_size * 60 * per_token
+        assert cut["result"]["kv_bytes"] == batch_size * 12 * per_token
+    assert "fit into 100 GB" in shown
+    assert (tmp_path / "out/bench.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_fails_is_named_and_the_rest_goes_on():
+    found = bench.run(SPEC | {"model": "nowhere", "device": "cpu", "attn": "sdpa"})
+    assert found["error"].startswith("OSError: ")
+
+
+@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--batch_size", "0"], ["--ini_size", "2"], ["--model", "none"]])
+def test_bad_input(flags):
+    with pytest.raises(InputError):
+        bench.main(flags)
