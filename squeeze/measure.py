@@ -120,10 +120,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             steps += [after - before for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
             result |= found
     result |= {"prefill_seconds": spread(prefill), "step_seconds": spread(steps)}
-    half = len(steps) // spec["rounds"] // 2
-    if half >= 32:  # does a step cost more when much has been generated?
-        late = [steps[i] for i in range(len(steps)) if i % (2 * half) >= 2 * half - 32]
-        early = [steps[i] for i in range(len(steps)) if i % (2 * half) < 32]
+    each = len(steps) // spec["rounds"]
+    if each >= 64:  # does a step cost more when much has been generated?
+        late = [steps[i] for i in range(len(steps)) if i % each >= each - 32]
+        early = [steps[i] for i in range(len(steps)) if i % each < 32]
         result["late_over_early"] = statistics.median(late) / statistics.median(early)
     on_gpu = device.type == "cuda"
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
