@@ -109,71 +109,50 @@ def _hidden(start: int, end: int, low: int, window: int | None, device: torch.de
     return hidden if window is None else hidden | (key <= query - window)
 
 
-def decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float, inv_freq: torch.Tensor) -> torch.Tensor:
+def decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float) -> torch.Tensor:
     """Attention of one new token per sequence over its layer's buffer, the new token's slot included.
 
     The queries of a KV head meet its keys together, so keys are read once and never repeated. H2O's scores grow by
     the probabilities.
 
-    StreamingLLM measures distance inside the cache: as tokens between the sinks and the recent window disappear,
-    sinks move closer, from their original angle by as many positions as tokens were evicted. Where no fused kernel
-    is used, the query is turned back by as much instead before it meets them: the same angle, and no copy.
-
     Args:
         queries: `(batch, heads, 1, head_dim)`, after RoPE.
         layer: its `write` has placed the new token.
-        inv_freq: RoPE's inverse frequencies, `(head_dim / 2,)`, float32.
     Returns:
         `(batch, heads, 1, head_dim)`.
     """
-    if layer.fused:
-        return _fused_decode(queries, layer, scale, inv_freq)
-    count, sinks = layer.longest, layer.evictor.sinks
+    count = layer.longest
     keys, values = layer.keys[:, :, :count], layer.values[:, :, :count]
+    if layer.fused:
+        return _fused_decode(queries, keys, values, layer, scale)
     batch, kv_heads, _, head_dim = keys.shape
     grouped = queries.reshape(batch * kv_heads, -1, head_dim) * scale
-    logits = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2)).float()
-    lengths = torch.minimum(layer.seen, layer.budget)
-    if sinks and layer.evicted:
-        turned = rotate(grouped.view(batch, -1, head_dim), lengths - layer.seen, inv_freq).view_as(grouped)
-        logits[..., :sinks] = torch.bmm(turned, keys[:, :, :sinks].flatten(0, 1).transpose(1, 2)).float()
-    logits = logits.view(batch, kv_heads, -1, count)
+    logits = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2)).view(batch, kv_heads, -1, count)
     if layer.ragged:
-        empty = torch.arange(count, device=logits.device) >= lengths
-        logits = logits.masked_fill(empty[:, None, None], -torch.inf)
-    probabilities = logits.softmax(dim=-1)
+        logits = logits.masked_fill(_empty(layer, count), -torch.inf)
+    probabilities = logits.softmax(dim=-1, dtype=torch.float32)
     if layer.evictor.needs_scores:
         layer.scores[:, :, :count] += probabilities.detach().sum(dim=2)
     attended = torch.bmm(probabilities.to(values.dtype).flatten(0, 1), values.flatten(0, 1))
     return attended.view_as(queries)
 
 
-def _fused_decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float, inv_freq: torch.Tensor) -> torch.Tensor:
+def _empty(layer: SqueezeLayer, count: int) -> torch.Tensor:
+    """Which of the first `count` slots hold no token: `(batch, 1, 1, count)`."""
+    return (torch.arange(count, device=layer.lengths.device) >= layer.lengths)[:, None, None]
+
+
+def _fused_decode(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: SqueezeLayer, scale: float
+) -> torch.Tensor:
     """`decode` with flash-attn where it is installed, else with `scaled_dot_product_attention`."""
-    count, sinks = layer.longest, layer.evictor.sinks
-    lengths = torch.minimum(layer.seen, layer.budget)
-    if sinks and layer.evicted:
-        turned = rotate(layer.sink_keys.flatten(1, 2), layer.seen - lengths, inv_freq)
-        layer.keys[:, :, :sinks] = turned.view_as(layer.sink_keys)
-    keys, values = layer.keys[:, :, :count], layer.values[:, :, :count]
     if queries.dtype in FLASH_DTYPES and importlib.util.find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_with_kvcache
 
         tokens_first = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
-        seqlens = lengths[:, 0].int()
+        seqlens = layer.lengths[:, 0].int()
         return flash_attn_with_kvcache(*tokens_first, cache_seqlens=seqlens, softmax_scale=scale).transpose(1, 2)
     # The queries that share a KV head stand where a prompt's tokens would: no head is repeated.
     grouped = queries.view(*keys.shape[:2], -1, keys.shape[3])
-    mask = (torch.arange(count, device=keys.device) < lengths)[:, None, None] if layer.ragged else None
+    mask = ~_empty(layer, keys.shape[2]) if layer.ragged else None
     return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).view_as(queries)
-
-
-def rotate(vectors: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Turn `(batch, n, head_dim)` by RoPE's angle of `positions` `(batch, 1)`, computed in float32.
-
-    Two halves of `head_dim` form the pairs, as in transformers' Llama and Mistral.
-    """
-    angles = (positions.float() * inv_freq)[:, None]
-    cos, sin = angles.cos(), angles.sin()
-    first, second = vectors.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(vectors.dtype)

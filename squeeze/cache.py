@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from squeeze.evictors import Evictor
+from squeeze.schedule import Schedule
 
 
 def fuses(device: torch.device) -> bool:
@@ -27,23 +29,27 @@ class SqueezeLayer(CacheLayerMixin):
             holds `min(seen, budget)` tokens, always in the first slots; the buffer is as long as the largest budget.
         scores: H2O's accumulated attention, float32, `(batch, kv_heads, slots)`; no elements for the other evictors.
         held: position of the token in each slot, -1 where it is empty, int32, same shape as `scores`.
-        seen, budget: tokens seen and slots owned by each sequence, int64, `(batch, 1)`, on the layer's device.
-        fused: whether decoding uses a fused kernel, which gives no scores and reads sinks from the buffer as they are.
-        sink_keys: with `fused`, StreamingLLM's sinks as they came, of which turned copies are in the buffer.
+        position, budget, lengths, rows: of the decode step under way, as `squeeze.schedule.Schedule` describes them.
         longest: the most tokens that any sequence holds.
         ragged: whether sequences hold different numbers of tokens.
+        fused: whether decoding uses a fused kernel, which gives no scores.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    position: torch.Tensor
+    budget: torch.Tensor
+    lengths: torch.Tensor
+    rows: torch.Tensor
+    longest: int
+    ragged: bool
+    fused: bool
 
     def __init__(self, evictor: Evictor):
         super().__init__()
         self.evictor = evictor
         self.scores = torch.empty(0)
         self.held = torch.empty(0, dtype=torch.int32)
-        self.sink_keys = torch.empty(0)
-        self.fused = False
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> None:
         """Hold a whole left-padded prompt, `(batch, kv_heads, tokens, head_dim)`, until `compress`."""
@@ -70,30 +76,21 @@ class SqueezeLayer(CacheLayerMixin):
                 scores[row, :, :count] = row_scores.gather(1, kept)
                 held[row, :, :count] = kept
         self.keys, self.values, self.scores, self.held = keys, values, scores, held
-        sinks = self.evictor.sinks
-        self.fused = fuses(keys.device) and not scored and min(lengths) >= sinks
-        self.sink_keys = keys[:, :, : sinks if self.fused else 0].clone()
-        self.seen = torch.tensor(lengths, device=keys.device)[:, None]
-        self.budget = torch.tensor(budgets, device=keys.device)[:, None]
-        self.set_lengths(lengths, budgets)
+        self.fused = fuses(keys.device) and not scored
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Place a new token per sequence, `(batch, kv_heads, 1, head_dim)`; where there is no room, evict another."""
         batch, heads, _, head_dim = keys.shape
-        slot = self.evictor.slot(self.seen, self.budget, self.held, self.scores).expand(batch, heads)[..., None]
-        index = slot[..., None].expand(-1, -1, -1, head_dim)
-        self.keys.scatter_(2, index, keys)
-        self.values.scatter_(2, index, values)
+        rows = self.rows
         if self.evictor.needs_scores:
-            self.scores.scatter_(2, slot, 0.0)
-            self.held.scatter_(2, slot, self.seen[..., None].expand(-1, heads, -1).int())
-        self.seen += 1
-
-    def set_lengths(self, seen: Sequence[int], budgets: Sequence[int]) -> None:
-        """Note on the host how many tokens the sequences hold, so that a decode step never waits for the device."""
-        held = [min(pair) for pair in zip(seen, budgets, strict=True)]
-        self.longest, self.ragged = max(held), len(set(held)) > 1
-        self.evicted = any(tokens > budget for tokens, budget in zip(seen, budgets, strict=True))
+            rows = rows + self.evictor.slot(self.position, self.budget, self.held, self.scores)
+        rows = rows.view(-1)
+        # Not scatter_, which for 16-bit types goes through a copy of the whole buffer on the CPU.
+        self.keys.view(-1, head_dim).index_copy_(0, rows, keys.reshape(-1, head_dim))
+        self.values.view(-1, head_dim).index_copy_(0, rows, values.reshape(-1, head_dim))
+        if self.evictor.needs_scores:
+            self.scores.view(-1).index_fill_(0, rows, 0.0)
+            self.held.view(-1).index_copy_(0, rows, self.position.int().expand(batch, heads).reshape(-1))
 
     @property
     def kv_bytes(self) -> int:
@@ -102,8 +99,8 @@ class SqueezeLayer(CacheLayerMixin):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of scores, positions and sinks kept as they came."""
-        return self.scores.nbytes + self.held.nbytes + self.sink_keys.nbytes
+        """Bytes of scores and positions."""
+        return self.scores.nbytes + self.held.nbytes
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: buffers are made by `compress`, when the budgets are known."""
@@ -128,14 +125,16 @@ class SqueezeCache(Cache):
         evictor: which tokens survive.
         layers: how many decoder layers the model has.
         max_new_tokens: how many tokens may be generated; no buffer is made for more.
+        inv_freq: RoPE's inverse frequencies, `(head_dim / 2,)`, float32, by which StreamingLLM's sinks are moved.
     """
 
-    def __init__(self, evictor: Evictor, layers: int, max_new_tokens: int):
+    def __init__(self, evictor: Evictor, layers: int, max_new_tokens: int, inv_freq: torch.Tensor):
         super().__init__(layers=[SqueezeLayer(evictor) for _ in range(layers)])
-        self.evictor = evictor
         self.max_new_tokens = max_new_tokens
+        self.inv_freq = inv_freq
         self.prompt_lengths: list[int] = []
-        self.budgets: list[list[int]] = []
+        self.budgets = np.empty((layers, 0), dtype=int)
+        self.schedules: list[Schedule] = []
         self.padded_length = 0
         self.steps = 0
         self.compressed = False
@@ -154,12 +153,22 @@ class SqueezeCache(Cache):
                 raise ValueError(f"the cache holds {len(self.prompt_lengths)} sequences, got a batch of {batch}")
             if self.steps >= self.max_new_tokens:
                 raise ValueError(f"the cache was made for {self.max_new_tokens} new tokens, and they are used up")
-            seen = [length + self.steps + 1 for length in self.prompt_lengths]
-            for layer, budgets in zip(self.layers, self.budgets, strict=True):
-                layer.set_lengths(seen, budgets)
+            self._begin_step()
             return
         self.padded_length = tokens
         self.prompt_lengths = _prompt_lengths(tokens, batch, attention_mask)
+
+    def _begin_step(self) -> None:
+        """Lengths are worked out on the host as well, so that a decode step never waits for its device."""
+        seen = np.array(self.prompt_lengths) + self.steps + 1
+        held = np.minimum(seen, self.budgets)
+        longest = held.max(axis=1)
+        ragged = held.min(axis=1) < longest
+        for layer, layer_longest, layer_ragged in zip(self.layers, longest.tolist(), ragged.tolist(), strict=True):
+            layer.longest, layer.ragged = layer_longest, layer_ragged
+        evicting = bool((held < seen).any())
+        for schedule in self.schedules:
+            schedule.advance(evicting)
 
     def end_step(self) -> None:
         """Count a decode step, after its last layer: until then the length is what positions are derived from."""
@@ -167,9 +176,15 @@ class SqueezeCache(Cache):
 
     def compress(self, budgets: Sequence[Sequence[int]]) -> None:
         """Cut every layer to its budgets, `(batch, layers)` tokens; called once, at the end of prefill."""
-        self.budgets = [list(column) for column in zip(*budgets, strict=True)]
-        for layer, column in zip(self.layers, self.budgets, strict=True):
+        self.budgets = np.array(budgets).T
+        by_device: dict[torch.device, list[int]] = {}
+        for index, (layer, column) in enumerate(zip(self.layers, self.budgets.tolist(), strict=True)):
             layer.compress(self.prompt_lengths, column)
+            by_device.setdefault(layer.keys.device, []).append(index)
+        self.schedules = [
+            Schedule([self.layers[i] for i in own], self.prompt_lengths, self.budgets[own].tolist(), self.inv_freq)
+            for own in by_device.values()
+        ]
         self.compressed = True
 
     @property
@@ -179,8 +194,8 @@ class SqueezeCache(Cache):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all scores and positions (H2O), and of sinks kept as they came (StreamingLLM on a GPU)."""
-        return sum(layer.state_bytes for layer in self.layers)
+        """Bytes of all scores and positions (H2O), and of the sinks as they came (StreamingLLM)."""
+        return sum(part.state_bytes for part in (*self.layers, *self.schedules))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included: what positions and masks are counted by, not what is held."""

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from squeeze.config import InputError
 from squeeze.models import weight_files
+from squeeze.packing import pack
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -61,6 +62,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer for inference, without running code that came with them.
 
+    On the CPU the linear layers are packed (`squeeze.packing`).
+
     Args:
         folder: from `fetch`.
         attn: `auto` (sdpa), `sdpa`, `eager` or `flash_attention_2`.
@@ -89,6 +92,8 @@ def load(
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(f"the weights in {folder} lack {len(missing)} tensors of the model, among them {missing[0]}")
+    if device_map is None:
+        pack(model)
     model.generation_config.max_length = None  # Llama-2's files set it, and `generate` warns beside max_new_tokens
     return model.eval(), tokenizer
 

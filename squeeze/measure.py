@@ -109,6 +109,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     model.generation_config.max_length = None
     ids = prompts(spec).to(device)
     result: dict[str, Any] = {"weight_bytes": weight_bytes(model)}
+    if spec["engine"] == "squeeze":
+        from squeeze.packing import pack
+
+        pack(model)  # as `squeeze.loading.load` does
     prefill, steps = [], []
     with torch.inference_mode():
         result["copy_bandwidth"] = copy_bandwidth(device)

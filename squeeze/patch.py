@@ -41,7 +41,7 @@ class SqueezedModel:
         classes: `(batch, layers)` 1, 2 or 3; None with explicit budgets.
         budgets: `(batch, layers)` tokens.
         kv_bytes: bytes of all key and value tensors held after the prefill.
-        state_bytes: bytes of H2O's scores and positions.
+        state_bytes: bytes of H2O's scores and positions, or of StreamingLLM's sinks as they came.
         notes: of each sequence, sentences that the user should see, such as that minimum budgets made the total grow.
     """
 
@@ -83,7 +83,8 @@ class SqueezedModel:
 
     def cache(self, max_new_tokens: int) -> SqueezeCache:
         """An empty cache for one prompt or batch and up to `max_new_tokens` tokens after it."""
-        return SqueezeCache(self.evictor, self.model.config.num_hidden_layers, max_new_tokens)
+        inv_freq = self.model.model.rotary_emb.inv_freq
+        return SqueezeCache(self.evictor, self.model.config.num_hidden_layers, max_new_tokens, inv_freq)
 
     def finish_prefill(self, cache: SqueezeCache) -> None:
         """Turn what was measured into budgets, sequence by sequence, and cut the cache to them."""
@@ -269,8 +270,7 @@ def _forward(
     layer = past_key_values.layers[module.layer_idx]
     if past_key_values.compressed:
         layer.write(keys.detach(), values.detach())
-        inv_freq = run.model.model.rotary_emb.inv_freq.to(queries.device)
-        output = attention.decode(queries, layer, module.scaling, inv_freq)
+        output = attention.decode(queries, layer, module.scaling)
     else:
         output, scores = attention.prefill(
             queries,

@@ -34,7 +34,9 @@ def test_bytes_are_what_the_budgets_say_and_the_prompts_cache_is_gone(embedded, 
         assert run.kv_bytes <= 1.02 * run.budgets.sum() * per_token
         tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         assert run.kv_bytes == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        assert (run.state_bytes > 0) == (algorithm == "h2o")
+        sink_bytes = 30 * 4 * per_token // 2  # four sinks as they came, keys alone
+        scored = run.budgets.sum() * model.config.num_key_value_heads * (4 + 4)  # a score and a position
+        assert run.state_bytes == {"sliding_window": 0, "streaming": sink_bytes, "h2o": scored}[algorithm]
         gc.collect()
         alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape[-2:] == (len(prompt), 64)]
         assert not alive, [t.shape for t in alive]
