@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from squeeze import models
 from squeeze.config import ALGORITHMS, ALLOCATIONS, InputError
 from squeeze.files import write_json
-from squeeze.flags import Parser, run_command
+from squeeze.flags import DTYPES, Parser, run_command
 from squeeze.longbench import build_prompt, load_data
 from squeeze.tables import table
 
@@ -24,6 +25,7 @@ EXAMPLES = """examples
   the embedded model, full, uniform and squeezed caches, one prompt and batches of 8:
     python -m squeeze.bench --batch_size 1 8 --prompt_length 4096 --ini_size 0.2 --KV_class3 0.12
   beside Hugging Face's DynamicCache; and NVIDIA's kvpress, which needs an environment of its own:
+    python3.11 -m venv .venv-peers && .venv-peers/bin/pip install -r requirements-peers.txt
     python -m squeeze.bench --peers --peer_python .venv-peers/bin/python
 """
 COLUMNS = (
@@ -47,7 +49,9 @@ def parser() -> Parser:
     made.add_argument("--batch_size", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
     made.add_argument("--prompt_length", type=int, default=4096, help="tokens of every prompt (default: 4096)")
     made.add_argument("--new_tokens", type=int, default=65, help="tokens to generate after it (default: 65)")
-    made.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="default: float32 bfloat16")
+    made.add_argument(
+        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES[1:], help="default: float32 bfloat16"
+    )
     made.add_argument(
         "--caches",
         nargs="+",
@@ -62,8 +66,17 @@ def parser() -> Parser:
     made.add_argument("--rounds", type=int, default=3, help="prefills and generations of each (default: 3)")
     made.add_argument("--peers", action="store_true", help="also DynamicCache, full and cut, and kvpress's presses")
     made.add_argument("--peer_python", help="Python of the environment with kvpress (without it: no kvpress)")
+    made.add_argument(
+        "--peer_attn",
+        nargs="+",
+        default=["sdpa"],
+        choices=["sdpa", "eager"],
+        help="attention of peers (default: sdpa)",
+    )
     made.add_argument("--memory_gb", type=float, help="say which batch would fit into so much, by the peaks measured")
-    made.add_argument("--data_dir", default="data/longbench", help="samsum.jsonl here gives the prompts' text")
+    made.add_argument(
+        "--data_dir", default=models.ROOT / "data/longbench", help="its samsum.jsonl gives the prompts' text"
+    )
     made.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results (default: bench)")
     return made
 
@@ -100,17 +113,21 @@ def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]
     budget = int(float(args.ini_size) * args.prompt_length)
     layers = models.read_config(Path(base["model"]))["num_hidden_layers"]
     cut = {"budgets": [budget] * layers}
-    found = [
-        base | {"engine": "transformers", "cache": "DynamicCache full"},
-        base | {"engine": "transformers", "cache": "DynamicCache uniform", **cut},
-    ]
-    if args.peer_python:
-        kvpress = base | {"engine": "kvpress", "python": args.peer_python}
-        found += [
-            kvpress | {"cache": "StreamingLLMPress", "algorithm": "streaming", **cut},
-            kvpress | {"cache": "PerLayerCompressionPress", "algorithm": "streaming", "budgets": "squeezed"},
-            kvpress | {"cache": "ObservedAttentionPress", "algorithm": "h2o", "attn": "eager", **cut},
-        ]
+    found = []
+    for attn in args.peer_attn:
+        transformers = base | {"engine": "transformers", "attn": attn}
+        name = "DynamicCache" if attn == "sdpa" else f"DynamicCache {attn}"
+        found += [transformers | {"cache": f"{name} full"}, transformers | {"cache": f"{name} uniform", **cut}]
+        if args.peer_python:
+            kvpress = transformers | {"engine": "kvpress", "python": args.peer_python, "algorithm": "streaming"}
+            name = "" if attn == "sdpa" else f" {attn}"
+            found += [
+                kvpress | {"cache": f"StreamingLLMPress{name}", **cut},
+                kvpress | {"cache": f"PerLayerCompressionPress{name}", "budgets": "squeezed"},
+            ]
+    if args.peer_python:  # it reads attention weights, which eager attention alone gives
+        observed = {"engine": "kvpress", "python": args.peer_python, "algorithm": "h2o", "attn": "eager"}
+        found.append(base | observed | {"cache": "ObservedAttentionPress", **cut})
     return found
 
 
@@ -123,8 +140,14 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def row(record: dict[str, Any]) -> dict[str, str]:
-    """A line of the table."""
+def bandwidth(records: Sequence[dict[str, Any]]) -> float:
+    """Bytes per second of a copy, the median over all processes of the run."""
+    measured = [record["result"]["copy_bandwidth"] for record in records if "error" not in record["result"]]
+    return statistics.median(measured) if measured else 1.0
+
+
+def row(record: dict[str, Any], copy_bandwidth: float) -> dict[str, str]:
+    """A line of the table; the limit is what the weights and the KV kept take to be read once."""
     spec, found = record["spec"], record["result"]
     line = {
         **{"engine": spec["engine"], "cache": spec["cache"], "dtype": spec["dtype"]},
@@ -133,7 +156,7 @@ def row(record: dict[str, Any]) -> dict[str, str]:
     if "error" in found:
         return dict.fromkeys(COLUMNS, "-") | line | {"prefill s": "failed"}
     step = found["step_seconds"]["median"]
-    limit = (found["weight_bytes"] + found["kv_bytes"]) / found["copy_bandwidth"]
+    limit = (found["weight_bytes"] + found["kv_bytes"]) / copy_bandwidth
     return line | {
         "prefill s": f"{found['prefill_seconds']['median']:.2f}",
         "step ms": f"{1000 * step:.1f}",
@@ -201,9 +224,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_data("samsum", args.data_dir)
 
     from squeeze.config import SqueezeConfig
-    from squeeze.loading import load_tokenizer, pick_device
+    from squeeze.loading import load_tokenizer, pick_device, pick_dtype
 
-    pick_device(args.device)
+    for dtype in args.dtype:
+        pick_dtype(dtype, pick_device(args.device))
     SqueezeConfig(ini_size=args.ini_size, kv_class3=args.KV_class3)
     text = "\n\n".join(build_prompt("samsum", one) for one in data.rows[:8])
     tokens = load_tokenizer(folder)(text).input_ids
@@ -222,8 +246,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 squeezed_budgets = found["budgets"][0]
             records.append({"spec": {key: value for key, value in spec.items() if key != "tokens"}, "result": found})
             write_json(args.out / "bench.json", {"machine": platform.platform(), "runs": records})
-            bar.write(table(COLUMNS, [row(records[-1])]).splitlines()[-1])
-    print(table(COLUMNS, [row(record) for record in records]))
+            bar.write(table(COLUMNS, [row(records[-1], bandwidth(records))]).splitlines()[-1])
+    copies = bandwidth(records)
+    print(table(COLUMNS, [row(record, copies) for record in records]))
+    print(f"limit: weights and KV read once, at the {copies / 1e9:.1f} GB/s of a copy (median of all processes)")
     for record in records:
         if "error" in record["result"]:
             print(f"{record['spec']['engine']} {record['spec']['cache']}: {record['result']['error']}")

@@ -76,7 +76,9 @@ def pred_parser() -> Parser:
         "--data_dir", help="folder with <dataset>.jsonl files in LongBench's format (default: LongBench from the Hub)"
     )
     parser.add_argument(
-        "--dtype", default="auto", help="auto (bfloat16 on a GPU, float32 on the CPU), float32, bfloat16 or float16"
+        "--dtype",
+        default="auto",
+        help="auto (bfloat16 on GPUs and on CPUs with AVX512-BF16 or AMX, else float32), float32, bfloat16 or float16",
     )
     parser.add_argument(
         "--attn",

@@ -38,10 +38,22 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Read `--dtype`; auto is bfloat16 on a GPU and float32 on the CPU."""
+    """Read `--dtype`; auto is bfloat16 on a GPU, and on a CPU that multiplies it in hardware, else float32.
+
+    Raises:
+        InputError: bfloat16 on a GPU that has none.
+    """
+    on_gpu = device.type == "cuda"
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = "bfloat16" if on_gpu or _cpu_multiplies_bfloat16() else "float32"
+    if dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(f"{torch.cuda.get_device_name(device)} has no bfloat16: use --dtype float16 or float32")
     return getattr(torch, dtype)
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """AVX512-BF16 or AMX: without them it is emulated, and float32 is faster."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -17,7 +17,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach()), persistent=False)
+        self.register_buffer(
+            "packed", torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach()), persistent=False
+        )
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
@@ -40,6 +42,7 @@ def pack(model: nn.Module) -> None:
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
-            plain = type(child) is nn.Linear and not hasattr(child, "_hf_hook")
-            if plain and child.weight.device.type == "cpu" and packs(child.weight.dtype):
+            if not isinstance(child, nn.Linear) or hasattr(child, "_hf_hook"):
+                continue
+            if child.weight.device.type == "cpu" and packs(child.weight.dtype):
                 setattr(module, name, PackedLinear(child))

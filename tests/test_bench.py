@@ -22,10 +22,16 @@ def record(batch_size=4, peak=1e9, step=0.1, **spec):
 
 
 def test_a_line_has_speed_memory_and_the_bandwidth_limit():
-    line = bench.row(record())
+    line = bench.row(record(), 2e10)
     assert (line["tokens/s"], line["step ms"], line["limit ms"], line["of limit"]) == ("40.0", "100.0", "40.0", "40%")
-    failed = bench.row({"spec": SPEC, "result": {"error": "MemoryError"}})
+    failed = bench.row({"spec": SPEC, "result": {"error": "MemoryError"}}, 2e10)
     assert (failed["prefill s"], failed["tokens/s"]) == ("failed", "-")
+
+
+def test_the_bandwidth_is_the_runs_median():
+    records = [record() for _ in range(3)] + [{"spec": SPEC, "result": {"error": "MemoryError"}}]
+    records[1]["result"]["copy_bandwidth"] = 1e9
+    assert bench.bandwidth(records) == 2e10
 
 
 def test_the_batch_that_fits_is_read_off_a_line_through_the_peaks():
@@ -82,7 +88,9 @@ def test_what_fails_is_named_and_the_rest_goes_on():
     assert found["error"].startswith("OSError: ")
 
 
-@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--batch_size", "0"], ["--ini_size", "2"], ["--model", "none"]])
+@pytest.mark.parametrize(
+    "flags", [["--rounds", "0"], ["--batch_size", "0"], ["--ini_size", "2"], ["--model", "none"], ["--dtype", "int8"]]
+)
 def test_bad_input(flags):
     with pytest.raises(InputError):
         bench.main(flags)

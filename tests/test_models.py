@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 from tiny import save_tiny
+from transformers import AutoModelForCausalLM
 
-from squeeze import InputError, models
+from squeeze import InputError, loading, models
 from squeeze import embedded as conversion
 from squeeze.loading import load, pick_device, pick_dtype
 from squeeze.models import (
@@ -139,9 +140,17 @@ def test_devices_and_dtypes(monkeypatch):
     assert pick_device(None) == pick_device("cuda:0") == torch.device("cuda:0")
     with pytest.raises(InputError, match="--device cuda:2: there are 2 GPUs"):
         pick_device("cuda:2")
-    assert pick_dtype("auto", torch.device("cuda:0")) == torch.bfloat16
-    assert pick_dtype("auto", CPU) == torch.float32
     assert pick_dtype("float16", CPU) == torch.float16
+    for has_it, expected in [(True, torch.bfloat16), (False, torch.float32)]:
+        monkeypatch.setattr(loading, "_cpu_multiplies_bfloat16", lambda has_it=has_it: has_it)
+        assert pick_dtype("auto", CPU) == expected
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+        if has_it:
+            assert pick_dtype("auto", torch.device("cuda:0")) == torch.bfloat16
+            continue
+        with pytest.raises(InputError, match="Tesla T4 has no bfloat16: use --dtype float16 or float32"):
+            pick_dtype("auto", torch.device("cuda:0"))
 
 
 def test_load(tiny):
@@ -155,11 +164,11 @@ def test_load(tiny):
 
 def test_pickled_weights_load_only_where_asked(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "pickled")
-    model, _ = load(folder, CPU, torch.float32)
+    model, ids = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), torch.arange(9)[None]
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     again, _ = load(folder, CPU, torch.float32, allow_pickle=True)
-    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
     with pytest.raises(InputError, match="cannot be loaded"):
         load(folder, CPU, torch.float32)
 
