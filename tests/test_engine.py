@@ -75,6 +75,21 @@ def test_smallest_budgets(algorithm):
     compare(random_model("mistral", seed=5), prompt, config)
 
 
+def test_sinks_that_come_after_the_prompt():
+    """A prompt of two tokens, alone and beside one that evicts from the first step on: its sinks come later."""
+    model = random_model("llama", seed=8)
+    short, long = (torch.randint(3, 199, (n,), generator=torch.Generator().manual_seed(n)) for n in (2, 40))
+    config = SqueezeConfig("streaming", budgets=[5, 6, 9, 12, 30])
+    compare(model, short, config)
+    ids = pad_sequence([short, long], batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(short), torch.ones_like(long)], batch_first=True, padding_side="left")
+    settings = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+    with squeezed(model, config):
+        together = model.generate(ids, attention_mask=mask, **settings)[:, -40:]
+        for row, prompt in enumerate((short, long)):
+            assert model.generate(prompt[None], **settings)[0, -40:].equal(together[row])
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_own_window_in_prefill(algorithm, attn):

@@ -55,6 +55,22 @@ def test_decoding_allocates_nothing_new_in_the_cache(algorithm):
     assert run.kv_bytes == cache.kv_bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_decode_step_allocates_nothing_as_large_as_a_buffer(algorithm, dtype):
+    """Neither by an operation of its own nor inside of one, as `scatter_` does for 16-bit types on the CPU."""
+    model = random_model("llama").to(dtype)
+    inputs = torch.randint(3, 199, (2, 600))
+    with squeezed(model, SqueezeConfig(algorithm, budgets=[500] * 5)) as run, torch.no_grad():
+        cache = run.cache(max_new_tokens=4)
+        model(inputs, past_key_values=cache, logits_to_keep=1)
+        model(inputs[:, :1], past_key_values=cache)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            model(inputs[:, :1], past_key_values=cache)
+    largest = max(profile.events(), key=lambda event: event.cpu_memory_usage)
+    assert 0 < largest.cpu_memory_usage < cache.layers[0].keys.nbytes, largest.name
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_a_prompt_does_not_notice_its_batch(algorithm, attn):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,24 @@ def test_a_stop_token_comes_second_at_the_earliest(place):
     assert output.tolist() == [0]
     assert stats["new_tokens"] == 1
     assert stats["prompt_tokens"] == 3
+
+
+@pytest.mark.parametrize("squeeze", [False, True])
+def test_a_prompt_that_stops_early_ends_at_its_stop_token(place, squeeze):
+    """In a batch `generate` pads it until the others have stopped, too: that padding is no part of the answer."""
+    model, _ = load(place / "tiny", torch.device("cpu"), torch.float32)
+    prompts = [torch.arange(5 + 7 * i, 45 + 9 * i) for i in range(6)]
+    model.generation_config.eos_token_id = None
+    settings = {"max_new_tokens": 9, "do_sample": False}
+    config = SqueezeConfig(ini_size="0.5", kv_class3="0.2")
+    with squeezed(model, config) if squeeze else nullcontext() as run:
+        whole = [output.tolist() for output in generate(model, prompts, settings, run)[0]]
+        stop = next(token for row in whole for token in row[:5] if sum(token in other for other in whole) < 6)
+        outputs, stats = generate(model, prompts, settings | {"eos_token_id": [stop]}, run)
+    expected = [row[: row.index(stop) + 1] if stop in row else row for row in whole]
+    assert [output.tolist() for output in outputs] == expected
+    assert [one["new_tokens"] for one in stats] == [len(row) for row in expected]
+    assert min(map(len, expected)) < max(map(len, expected))
 
 
 def test_full_cache_bytes_are_those_of_the_models_own_window(place):
