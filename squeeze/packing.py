@@ -35,14 +35,21 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@torch.no_grad()
 def pack(model: nn.Module) -> None:
     """Replace the linear layers of `model` that lie on the CPU, in place; the model is for inference from then on.
 
     Layers that accelerate moves between devices are left as they are, and so is everything where `packs` says no.
     """
+    packed = False
     for module in list(model.modules()):
         for name, child in module.named_children():
             if not isinstance(child, nn.Linear) or hasattr(child, "_hf_hook"):
                 continue
             if child.weight.device.type == "cpu" and packs(child.weight.dtype):
                 setattr(module, name, PackedLinear(child))
+                packed = True
+    if packed:  # what is left may be all that keeps the file of the weights mapped into memory
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()

@@ -71,9 +71,7 @@ class Schedule:
         return torch.stack([layer.keys[:, :, : self.evictor.sinks] for layer in self.layers])
 
     def _turn_sinks(self, evicted: torch.Tensor) -> None:
-        if (
-            self.sinks_come_late
-        ):  # a prompt shorter than the sinks; until it evicts, its buffers have them as they came
+        if self.sinks_come_late:  # after a prompt shorter than the sinks: until it evicts, they are as they came
             self.sinks = torch.where(self.evicted[..., None, None] == 0, self._sinks(), self.sinks)
         self.evicted = evicted
         for layer, turned in zip(
