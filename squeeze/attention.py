@@ -7,6 +7,7 @@ heads of one KV head are neighbours (grouped-query attention), so `heads = kv_he
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,13 +15,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from squeeze.cache import SqueezeLayer
 
-#: Queries walked at a time where attention is not fused: long enough for matrix products, short enough for a cache.
+#: Queries walked at a time where attention is not fused, at most: as long as matrix products need to be fast.
 BLOCK = 128
+
+#: Logits held at a time there, at most, as numbers: what stays in a CPU's cache; on a GPU, what keeps it busy.
+LOGITS = {"cpu": 4 << 20, "cuda": 32 << 20}
 
 #: What flash-attn's kernels take.
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
+@torch.no_grad()
 def prefill(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -81,22 +86,36 @@ def _blocks(
     window: int | None,
     scores: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One sequence, `BLOCK` queries at a time in O(tokens) memory; adds column sums of probabilities to `scores`."""
-    length = queries.shape[1]
+    """One sequence, some queries at a time in O(tokens) memory; adds column sums of probabilities to `scores`.
+
+    All blocks share their memory: a new tensor for each costs the operating system more than the products cost.
+    """
+    heads, length, _ = queries.shape
+    columns = length if window is None else min(length, window + BLOCK)
+    rows = max(1, min(BLOCK, length, LOGITS[queries.device.type] // (heads * columns)))
+    memory = torch.empty(heads * rows * columns, dtype=torch.float32, device=queries.device)
+    products = memory if queries.dtype == torch.float32 else torch.empty_like(memory, dtype=queries.dtype)
     grouped = queries.unflatten(0, (len(keys), -1))
     output = torch.empty_like(queries)
-    for start in range(0, length, BLOCK):
-        end = min(start + BLOCK, length)
+    for start in range(0, length, rows):
+        end = min(start + rows, length)
         low = 0 if window is None else max(0, start - window + 1)
         block = grouped[:, :, start:end].flatten(1, 2) * scale
-        logits = torch.bmm(block, keys[:, low:end].transpose(1, 2)).float().unflatten(1, (-1, end - start))
+        shape = (*block.shape[:2], end - low)
+        logits, weights = (tensor[: math.prod(shape)].view(shape) for tensor in (memory, products))
+        torch.bmm(block, keys[:, low:end].transpose(1, 2), out=weights)
+        if weights.dtype != torch.float32:
+            logits.copy_(weights)
         # Without a window only the last columns, the block's own tokens, can lie in the future.
         first = low if window is not None else start
-        logits[..., first - low :].masked_fill_(_hidden(start, end, first, window, logits.device), -torch.inf)
-        probabilities = logits.softmax(dim=-1).flatten(1, 2)
+        hidden = _hidden(start, end, first, window, logits.device)
+        logits.unflatten(1, (-1, end - start))[..., first - low :].masked_fill_(hidden, -torch.inf)
+        probabilities = torch.softmax(logits, dim=-1, out=logits)
         if scores is not None:
-            scores[:, low:end] += probabilities.detach().sum(dim=1)
-        attended = torch.bmm(probabilities.to(values.dtype), values[:, low:end])
+            scores[:, low:end] += probabilities.sum(dim=1)
+        if weights.dtype != torch.float32:
+            weights.copy_(probabilities)
+        attended = torch.bmm(weights, values[:, low:end])
         output[:, start:end] = attended.unflatten(1, (-1, end - start)).flatten(0, 1)
     return output
 
@@ -109,6 +128,7 @@ def _hidden(start: int, end: int, low: int, window: int | None, device: torch.de
     return hidden if window is None else hidden | (key <= query - window)
 
 
+@torch.no_grad()
 def decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float) -> torch.Tensor:
     """Attention of one new token per sequence over its layer's buffer, the new token's slot included.
 
@@ -132,7 +152,7 @@ def decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float) -> torch.Te
         logits = logits.masked_fill(_empty(layer, count), -torch.inf)
     probabilities = logits.softmax(dim=-1, dtype=torch.float32)
     if layer.evictor.needs_scores:
-        layer.scores[:, :, :count] += probabilities.detach().sum(dim=2)
+        layer.scores[:, :, :count] += probabilities.sum(dim=2)
     attended = torch.bmm(probabilities.to(values.dtype).flatten(0, 1), values.flatten(0, 1))
     return attended.view_as(queries)
 

@@ -125,6 +125,8 @@ class SqueezedModel:
 def squeezed(model: PreTrainedModel, config: SqueezeConfig) -> Iterator[SqueezedModel]:
     """Give `model.generate` a per-layer KV budget inside the `with` block; afterwards the model is what it was.
 
+    For inference: no gradient flows through attention on a squeezed cache.
+
     >>> with squeezed(model, SqueezeConfig(algorithm="h2o", ini_size=0.2, kv_class3=0.1)) as run:
     ...     tokens = model.generate(**inputs, max_new_tokens=64)
     ...     print(run.budgets, run.kv_bytes)
