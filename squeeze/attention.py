@@ -18,8 +18,11 @@ from squeeze.cache import SqueezeLayer
 #: Queries walked at a time where attention is not fused, at most: as long as matrix products need to be fast.
 BLOCK = 128
 
-#: Logits held at a time there, at most, as numbers: what stays in a CPU's cache; on a GPU, what keeps it busy.
-LOGITS = {"cpu": 4 << 20, "cuda": 32 << 20}
+#: Logits held at a time there, as numbers: what stays in a CPU's cache; on a GPU, what keeps it busy.
+LOGITS = {"cpu": 5 << 20, "cuda": 32 << 20}
+
+#: Keys walked at a time there end at a multiple of this: oneDNN compiles and keeps a kernel for every shape it meets.
+COLUMNS = 256
 
 #: What flash-attn's kernels take.
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
@@ -70,7 +73,7 @@ def _fused(
     output = torch.empty_like(queries)
     for start in range(0, length, window):
         end, low = min(start + window, length), max(0, start - window + 1)
-        mask = ~_hidden(start, end, low, window, queries.device)
+        mask = ~_hidden(start, end, low, end, window, queries.device)
         block = scaled_dot_product_attention(
             q[:, :, start:end], k[:, :, low:end], v[:, :, low:end], attn_mask=mask, scale=scale, enable_gqa=True
         )
@@ -91,39 +94,42 @@ def _blocks(
     All blocks share their memory: a new tensor for each costs the operating system more than the products cost.
     """
     heads, length, _ = queries.shape
-    columns = length if window is None else min(length, window + BLOCK)
-    rows = max(1, min(BLOCK, length, LOGITS[queries.device.type] // (heads * columns)))
+    columns = length if window is None else min(length, window + BLOCK + 2 * COLUMNS)
+    rows = min(BLOCK, length)
+    while rows > 1 and heads * rows * columns > LOGITS[queries.device.type]:
+        rows //= 2
     memory = torch.empty(heads * rows * columns, dtype=torch.float32, device=queries.device)
     products = memory if queries.dtype == torch.float32 else torch.empty_like(memory, dtype=queries.dtype)
     grouped = queries.unflatten(0, (len(keys), -1))
     output = torch.empty_like(queries)
     for start in range(0, length, rows):
         end = min(start + rows, length)
-        low = 0 if window is None else max(0, start - window + 1)
+        high = min(-(-end // COLUMNS) * COLUMNS, length)
+        low = 0 if window is None else max(0, start - window + 1) // COLUMNS * COLUMNS
         block = grouped[:, :, start:end].flatten(1, 2) * scale
-        shape = (*block.shape[:2], end - low)
+        shape = (*block.shape[:2], high - low)
         logits, weights = (tensor[: math.prod(shape)].view(shape) for tensor in (memory, products))
-        torch.bmm(block, keys[:, low:end].transpose(1, 2), out=weights)
+        torch.bmm(block, keys[:, low:high].transpose(1, 2), out=weights)
         if weights.dtype != torch.float32:
             logits.copy_(weights)
-        # Without a window only the last columns, the block's own tokens, can lie in the future.
+        # Without a window only the last columns, the block's own tokens and later ones, can lie in the future.
         first = low if window is not None else start
-        hidden = _hidden(start, end, first, window, logits.device)
+        hidden = _hidden(start, end, first, high, window, logits.device)
         logits.unflatten(1, (-1, end - start))[..., first - low :].masked_fill_(hidden, -torch.inf)
         probabilities = torch.softmax(logits, dim=-1, out=logits)
         if scores is not None:
-            scores[:, low:end] += probabilities.sum(dim=1)
+            scores[:, low:high] += probabilities.sum(dim=1)
         if weights.dtype != torch.float32:
             weights.copy_(probabilities)
-        attended = torch.bmm(weights, values[:, low:end])
+        attended = torch.bmm(weights, values[:, low:high])
         output[:, start:end] = attended.unflatten(1, (-1, end - start)).flatten(0, 1)
     return output
 
 
-def _hidden(start: int, end: int, low: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Which keys `low..end` the queries `start..end` must not see: `(end - start, end - low)`."""
+def _hidden(start: int, end: int, low: int, high: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Which keys `low..high` the queries `start..end` must not see: `(end - start, high - low)`."""
     query = torch.arange(start, end, device=device)[:, None]
-    key = torch.arange(low, end, device=device)
+    key = torch.arange(low, high, device=device)
     hidden = key > query
     return hidden if window is None else hidden | (key <= query - window)
 

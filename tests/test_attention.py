@@ -64,4 +64,4 @@ def test_the_memory_of_scored_attention_does_not_grow_with_the_prompt_squared(mo
         attention.prefill(queries, keys, values, [tokens], 0.3, window, fused=True, with_scores=True)
     allocated = sum(max(0, event.cpu_memory_usage) for event in profile.events() if event.cpu_parent is None)
     logits = 6 << 18  # float32, and 16 bits beside it
-    assert 0 < allocated < logits + 24 * (queries.nbytes + keys.nbytes + values.nbytes), allocated
+    assert 0 < allocated < logits + 32 * (queries.nbytes + keys.nbytes + values.nbytes), allocated
