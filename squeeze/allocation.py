@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+from sklearn.cluster import KMeans
 
 CLASS_3 = 3
 
@@ -50,8 +51,6 @@ def classify(similarities: np.ndarray, log_scale: bool = False) -> list[int]:
         values = -np.log(np.maximum(1 - values, 1e-7))
     centres, labels = values, np.arange(len(values))
     if len(np.unique(values)) >= 3:
-        from sklearn.cluster import KMeans  # a second to import, and not needed for explicit budgets
-
         kmeans = KMeans(n_clusters=3, n_init=10, random_state=0).fit(values[:, None])
         centres, labels = kmeans.cluster_centers_[:, 0], kmeans.labels_
     ordered = np.unique(centres[labels]).tolist()  # the centres that have a layer, lowest first

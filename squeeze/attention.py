@@ -6,7 +6,6 @@ heads of one KV head are neighbours (grouped-query attention), so `heads = kv_he
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 
@@ -23,9 +22,6 @@ LOGITS = {"cpu": 5 << 20, "cuda": 32 << 20}
 
 #: Keys walked at a time there end at a multiple of this: oneDNN compiles and keeps a kernel for every shape it meets.
 COLUMNS = 256
-
-#: What flash-attn's kernels take.
-FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @torch.no_grad()
@@ -149,7 +145,7 @@ def decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float) -> torch.Te
     """
     count = layer.longest
     keys, values = layer.keys[:, :, :count], layer.values[:, :, :count]
-    if layer.fused:
+    if layer.kernel != "grouped":
         return _fused_decode(queries, keys, values, layer, scale)
     batch, kv_heads, _, head_dim = keys.shape
     grouped = queries.reshape(batch * kv_heads, -1, head_dim) * scale
@@ -171,8 +167,8 @@ def _empty(layer: SqueezeLayer, count: int) -> torch.Tensor:
 def _fused_decode(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: SqueezeLayer, scale: float
 ) -> torch.Tensor:
-    """`decode` with flash-attn where it is installed, else with `scaled_dot_product_attention`."""
-    if queries.dtype in FLASH_DTYPES and importlib.util.find_spec("flash_attn") is not None:
+    """`decode` with flash-attn or with `scaled_dot_product_attention`."""
+    if layer.kernel == "flash":
         from flash_attn import flash_attn_with_kvcache
 
         tokens_first = (tensor.transpose(1, 2) for tensor in (queries, keys, values))

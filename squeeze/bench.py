@@ -29,9 +29,15 @@ EXAMPLES = """examples
     python -m squeeze.bench --peers --peer_python .venv-peers/bin/python
 """
 COLUMNS = (
-    *("engine", "cache", "dtype", "batch", "prompt", "prefill s", "step ms", "tokens/s"),
-    *("KV MB", "peak MB", "limit ms", "of limit"),
+    *("engine", "cache", "dtype", "batch", "prompt", "prefill s", "importance", "step ms", "late/early", "tokens/s"),
+    *("vs full", "KV MB", "peak MB", "limit ms", "of limit"),
 )
+LEGEND = """prefill s, step ms: median (quartiles) over all rounds
+importance: share of the prefill that similarities, classes and budgets took
+late/early: the last 32 steps over the first 32, where there are 64 or more
+vs full: tokens/s over those of the full DynamicCache, in its best dtype and attention, at this batch size
+peak MB: most memory held after loading"""
+CACHES = ("full", "uniform", "squeezed", "compiled")
 
 
 def parser() -> Parser:
@@ -55,9 +61,9 @@ def parser() -> Parser:
     made.add_argument(
         "--caches",
         nargs="+",
-        default=["full", "uniform", "squeezed"],
-        choices=["full", "uniform", "squeezed"],
-        help="which caches (default: all three)",
+        default=CACHES[:3],
+        choices=CACHES,
+        help="which caches; compiled is squeezed with its decode step compiled (default: full uniform squeezed)",
     )
     made.add_argument("--algorithm", nargs="+", default=["streaming"], choices=ALGORITHMS, help="default: streaming")
     made.add_argument("--ini_size", default="0.2", help="as in pred.py (default: 0.2)")
@@ -99,6 +105,7 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
                     "full": {"algorithm": algorithm, **everything},
                     "uniform": sizes | {"kv_class3": args.ini_size},
                     "squeezed": sizes | {"kv_class3": args.KV_class3},
+                    "compiled": sizes | {"kv_class3": args.KV_class3, "compile": True},
                 }
                 for cache in args.caches:
                     label = f"{algorithm} {cache}"
@@ -118,13 +125,14 @@ def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]
         transformers = base | {"engine": "transformers", "attn": attn}
         name = "DynamicCache" if attn == "sdpa" else f"DynamicCache {attn}"
         found += [transformers | {"cache": f"{name} full"}, transformers | {"cache": f"{name} uniform", **cut}]
+        if attn == "sdpa":  # eager attention builds one mask for all layers, which must then be of one length
+            found.append(transformers | {"cache": f"{name} squeezed", "budgets": "squeezed"})
         if args.peer_python:
             kvpress = transformers | {"engine": "kvpress", "python": args.peer_python, "algorithm": "streaming"}
             name = "" if attn == "sdpa" else f" {attn}"
-            found += [
-                kvpress | {"cache": f"StreamingLLMPress{name}", **cut},
-                kvpress | {"cache": f"PerLayerCompressionPress{name}", "budgets": "squeezed"},
-            ]
+            found.append(kvpress | {"cache": f"StreamingLLMPress{name}", **cut})
+            if attn == "sdpa":
+                found.append(kvpress | {"cache": "PerLayerCompressionPress", "budgets": "squeezed"})
     if args.peer_python:  # it reads attention weights, which eager attention alone gives
         observed = {"engine": "kvpress", "python": args.peer_python, "algorithm": "h2o", "attn": "eager"}
         found.append(base | observed | {"cache": "ObservedAttentionPress", **cut})
@@ -146,8 +154,33 @@ def bandwidth(records: Sequence[dict[str, Any]]) -> float:
     return statistics.median(measured) if measured else 1.0
 
 
-def row(record: dict[str, Any], copy_bandwidth: float) -> dict[str, str]:
-    """A line of the table; the limit is what the weights and the KV kept take to be read once."""
+def speed(record: dict[str, Any]) -> float:
+    """Tokens decoded per second."""
+    return record["spec"]["batch_size"] / record["result"]["step_seconds"]["median"]
+
+
+def full_speeds(records: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """Batch size → the best speed of a full DynamicCache."""
+    found: dict[int, float] = {}
+    for record in records:
+        spec = record["spec"]
+        if spec["engine"] == "transformers" and "budgets" not in spec and "error" not in record["result"]:
+            found[spec["batch_size"]] = max(speed(record), found.get(spec["batch_size"], 0.0))
+    return found
+
+
+def with_quartiles(found: dict[str, float], digits: int, unit: float = 1.0) -> str:
+    """`12.3 (12.1–12.9)`"""
+    median, low, high = (f"{found[key] / unit:.{digits}f}" for key in ("median", "low", "high"))
+    return f"{median} ({low}–{high})"
+
+
+def row(record: dict[str, Any], copy_bandwidth: float, baseline: float | None = None) -> dict[str, str]:
+    """A line of the table; the limit is what the weights and the KV kept take to be read once.
+
+    Args:
+        baseline: tokens per second to compare with.
+    """
     spec, found = record["spec"], record["result"]
     line = {
         **{"engine": spec["engine"], "cache": spec["cache"], "dtype": spec["dtype"]},
@@ -157,10 +190,14 @@ def row(record: dict[str, Any], copy_bandwidth: float) -> dict[str, str]:
         return dict.fromkeys(COLUMNS, "-") | line | {"prefill s": "failed"}
     step = found["step_seconds"]["median"]
     limit = (found["weight_bytes"] + found["kv_bytes"]) / copy_bandwidth
+    importance = found.get("importance_seconds", {"median": 0.0})["median"] / found["prefill_seconds"]["median"]
     return line | {
-        "prefill s": f"{found['prefill_seconds']['median']:.2f}",
-        "step ms": f"{1000 * step:.1f}",
-        "tokens/s": f"{spec['batch_size'] / step:.1f}",
+        "prefill s": with_quartiles(found["prefill_seconds"], 2),
+        "importance": f"{100 * importance:.1f}%" if importance else "-",
+        "step ms": with_quartiles(found["step_seconds"], 1, 0.001),
+        "late/early": f"{found['late_over_early']:.2f}" if "late_over_early" in found else "-",
+        "tokens/s": f"{speed(record):.1f}",
+        "vs full": f"{speed(record) / baseline:.2f}" if baseline else "-",
         "KV MB": f"{found['kv_bytes'] / 1e6:.1f}",
         "peak MB": f"{found['peak_bytes'] / 1e6:.0f}",
         "limit ms": f"{1000 * limit:.1f}",
@@ -196,14 +233,13 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     for record in records:
         spec, found = record["spec"], record["result"]
         if "error" not in found:
-            speed = spec["batch_size"] / found["step_seconds"]["median"]
             name = f"{spec['engine']}: {spec['cache']}, {spec['dtype']}"
-            series.setdefault(name, []).append((spec["batch_size"], speed, found["peak_bytes"] / 1e9))
+            series.setdefault(name, []).append((spec["batch_size"], speed(record), found["peak_bytes"] / 1e9))
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for index, (name, points) in enumerate(series.items()):
-        batch, speed, memory = zip(*sorted(points), strict=True)
+        batch, speeds, memory = zip(*sorted(points), strict=True)
         style = {"marker": "osv^Dx+"[index % 7], "color": f"C{index % 10}", "linestyle": ["-", "--"][index // 10 % 2]}
-        axes[0].plot(batch, speed, label=name, **style)
+        axes[0].plot(batch, speeds, label=name, **style)
         axes[1].plot(batch, memory, **style)
     for axis, what in zip(axes, ("decode, tokens per second", "peak memory, GB"), strict=True):
         axis.set(xlabel="batch size", ylabel=what, ylim=(0, None))
@@ -247,8 +283,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             records.append({"spec": {key: value for key, value in spec.items() if key != "tokens"}, "result": found})
             write_json(args.out / "bench.json", {"machine": platform.platform(), "runs": records})
             bar.write(table(COLUMNS, [row(records[-1], bandwidth(records))]).splitlines()[-1])
-    copies = bandwidth(records)
-    print(table(COLUMNS, [row(record, copies) for record in records]))
+    copies, full = bandwidth(records), full_speeds(records)
+    print(table(COLUMNS, [row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]))
+    print(LEGEND)
     print(f"limit: weights and KV read once, at the {copies / 1e9:.1f} GB/s of a copy (median of all processes)")
     for record in records:
         if "error" in record["result"]:

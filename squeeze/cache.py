@@ -6,6 +6,7 @@ buffer allocated once; from there on a new token is written into one slot in pla
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,10 +16,19 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from squeeze.evictors import Evictor
 from squeeze.schedule import Schedule
 
+#: What flash-attn's kernels take.
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
-def fuses(device: torch.device) -> bool:
-    """Whether a fused kernel decodes faster than grouped matrix products: on GPUs; not on CPUs, by measurement."""
-    return device.type == "cuda"
+
+def decode_kernel(device: torch.device, dtype: torch.dtype, scored: bool) -> str:
+    """How to decode: `grouped` matrix products, or the fused kernel of `flash` (flash-attn) or `sdpa` (PyTorch).
+
+    On CPUs grouped products are faster, by measurement. With `scored` attention probabilities are wanted, which fused
+    kernels do not give.
+    """
+    if device.type != "cuda" or scored:
+        return "grouped"
+    return "flash" if dtype in FLASH_DTYPES and importlib.util.find_spec("flash_attn") is not None else "sdpa"
 
 
 class SqueezeLayer(CacheLayerMixin):
@@ -32,7 +42,7 @@ class SqueezeLayer(CacheLayerMixin):
         position, budget, lengths, rows: of the decode step under way, as `squeeze.schedule.Schedule` describes them.
         longest: the most tokens that any sequence holds.
         ragged: whether sequences hold different numbers of tokens.
-        fused: whether decoding uses a fused kernel, which gives no scores.
+        kernel: how decoding attends, see `decode_kernel`.
     """
 
     keys: torch.Tensor
@@ -43,7 +53,7 @@ class SqueezeLayer(CacheLayerMixin):
     rows: torch.Tensor
     longest: int
     ragged: bool
-    fused: bool
+    kernel: str
 
     def __init__(self, evictor: Evictor):
         super().__init__()
@@ -76,7 +86,7 @@ class SqueezeLayer(CacheLayerMixin):
                 scores[row, :, :count] = row_scores.gather(1, kept)
                 held[row, :, :count] = kept
         self.keys, self.values, self.scores, self.held = keys, values, scores, held
-        self.fused = fuses(keys.device) and not scored
+        self.kernel = decode_kernel(keys.device, keys.dtype, scored)
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Place a new token per sequence, `(batch, kv_heads, 1, head_dim)`; where there is no room, evict another."""

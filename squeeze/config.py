@@ -55,6 +55,7 @@ class SqueezeConfig:
         start_size: sink tokens that StreamingLLM never evicts.
         attn: prefill attention; `auto` and `sdpa` use PyTorch's fused kernel, `eager` explicit blocks of queries
             with a float32 softmax. H2O always uses the latter, since it needs the probabilities.
+        compile: compile the decode step with `torch.compile`; the first steps take some seconds then.
     Raises:
         InputError: a value is out of its range, or two exclude each other.
     """
@@ -66,6 +67,7 @@ class SqueezeConfig:
     budgets: Sequence[int] | None = None
     start_size: int = 4
     attn: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.algorithm is not None:

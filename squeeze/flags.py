@@ -87,6 +87,12 @@ def pred_parser() -> Parser:
         "h2o needs the probabilities and always computes them in blocks",
     )
     parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the decode step with torch.compile: faster steps, after some seconds for the first ones; needs "
+        "a C++ compiler on the CPU, Triton on a GPU, and a squeezed cache",
+    )
+    parser.add_argument(
         "--allow_pickle", action="store_true", help="also load weights that are not safetensors; they can run code"
     )
     parser.add_argument(
@@ -172,8 +178,11 @@ def check_flags(args: argparse.Namespace) -> None:
         if args.model_arch.lower() not in spelled:
             raise InputError(f"--model_arch must be one of {', '.join(MODEL_ARCHS)}, got {args.model_arch}")
         args.model_arch = spelled[args.model_arch.lower()]
-    if getattr(args, "device_map", None) is not None and args.device is not None:
-        raise InputError("--device_map chooses the devices: leave --device out")
+    if getattr(args, "device_map", None) is not None:
+        if args.device is not None:
+            raise InputError("--device_map chooses the devices: leave --device out")
+        if args.compile:
+            raise InputError("--compile needs the model on one device: leave --device_map out")
     for name, allowed in WORDS.items():
         value = getattr(args, name, None)
         if value is not None and value not in allowed:
@@ -196,6 +205,8 @@ def config_from_flags(args: argparse.Namespace) -> SqueezeConfig | None:
         for flag in ("ini_size", "KV_class3", "algorithm", "allocation"):
             if getattr(args, flag) is not None:
                 raise InputError(f"--{flag} is for a squeezed cache, but the full cache was asked for ({why})")
+        if getattr(args, "compile", False):
+            raise InputError(f"--compile is for a squeezed cache, but the full cache was asked for ({why})")
         return None
     attn = getattr(args, "attn", "auto")
     if attn == "flash_attention_2":
@@ -207,6 +218,7 @@ def config_from_flags(args: argparse.Namespace) -> SqueezeConfig | None:
         allocation=args.allocation or "squeeze",
         start_size=args.start_size,
         attn=attn,
+        compile=getattr(args, "compile", False),
     )
 
 

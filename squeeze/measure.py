@@ -7,11 +7,14 @@ that peers can be measured in an environment of their own with the very same loo
 from __future__ import annotations
 
 import json
+import re
 import resource
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +42,26 @@ class StepClock(StoppingCriteria):
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far: loading a model can need more than running it, and would hide what that needs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak since `reset_peak_memory`; on systems that cannot forget a peak, since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def prompts(spec: dict[str, Any]) -> torch.Tensor:
@@ -96,9 +119,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             `squeeze` the fields of `SqueezeConfig` as `config`; for the others `budgets` in tokens (none: the full
             cache), and `algorithm` for kvpress.
     Returns:
-        medians and extremes of `prefill_seconds` (a prefill each round) and `step_seconds` (of all decode steps),
-        `kv_bytes` after prefill, `budgets` where they were measured, `weight_bytes`, `copy_bandwidth` (bytes a second)
-        and `peak_bytes` of this process (RSS, or tensors on a GPU).
+        medians and quartiles of `prefill_seconds` (a prefill each round), `step_seconds` (of all decode steps) and,
+        for `squeeze`, `importance_seconds` (of the prefills, clustering included), `kv_bytes` after prefill, `budgets`
+        where they were measured, `late_over_early` (steps, with 64 or more), `weight_bytes`, `copy_bandwidth` (bytes
+        a second) and `peak_bytes` of this process once the model is loaded (RSS, or tensors on a GPU).
     """
     device = torch.device(spec["device"])
     model = AutoModelForCausalLM.from_pretrained(
@@ -113,24 +137,26 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         from squeeze.packing import pack
 
         pack(model)  # as `squeeze.loading.load` does
-    prefill, steps = [], []
+    prefill, importance, steps = [], [], []
     with torch.inference_mode():
         generate(model, ids[:1, :64], spec, 4)  # warm-up
+        reset_peak_memory(device)
         for _ in range(spec["rounds"]):
             start = time.perf_counter()
             clock, found = generate(model, ids, spec, spec["new_tokens"])
             prefill.append(clock.times[0] - start)
+            importance.append(found.pop("importance_seconds", 0.0))
             steps += [after - before for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
             result |= found
     result |= {"prefill_seconds": spread(prefill), "step_seconds": spread(steps)}
+    if spec["engine"] == "squeeze":
+        result["importance_seconds"] = spread(importance)
     each = len(steps) // spec["rounds"]
     if each >= 64:  # does a step cost more when much has been generated?
         late = [steps[i] for i in range(len(steps)) if i % each >= each - 32]
         early = [steps[i] for i in range(len(steps)) if i % each < 32]
         result["late_over_early"] = statistics.median(late) / statistics.median(early)
-    on_gpu = device.type == "cuda"
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result["peak_bytes"] = torch.cuda.max_memory_allocated(device) if on_gpu else rss
+    result["peak_bytes"] = peak_memory(device)
     result["copy_bandwidth"] = copy_bandwidth(device)  # last, for its buffers are no part of the peak
     return result
 
@@ -157,7 +183,8 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], new_tokens: int) ->
         found["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
     clock = StepClock(after_prefill)
-    with context as run:
+    timed = importance_seconds(ids.device, found) if engine == "squeeze" else nullcontext()
+    with context as run, timed:
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -168,6 +195,34 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], new_tokens: int) ->
             stopping_criteria=StoppingCriteriaList([clock]),
         )
     return clock, found
+
+
+@contextmanager
+def importance_seconds(device: torch.device, found: dict[str, Any]) -> Iterator[None]:
+    """Add up in `found` what similarities, classes and budgets cost."""
+    from squeeze import patch
+
+    originals = {name: getattr(patch, name) for name in ("similarity", "allocate")}
+    found["importance_seconds"] = 0.0
+
+    def timed(function):
+        def call(*args, **kwargs):
+            synchronize(device)
+            start = time.perf_counter()
+            output = function(*args, **kwargs)
+            synchronize(device)
+            found["importance_seconds"] += time.perf_counter() - start
+            return output
+
+        return call
+
+    for name, function in originals.items():
+        setattr(patch, name, timed(function))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(patch, name, function)
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

@@ -1,33 +1,100 @@
 """Linear layers on the CPU with their weights in oneDNN's blocked layout.
 
 PyTorch keeps a weight in rows and has oneDNN or MKL bring it into the kernel's layout at every call, which for the
-few rows of a decode step costs more than the product itself. Here that is done once.
+few rows of a decode step costs more than the product itself. Here that is done once. Layers that multiply the same
+input become one product: starting a small one costs as much as reading its weight.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+#: Layers with the same input, in the order in which Llama's and Mistral's modules call them.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def packed_linear(inputs: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`(…, in_features)` times a packed weight: `(…, out_features)`."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
+
+
+LIBRARY = torch.library.Library("squeeze", "DEF")
+LIBRARY.define("packed_linear(Tensor inputs, Tensor packed, Tensor? bias) -> Tensor")
+LIBRARY.impl("packed_linear", packed_linear, "CPU")
+LIBRARY.impl("packed_linear", packed_linear, "MkldnnCPU")
+
+
+@torch.library.register_fake("squeeze::packed_linear", lib=LIBRARY)
+def _shape_of_packed_linear(inputs: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], packed.shape[0])
+
 
 class PackedLinear(nn.Module):
-    """What `linear` computes, for inference, from a weight packed for the CPU it runs on."""
+    """What `linears` compute side by side, for inference, from one weight packed for the CPU it runs on."""
 
-    def __init__(self, linear: nn.Linear):
+    packed: torch.Tensor
+
+    def __init__(self, *linears: nn.Linear):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        self.register_buffer(
-            "packed", torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach()), persistent=False
-        )
+        self.in_features, self.sizes = linears[0].in_features, [linear.out_features for linear in linears]
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.bias = _joined_bias(linears)
+        self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(weight), persistent=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
+        if torch.compiler.is_compiling():  # its own rule for oneDNN's operator wants weights that never change
+            return torch.ops.squeeze.packed_linear(inputs, self.packed, self.bias)
+        return packed_linear(inputs, self.packed, self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"in_features={self.in_features}, out_features={self.sizes}, bias={self.bias is not None}"
+
+
+def _joined_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    if all(linear.bias is None for linear in linears):
+        return None
+    return torch.cat(
+        [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
+    ).detach()
+
+
+class Parts:
+    """The product of several layers at once, handed out piece by piece.
+
+    Module code asks one layer after the other with the same input: the first one asked multiplies for all, and the
+    last one lets go of input and output.
+    """
+
+    def __init__(self, packed: PackedLinear):
+        self.packed = packed
+        self.inputs: torch.Tensor | None = None
+        self.outputs: tuple[torch.Tensor, ...] = ()
+
+    def take(self, index: int, inputs: torch.Tensor) -> torch.Tensor:
+        """Output of layer `index`, a view of the whole product."""
+        if inputs is not self.inputs:
+            self.inputs, self.outputs = inputs, self.packed(inputs).split(self.packed.sizes, dim=-1)
+        output = self.outputs[index]
+        if index == len(self.packed.sizes) - 1:
+            self.inputs, self.outputs = None, ()
+        return output
+
+
+class PackedPart(nn.Module):
+    """Stands where one of the layers in `Parts` was."""
+
+    def __init__(self, parts: Parts, index: int):
+        super().__init__()
+        self.parts, self.index = parts, index
+        if index == 0:
+            self.packed = parts.packed  # a module's child, once, so that it counts as part of the model
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.parts.take(self.index, inputs)
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -45,17 +112,26 @@ def pack(model: nn.Module) -> None:
     """
     packed = False
     for module in list(model.modules()):
-        for name, child in module.named_children():
-            if not isinstance(child, nn.Linear) or hasattr(child, "_hf_hook"):
-                continue
-            if child.weight.device.type == "cpu" and packs(child.weight.dtype):
-                setattr(module, name, PackedLinear(child))
+        children = module.named_children()
+        fit = {name: child for name, child in children if isinstance(child, nn.Linear) and _can_pack(child)}
+        for names in TOGETHER:
+            if all(name in fit for name in names):
+                parts = Parts(PackedLinear(*(fit.pop(name) for name in names)))
+                for index, name in enumerate(names):
+                    setattr(module, name, PackedPart(parts, index))
                 packed = True
+        for name, child in fit.items():
+            setattr(module, name, PackedLinear(child))
+            packed = True
     if packed:  # what is left may be all that keeps the file of the weights mapped into memory
         for parameter in model.parameters():
             if parameter.device.type == "cpu":
                 parameter.data = parameter.data.clone()
         _give_back_freed_memory()
+
+
+def _can_pack(linear: nn.Linear) -> bool:
+    return not hasattr(linear, "_hf_hook") and linear.weight.device.type == "cpu" and packs(linear.weight.dtype)
 
 
 def _give_back_freed_memory() -> None:

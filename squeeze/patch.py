@@ -21,8 +21,9 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from squeeze import attention
 from squeeze.allocation import Budgets, allocate
-from squeeze.cache import SqueezeCache
+from squeeze.cache import SqueezeCache, SqueezeLayer
 from squeeze.compatibility import check_transformers
+from squeeze.compiling import compiled
 from squeeze.config import DEFAULT_ALGORITHM, InputError, SqueezeConfig
 from squeeze.evictors import make_evictor
 from squeeze.importance import similarity
@@ -71,6 +72,8 @@ class SqueezedModel:
         rope = model.config.rope_parameters["rope_type"]
         if self.evictor.sinks and rope in ("dynamic", "longrope"):
             raise InputError(f"streaming moves sink tokens by fixed angles; the model's RoPE is of type {rope}")
+        if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            raise InputError("compile needs the model on one device, and this one was spread by a device_map")
         self.similarities: np.ndarray | None = None
         self.classes: np.ndarray | None = None
         self.budgets: np.ndarray | None = None
@@ -140,6 +143,7 @@ def squeezed(model: PreTrainedModel, config: SqueezeConfig) -> Iterator[Squeezed
     if "_prepare_cache_for_generation" in vars(model):
         raise ValueError("the model is squeezed already: leave the outer `with squeezed(...)` first")
     run = SqueezedModel(model, config)
+    step = compiled(_decode_block, model.device) if config.compile else None
     decoder = model.model
     handles = [
         decoder.register_forward_pre_hook(functools.partial(_begin, run), with_kwargs=True),
@@ -155,6 +159,8 @@ def squeezed(model: PreTrainedModel, config: SqueezeConfig) -> Iterator[Squeezed
             # accelerate keeps the forward it wrapped under another name; its wrapper must stay outside ours.
             name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
             undo.append(_replace(module, name, functools.partial(_forward, run, module, getattr(module, name))))
+            if step is not None:
+                undo.append(_replace(layer, "forward", functools.partial(_block_forward, step, layer, layer.forward)))
         yield run
     finally:
         for handle in handles:
@@ -263,27 +269,56 @@ def _forward(
             past_key_values=past_key_values,
             **kwargs,
         )
+    cache = past_key_values
+    if cache.compressed:
+        return _decode(module, hidden_states, position_embeddings, cache.layers[module.layer_idx]), None
+    queries, keys, values = _project(module, hidden_states, position_embeddings)
+    output, scores = attention.prefill(
+        queries,
+        keys,
+        values,
+        lengths=cache.prompt_lengths,
+        scale=module.scaling,
+        window=run.window,
+        fused=run.config.attn != "eager",
+        with_scores=run.evictor.needs_scores,
+    )
+    # A copy of the values, where they are a part of a larger product that would stay in memory with them.
+    cache.layers[module.layer_idx].fill(keys.detach(), values.detach().contiguous(), scores)
+    return _output(module, output), None
+
+
+def _project(module, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries and keys after RoPE, and values: `(batch, heads or kv_heads, tokens, head_dim)`."""
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
     queries, keys, values = (
         projection(hidden_states).view(shape).transpose(1, 2)
         for projection in (module.q_proj, module.k_proj, module.v_proj)
     )
-    queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
-    layer = past_key_values.layers[module.layer_idx]
-    if past_key_values.compressed:
-        layer.write(keys.detach(), values.detach())
-        output = attention.decode(queries, layer, module.scaling)
-    else:
-        output, scores = attention.prefill(
-            queries,
-            keys,
-            values,
-            lengths=past_key_values.prompt_lengths,
-            scale=module.scaling,
-            window=run.window,
-            fused=run.config.attn != "eager",
-            with_scores=run.evictor.needs_scores,
-        )
-        layer.fill(keys.detach(), values.detach(), scores)
-    output = output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
-    return module.o_proj(output), None
+    return *apply_rotary_pos_emb(queries, keys, *position_embeddings), values
+
+
+def _output(module, attended):
+    return module.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+def _decode(module, hidden_states, position_embeddings, layer: SqueezeLayer):
+    """Self-attention of a decode step."""
+    queries, keys, values = _project(module, hidden_states, position_embeddings)
+    layer.write(keys.detach(), values.detach())
+    return _output(module, attention.decode(queries, layer, module.scaling))
+
+
+def _decode_block(block, hidden_states, position_embeddings, layer: SqueezeLayer):
+    """A decode step of a whole decoder layer, for `torch.compile`: it sees nothing that differs between layers."""
+    normed = block.input_layernorm(hidden_states)
+    hidden_states = hidden_states + _decode(block.self_attn, normed, position_embeddings, layer)
+    return hidden_states + block.mlp(block.post_attention_layernorm(hidden_states))
+
+
+def _block_forward(step, block, original, hidden_states, **kwargs):
+    """Stands in for a decoder layer's forward pass where the decode step is compiled."""
+    cache = _squeeze_cache(kwargs)
+    if cache is None or not cache.compressed:
+        return original(hidden_states, **kwargs)
+    return step(block, hidden_states, kwargs["position_embeddings"], cache.layers[block.self_attn.layer_idx])

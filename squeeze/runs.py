@@ -62,6 +62,8 @@ def cache_settings(config: SqueezeConfig | None) -> dict[str, Any]:
         "ini_size": float(ini_size),
         "KV_class3": float(kv_class3),
     }
+    if config.compile:  # rounds in another way, so that a near tie can fall to another token
+        settings["compile"] = True
     return settings | ({"start_size": config.start_size} if config.algorithm == "streaming" else {})
 
 

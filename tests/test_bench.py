@@ -16,16 +16,40 @@ SPEC = {"engine": "squeeze", "cache": "h2o squeezed", "dtype": "float32", "batch
 def record(batch_size=4, peak=1e9, step=0.1, **spec):
     result = {
         **{"weight_bytes": 5e8, "kv_bytes": 3e8, "copy_bandwidth": 2e10, "peak_bytes": peak},
-        **{"prefill_seconds": {"median": 1.5}, "step_seconds": {"median": step}},
+        "prefill_seconds": {"median": 1.5, "low": 1.4, "high": 1.6},
+        "step_seconds": {"median": step, "low": step / 2, "high": 2 * step},
     }
     return {"spec": SPEC | {"batch_size": batch_size} | spec, "result": result}
 
 
 def test_a_line_has_speed_memory_and_the_bandwidth_limit():
     line = bench.row(record(), 2e10)
-    assert (line["tokens/s"], line["step ms"], line["limit ms"], line["of limit"]) == ("40.0", "100.0", "40.0", "40%")
+    assert (line["tokens/s"], line["limit ms"], line["of limit"]) == ("40.0", "40.0", "40%")
+    assert (line["prefill s"], line["step ms"]) == ("1.50 (1.40–1.60)", "100.0 (50.0–200.0)")
+    assert (line["vs full"], line["late/early"], line["importance"]) == ("-", "-", "-")
     failed = bench.row({"spec": SPEC, "result": {"error": "MemoryError"}}, 2e10)
     assert (failed["prefill s"], failed["tokens/s"]) == ("failed", "-")
+
+
+def test_speeds_are_compared_with_the_best_full_dynamic_cache_of_the_batch_size():
+    records = [record(step=0.2, engine="transformers"), record(step=0.4, engine="transformers", dtype="bfloat16")]
+    records += [record(step=0.1, engine="transformers", budgets=[9]), record(1, step=0.5, engine="transformers")]
+    full = bench.full_speeds(
+        [*records, record(step=0.01), {"spec": SPEC | {"engine": "transformers"}, "result": {"error": ""}}]
+    )
+    assert full == {4: 20.0, 1: 2.0}
+    assert bench.row(record(step=0.04), 2e10, full[4])["vs full"] == "5.00"
+
+
+def test_a_peak_is_that_of_what_came_after_the_reset():
+    cpu = torch.device("cpu")
+    measure.reset_peak_memory(cpu)
+    start = measure.peak_memory(cpu)
+    large = torch.ones(100_000_000)
+    assert measure.peak_memory(cpu) > start + 350e6
+    del large
+    measure.reset_peak_memory(cpu)
+    assert measure.peak_memory(cpu) < start + 50e6
 
 
 def test_the_bandwidth_is_the_runs_median():
@@ -70,16 +94,19 @@ def test_a_small_benchmark(tmp_path, capsys):
     bench.main([*folders, *sizes, *caches])
     shown = capsys.readouterr().out
     runs = json.loads((tmp_path / "out/bench.json").read_text())["runs"]
-    assert [run["spec"]["batch_size"] for run in runs] == [1, 1, 1, 2, 2, 2]
+    assert [run["spec"]["batch_size"] for run in runs] == [1] * 4 + [2] * 4
     per_token = 5 * 2 * 2 * 8 * 4
-    for batch_size, (squeezed, full, cut) in ((1, runs[:3]), (2, runs[3:])):
+    for batch_size, (squeezed, full, cut, cut_alike) in ((1, runs[:4]), (2, runs[4:])):
         budgets = squeezed["result"]["budgets"]
         assert all(sum(one) == 60 for one in budgets), "5 layers, a fifth of 60 tokens each"
         longest = [max(layer) for layer in zip(*budgets, strict=True)]
         assert squeezed["result"]["kv_bytes"] == batch_size * sum(longest) * per_token / 5
         assert full["result"]["kv_bytes"] == batch_size * 60 * per_token
         assert cut["result"]["kv_bytes"] == batch_size * 12 * per_token
+        assert cut_alike["result"]["kv_bytes"] == batch_size * 60 * per_token / 5, "budgets of the first sequence"
+        assert 0 < squeezed["result"]["importance_seconds"]["median"] < squeezed["result"]["prefill_seconds"]["median"]
     assert "fit into 100 GB" in shown
+    assert "vs full: tokens/s over those of the full DynamicCache" in shown
     assert (tmp_path / "out/bench.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -11,7 +11,7 @@ from conftest import ROOT, random_model
 from reference import Reference
 from torch.nn.utils.rnn import pad_sequence
 
-from squeeze import SqueezeConfig, attention, squeezed
+from squeeze import SqueezeConfig, squeezed
 from squeeze import cache as cache_module
 from squeeze.loading import load
 
@@ -180,30 +180,36 @@ def test_a_split_model_holds_each_buffer_where_its_layer_is(embedded, prompts, a
         assert {t.device for t in (layer.keys, layer.values, layer.scores, layer.held, layer.rows)} == {device}
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flash-attn"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
 @pytest.mark.parametrize("algorithm", ["sliding_window", "streaming"])
 def test_fused_decoding_matches_the_reference(monkeypatch, algorithm, kernel):
     """The path of GPUs, on the CPU: with PyTorch's kernel, and with flash-attn's as a slow module of its meaning."""
-    monkeypatch.setattr(cache_module, "fuses", lambda device: True)
-    if kernel == "flash-attn":
-        monkeypatch.setattr(attention, "FLASH_DTYPES", (torch.float32,))
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-        monkeypatch.setitem(sys.modules, "flash_attn", flash_reference)
+    monkeypatch.setattr(cache_module, "decode_kernel", lambda device, dtype, scored: kernel)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_reference)
     flash_reference.calls.clear()
     model = random_model("llama", seed=9)
     prompt = torch.randint(3, 199, (45,), generator=torch.Generator().manual_seed(1))
     compare(model, prompt, SqueezeConfig(algorithm, budgets=[9, 33, 45, 60, 5]))
-    assert len(flash_reference.calls) == (STEPS * 5 if kernel == "flash-attn" else 0)
+    assert len(flash_reference.calls) == (STEPS * 5 if kernel == "flash" else 0)
     ids, mask = torch.stack([prompt, prompt]), torch.ones(2, 45, dtype=torch.long)
     mask[1, :25] = 0
     config = SqueezeConfig(algorithm, "0.5", "0.2")
     with squeezed(model, config):
         fused = model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
-    monkeypatch.setattr(cache_module, "fuses", lambda device: False)
+    monkeypatch.undo()
     with squeezed(model, config):
         assert model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False).equal(fused)
 
 
-def test_flash_attn_is_not_imported_on_a_cpu():
-    assert not cache_module.fuses(torch.device("cpu"))
+def test_the_kernel_is_chosen_by_device_dtype_and_what_is_installed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: asked.append(name))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert cache_module.decode_kernel(cpu, torch.bfloat16, scored=False) == "grouped"
+    assert cache_module.decode_kernel(gpu, torch.bfloat16, scored=True) == "grouped"
+    assert asked == [] and "flash_attn" not in sys.modules, "on a CPU nobody looks for it"
+    assert cache_module.decode_kernel(gpu, torch.bfloat16, scored=False) == "sdpa"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert cache_module.decode_kernel(gpu, torch.bfloat16, scored=False) == "flash"
+    assert cache_module.decode_kernel(gpu, torch.float32, scored=False) == "sdpa"
     assert "flash_attn" not in sys.modules

@@ -72,6 +72,8 @@ def test_start_token_is_start_size():
         ([*SIZES, "--algorithm", "lru"], "--algorithm must be one of sliding_window, streaming, h2o, got lru"),
         ([*SIZES, "--allocation", "even"], "--allocation must be one of"),
         ([*SIZES, "--attn", "flash_attention_2"], "full cache only"),
+        (["--compile"], "--compile is for a squeezed cache"),
+        ([*SIZES, "--compile", "--device_map", "auto"], "--compile needs the model on one device"),
         ([*SIZES, "--start_size", "-1"], "start_size"),
         ([*SIZES, "--start_size", "four"], "--start_size"),
         (["--pred", "xsum"], "--pred must be Long (LongBench), got xsum"),

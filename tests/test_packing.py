@@ -30,9 +30,32 @@ def test_a_packed_model_gives_the_models_logits_and_lets_its_weights_go():
     ids = torch.randint(3, 199, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(packed(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
-    assert sum(type(module) is PackedLinear for module in packed.modules()) == 5 * 7 + 1
+    assert sum(type(module) is PackedLinear for module in packed.modules()) == 5 * 4 + 1, (
+        "of a layer's seven, two and three are one"
+    )
     assert not [module for module in packed.modules() if type(module) is nn.Linear]
     assert [name for name, _ in packed.named_parameters() if "proj" in name] == []
+
+
+def test_layers_with_one_input_are_multiplied_together_and_nothing_is_kept():
+    model = random_model("llama", attention_bias=True)
+    attn, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    torch.nn.init.normal_(attn.k_proj.bias)
+    calls = []
+    inputs, other = torch.randn(2, 5, 48), torch.randn(2, 5, 48)
+    names = [(attn, "q_proj"), (attn, "k_proj"), (attn, "v_proj"), (mlp, "gate_proj"), (mlp, "up_proj")]
+    with torch.inference_mode():
+        expected = [getattr(module, name)(inputs) for module, name in names]
+        alone = attn.k_proj(other)
+        pack(model)
+        for packed in (attn.q_proj.packed, mlp.gate_proj.packed):
+            packed.register_forward_hook(lambda *_: calls.append(1))
+        attn.q_proj(other)  # an input whose other parts nobody asks for
+        for (module, name), output in zip(names, expected, strict=True):
+            torch.testing.assert_close(getattr(module, name)(inputs), output, **TOLERANCE[torch.float32])
+        assert len(calls) == 3
+        assert attn.q_proj.parts.inputs is mlp.gate_proj.parts.inputs is None and not attn.q_proj.parts.outputs
+        torch.testing.assert_close(attn.k_proj(other), alone, **TOLERANCE[torch.float32])
 
 
 def test_what_is_not_packed():
@@ -42,7 +65,7 @@ def test_what_is_not_packed():
     model = random_model("llama")
     model.lm_head._hf_hook = object()  # accelerate's mark on a module that it moves
     pack(model)
-    assert type(model.lm_head) is nn.Linear and type(model.model.layers[0].mlp.up_proj) is PackedLinear
+    assert type(model.lm_head) is nn.Linear and type(model.model.layers[0].mlp.down_proj) is PackedLinear
 
 
 def test_a_model_loaded_for_the_cpu_is_packed():

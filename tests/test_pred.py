@@ -300,6 +300,16 @@ def test_what_is_measured_is_the_engines(place):
     assert sum(stats["budgets"]) == 100
 
 
+def test_compiled_decoding_is_a_setting_of_the_run(place):
+    predict(*SQUEEZE, "--sample_num", "2")
+    folder = Path("pred_Long/tiny/0.3/12.6")
+    plain = read(folder / "samsum.jsonl")
+    with pytest.raises(InputError, match=r"compile null \(now true\): --overwrite"):
+        predict(*SQUEEZE, "--sample_num", "2", "--compile")
+    predict(*SQUEEZE, "--sample_num", "2", "--compile", "--overwrite")
+    assert read(folder / "samsum.jsonl") == plain
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
