@@ -70,7 +70,9 @@ def parser() -> Parser:
     made.add_argument("--KV_class3", default="0.12", help="as in pred.py (default: 0.12)")
     made.add_argument("--allocation", default="squeeze-log", choices=ALLOCATIONS, help="default: squeeze-log")
     made.add_argument("--rounds", type=int, default=3, help="prefills and generations of each (default: 3)")
-    made.add_argument("--peers", action="store_true", help="also DynamicCache, full and cut, and kvpress's presses")
+    made.add_argument(
+        "--peers", action="store_true", help="also DynamicCache, full and cut, and kvpress's presses of the algorithms"
+    )
     made.add_argument("--peer_python", help="Python of the environment with kvpress (without it: no kvpress)")
     made.add_argument(
         "--peer_attn",
@@ -127,13 +129,13 @@ def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]
         found += [transformers | {"cache": f"{name} full"}, transformers | {"cache": f"{name} uniform", **cut}]
         if attn == "sdpa":  # eager attention builds one mask for all layers, which must then be of one length
             found.append(transformers | {"cache": f"{name} squeezed", "budgets": "squeezed"})
-        if args.peer_python:
+        if args.peer_python and "streaming" in args.algorithm:
             kvpress = transformers | {"engine": "kvpress", "python": args.peer_python, "algorithm": "streaming"}
             name = "" if attn == "sdpa" else f" {attn}"
             found.append(kvpress | {"cache": f"StreamingLLMPress{name}", **cut})
             if attn == "sdpa":
                 found.append(kvpress | {"cache": "PerLayerCompressionPress", "budgets": "squeezed"})
-    if args.peer_python:  # it reads attention weights, which eager attention alone gives
+    if args.peer_python and "h2o" in args.algorithm:  # attention weights, which eager attention alone gives
         observed = {"engine": "kvpress", "python": args.peer_python, "algorithm": "h2o", "attn": "eager"}
         found.append(base | observed | {"cache": "ObservedAttentionPress", **cut})
     return found
