@@ -24,7 +24,7 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     try:
         torch.compile(torch.sin, dynamic=True)(torch.ones(3, device=device))
     except Exception as error:  # whatever the compiler's absence raises
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
         need = "Triton" if device.type == "cuda" else "a C++ compiler such as g++, and Python's headers"
         reason = lines[0] if lines else type(error).__name__
         raise InputError(f"--compile needs {need} ({reason}): install it, or leave --compile out") from None

@@ -1,5 +1,10 @@
 """The compiled decode step gives the tokens of the plain one, and says what is missing where it cannot be compiled."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import random_model
@@ -63,13 +68,14 @@ def test_without_a_compiler_there_is_a_sentence(monkeypatch, device, need):
     assert "\n" not in str(error.value)
 
 
-def test_no_compiler_is_noticed_for_real(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (str(tmp_path / "no-such-compiler"),))
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    with pytest.raises(InputError, match=r"--compile needs a C\+\+ compiler"):
-        compiling.compiled(torch.cos, torch.device("cpu"))
+def test_no_compiler_is_noticed_for_real(tmp_path):
+    """In a process of its own: what the compiler could not do once is remembered for the rest of a process."""
+    script = "import torch; from squeeze.compiling import compiled; compiled(torch.cos, torch.device('cpu'))"
+    none = {"CXX": str(tmp_path / "no-such-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | none, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert re.search(r"InputError: --compile needs a C\+\+ compiler.*\(.*no-such-compiler.*\): install it", last), last
 
 
 def test_a_model_on_several_devices_is_not_compiled():
