@@ -228,7 +228,7 @@ def _prompt_lengths(tokens: int, batch: int, attention_mask: torch.Tensor | None
     mask = attention_mask.bool()
     lengths = mask.sum(dim=1).tolist()
     if 0 in lengths:
-        raise ValueError(f"sequence {lengths.index(0)} of the batch is empty")
+        raise ValueError(f"sequence {lengths.index(0)} of the batch is empty: leave it out, nothing can follow it")
     if (mask[:, :-1] & ~mask[:, 1:]).any():
         raise ValueError("prompts of different lengths must be padded on the left (tokenizer.padding_side = 'left')")
     return lengths
