@@ -8,7 +8,9 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ EXAMPLES = """examples
   beside Hugging Face's DynamicCache; and NVIDIA's kvpress, which needs an environment of its own:
     python3.11 -m venv .venv-peers && .venv-peers/bin/pip install -r requirements-peers.txt
     python -m squeeze.bench --peers --peer_python .venv-peers/bin/python
+  on a machine that others use too, or whose clock varies: all caches of a batch size side by side, in turns:
+    python -m squeeze.bench --batch_size 8 --dtype float32 --peers --in_turns
 """
 COLUMNS = (
     *("engine", "cache", "dtype", "batch", "prompt", "prefill s", "importance", "step ms", "late/early", "tokens/s"),
@@ -37,6 +41,8 @@ importance: share of the prefill that similarities, classes and budgets took
 late/early: the last 32 steps over the first 32, where there are 64 or more
 vs full: tokens/s over those of the full DynamicCache, in its best dtype and attention, at this batch size
 peak MB: most memory held after loading"""
+#: Decode steps of a turn.
+TURN_STEPS = 4
 CACHES = ("full", "uniform", "squeezed", "compiled")
 
 
@@ -71,6 +77,12 @@ def parser() -> Parser:
     made.add_argument("--allocation", default="squeeze-log", choices=ALLOCATIONS, help="default: squeeze-log")
     made.add_argument("--rounds", type=int, default=3, help="prefills and generations of each (default: 3)")
     made.add_argument(
+        "--in_turns",
+        action="store_true",
+        help=f"run the configurations of a batch size side by side, one at a time: a prefill each, then {TURN_STEPS} "
+        "decode steps each in turn, so that slow minutes hit all alike; needs memory for all caches at once",
+    )
+    made.add_argument(
         "--peers", action="store_true", help="also DynamicCache, full and cut, and kvpress's presses of the algorithms"
     )
     made.add_argument("--peer_python", help="Python of the environment with kvpress (without it: no kvpress)")
@@ -94,6 +106,7 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
     common = {
         **{"model": str(folder), "device": args.device, "tokens": tokens, "rounds": args.rounds},
         **{"prompt_length": args.prompt_length, "new_tokens": args.new_tokens, "attn": "sdpa"},
+        "turn_steps": TURN_STEPS if args.in_turns else args.new_tokens,
     }
     layers = models.read_config(folder)["num_hidden_layers"]
     everything = {"budgets": [args.prompt_length + args.new_tokens] * layers}
@@ -127,13 +140,13 @@ def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]
         transformers = base | {"engine": "transformers", "attn": attn}
         name = "DynamicCache" if attn == "sdpa" else f"DynamicCache {attn}"
         found += [transformers | {"cache": f"{name} full"}, transformers | {"cache": f"{name} uniform", **cut}]
-        if attn == "sdpa":  # eager attention builds one mask for all layers, which must then be of one length
+        if attn == "sdpa" and "squeezed" in args.caches:  # eager attention builds one mask for all layers
             found.append(transformers | {"cache": f"{name} squeezed", "budgets": "squeezed"})
         if args.peer_python and "streaming" in args.algorithm:
             kvpress = transformers | {"engine": "kvpress", "python": args.peer_python, "algorithm": "streaming"}
             name = "" if attn == "sdpa" else f" {attn}"
             found.append(kvpress | {"cache": f"StreamingLLMPress{name}", **cut})
-            if attn == "sdpa":
+            if attn == "sdpa" and "squeezed" in args.caches:
                 found.append(kvpress | {"cache": "PerLayerCompressionPress", "budgets": "squeezed"})
     if args.peer_python and "h2o" in args.algorithm:  # attention weights, which eager attention alone gives
         observed = {"engine": "kvpress", "python": args.peer_python, "algorithm": "h2o", "attn": "eager"}
@@ -141,13 +154,69 @@ def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]
     return found
 
 
-def run(spec: dict[str, Any]) -> dict[str, Any]:
-    """Measure one configuration in a process of its own; a failure is a result, too."""
-    command = [spec.get("python", sys.executable), "-m", "squeeze.measure"]
-    done = subprocess.run(command, input=json.dumps(spec), capture_output=True, text=True, cwd=models.ROOT)
-    if done.returncode:
-        return {"error": f"ended with code {done.returncode}, perhaps for want of memory: {done.stderr[-200:]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+class Process:
+    """A configuration in a process of its own, which runs when it is told to; a failure is a result, too."""
+
+    def __init__(self, spec: dict[str, Any]):
+        self.spec = dict(spec)
+        self.result: dict[str, Any] | None = None
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `stop`)
+        command = [spec.get("python", sys.executable), "-m", "squeeze.measure"]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, text=True, cwd=models.ROOT, **pipes)
+
+    def turn(self) -> dict[str, Any]:
+        """Let it run up to its next pause or its end: what it knows by then, which at its end is its `result`."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            print(json.dumps(self.spec), file=self.process.stdin, flush=True)
+            answer = json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            code = self.process.wait()
+            self.errors.seek(0)
+            reason = self.errors.read()[-200:]
+            answer = {"result": {"error": f"ended with code {code}, perhaps for want of memory: {reason}"}}
+        if "result" in answer:
+            self.result = answer["result"]
+            self.process.wait()
+        return self.result or answer["known"]
+
+    def stop(self) -> None:
+        """End it, wherever it is."""
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+
+def run(specs: Sequence[dict[str, Any]], shared: dict[str, Any], bar: tqdm) -> Iterator[dict[str, Any]]:
+    """Run configurations side by side, one at a time, a turn each; yields each one's record when it ends.
+
+    Args:
+        shared: where the `budgets` that squeezed caches measure are noted, for configurations that ask for the same.
+    """
+    processes = [Process(spec) for spec in specs]
+    try:
+        while running := [process for process in processes if process.result is None]:
+            for process in running:
+                spec = process.spec
+                bar.set_postfix_str(f"{spec['engine']} {spec['cache']}, {spec['dtype']}, batch {spec['batch_size']}")
+                if spec.get("budgets") == "squeezed":
+                    spec |= shared
+                known = process.turn()
+                bar.update()
+                if spec["engine"] == "squeeze" and spec["cache"].endswith("squeezed") and "budgets" in known:
+                    shared["budgets"] = known["budgets"][0]
+                if process.result is not None:
+                    kept = {key: value for key, value in spec.items() if key != "tokens"}
+                    yield {"spec": kept, "result": process.result}
+    finally:
+        for process in processes:
+            process.stop()
+
+
+def turns(spec: dict[str, Any]) -> int:
+    """How many turns `run` gives a configuration: to load it, then for prefills, decode steps, and what follows."""
+    return 1 + spec["rounds"] * (2 + (spec["new_tokens"] - 1) // spec["turn_steps"])
 
 
 def bandwidth(records: Sequence[dict[str, Any]]) -> float:
@@ -269,22 +338,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     SqueezeConfig(ini_size=args.ini_size, kv_class3=args.KV_class3)
     text = "\n\n".join(build_prompt("samsum", one) for one in data.rows[:8])
     tokens = load_tokenizer(folder)(text).input_ids
-    todo, records = specs(args, folder, tokens), []
-    squeezed_budgets: list[int] | None = None
+    todo = specs(args, folder, tokens)
+    records: list[dict[str, Any]] = []
+    shared: dict[str, Any] = {}
     args.out.mkdir(parents=True, exist_ok=True)
-    with tqdm(todo, unit="configuration") as bar:
-        for spec in bar:
-            bar.set_postfix_str(f"{spec['engine']} {spec['cache']}, {spec['dtype']}, batch {spec['batch_size']}")
-            if spec.get("budgets") == "squeezed":
-                if squeezed_budgets is None:
-                    continue
-                spec = spec | {"budgets": squeezed_budgets}
-            found = run(spec)
-            if spec["engine"] == "squeeze" and spec["cache"].endswith("squeezed") and "budgets" in found:
-                squeezed_budgets = found["budgets"][0]
-            records.append({"spec": {key: value for key, value in spec.items() if key != "tokens"}, "result": found})
-            write_json(args.out / "bench.json", {"machine": platform.platform(), "runs": records})
-            bar.write(table(COLUMNS, [row(records[-1], bandwidth(records))]).splitlines()[-1])
+    together = (
+        groupby(todo, key=lambda spec: spec["batch_size"]) if args.in_turns else ((None, [spec]) for spec in todo)
+    )
+    with tqdm(total=sum(map(turns, todo)), unit="turn") as bar:
+        for _, group in together:
+            for record in run(list(group), shared, bar):
+                records.append(record)
+                write_json(args.out / "bench.json", {"machine": platform.platform(), "runs": records})
+                bar.write(table(COLUMNS, [row(record, bandwidth(records))]).splitlines()[-1])
     copies, full = bandwidth(records), full_speeds(records)
     print(table(COLUMNS, [row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]))
     print(LEGEND)

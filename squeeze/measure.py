@@ -1,7 +1,9 @@
-"""One configuration of the benchmark in a process of its own: `python -m squeeze.measure` reads and prints JSON.
+"""One configuration of the benchmark in a process of its own: `python -m squeeze.measure` reads and prints JSON lines.
 
-It imports nothing but torch and transformers, and this package or kvpress where the configuration asks for them, so
-that peers can be measured in an environment of their own with the very same loop.
+The first line it reads is the configuration. Before each prefill and between decode steps it offers to wait (a line
+with `known`), and goes on when it reads the next line, so that configurations can take turns; the last line is the
+result. It imports nothing but torch and transformers, and this package or kvpress where the configuration asks for
+them, so that peers can be measured in an environment of their own with the very same loop.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +23,27 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
+#: Gives way to other configurations; takes what is known so far.
+Turn = Callable[[dict[str, Any]], None]
+
 
 class StepClock(StoppingCriteria):
-    """Notes the time of every token of `generate`, the first of which ends the prefill; stops nothing."""
+    """Seconds of the prefill and of every decode step of `generate`; stops nothing.
 
-    def __init__(self, after_prefill) -> None:
-        self.times: list[float] = []
-        self.after_prefill = after_prefill
+    `pause` is called with the number of tokens after each, and what it takes belongs to no step.
+    """
+
+    def __init__(self, pause: Callable[[int], None]) -> None:
+        self.pause = pause
+        self.seconds: list[float] = []
+        self.start = time.perf_counter()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         synchronize(input_ids.device)
-        self.times.append(time.perf_counter())
-        if len(self.times) == 1:
-            self.after_prefill()
-            synchronize(input_ids.device)
-            self.times.append(time.perf_counter())  # cutting a cache belongs to neither prefill nor decode
+        self.seconds.append(time.perf_counter() - self.start)
+        self.pause(len(self.seconds))
+        synchronize(input_ids.device)
+        self.start = time.perf_counter()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -110,14 +118,16 @@ def press(spec: dict[str, Any]):
     return kvpress.PerLayerCompressionPress(one(), compression_ratios=ratios)
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
+def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
     """Run one configuration.
 
     Args:
         spec: `engine` (`squeeze`, `transformers`, `kvpress`), `model` (a folder), `device`, `dtype`, `attn`, `tokens`
-            (of the text that prompts are cut from), `batch_size`, `prompt_length`, `new_tokens`, `rounds`, and for
-            `squeeze` the fields of `SqueezeConfig` as `config`; for the others `budgets` in tokens (none: the full
-            cache), and `algorithm` for kvpress.
+            (of the text that prompts are cut from), `batch_size`, `prompt_length`, `new_tokens`, `rounds`,
+            `turn_steps`, and for `squeeze` the fields of `SqueezeConfig` as `config`; for the others `budgets` in
+            tokens (none: the full cache), and `algorithm` for kvpress.
+        turn: called with what is known so far before each prefill, and after it and every `turn_steps` decode steps;
+            may wait, which is no part of any time measured, and may change the spec's `budgets` before a prefill.
     Returns:
         medians and quartiles of `prefill_seconds` (a prefill each round), `step_seconds` (of all decode steps) and,
         for `squeeze`, `importance_seconds` (of the prefills, clustering included), `kv_bytes` after prefill, `budgets`
@@ -139,14 +149,14 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         pack(model)  # as `squeeze.loading.load` does
     prefill, importance, steps = [], [], []
     with torch.inference_mode():
-        generate(model, ids[:1, :64], spec, 4)  # warm-up
+        generate(model, ids[:1, :64], spec | {"budgets": None, "new_tokens": 4}, lambda known: None)  # warm-up
         reset_peak_memory(device)
         for _ in range(spec["rounds"]):
-            start = time.perf_counter()
-            clock, found = generate(model, ids, spec, spec["new_tokens"])
-            prefill.append(clock.times[0] - start)
+            turn({})
+            seconds, found = generate(model, ids, spec, turn)
+            prefill.append(seconds[0])
             importance.append(found.pop("importance_seconds", 0.0))
-            steps += [after - before for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
+            steps += seconds[1:]
             result |= found
     result |= {"prefill_seconds": spread(prefill), "step_seconds": spread(steps)}
     if spec["engine"] == "squeeze":
@@ -161,9 +171,11 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def generate(model, ids: torch.Tensor, spec: dict[str, Any], new_tokens: int) -> tuple[StepClock, dict[str, Any]]:
-    """One `model.generate` with the configuration's cache: when its tokens came, and the bytes held after prefill."""
+def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tuple[list[float], dict[str, Any]]:
+    """One `model.generate` with the configuration's cache: seconds of every token, and the bytes held after it."""
     engine, budgets = spec["engine"], spec.get("budgets")
+    if budgets == "squeezed":
+        raise ValueError("no squeezed cache has measured the budgets that this one is to have")
     found: dict[str, Any] = {}
     cache = DynamicCache(config=model.config)
     context: Any = nullcontext()
@@ -171,30 +183,36 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], new_tokens: int) ->
         from squeeze import SqueezeConfig, squeezed
 
         context = squeezed(model, SqueezeConfig(**spec["config"]))
-    elif engine == "kvpress" and budgets and ids.shape[1] == spec["prompt_length"]:
+    elif engine == "kvpress" and budgets:
         context = press(spec)(model)
+
+    def pause(tokens: int) -> None:
+        if tokens == 1:  # cutting a cache belongs to neither prefill nor decode
+            after_prefill()
+        if (tokens - 1) % spec["turn_steps"] == 0:
+            turn(found)
 
     def after_prefill() -> None:
         if engine == "squeeze":
             found.update(kv_bytes=run.kv_bytes, state_bytes=run.state_bytes, budgets=run.budgets.tolist())
             return
-        if engine == "transformers" and budgets and ids.shape[1] == spec["prompt_length"]:
+        if engine == "transformers" and budgets:
             cut(cache, budgets)
         found["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
-    clock = StepClock(after_prefill)
     timed = importance_seconds(ids.device, found) if engine == "squeeze" else nullcontext()
+    clock = StepClock(pause)
     with context as run, timed:
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=None if engine == "squeeze" else cache,
-            max_new_tokens=new_tokens,
+            max_new_tokens=spec["new_tokens"],
             do_sample=False,
             pad_token_id=0,
             stopping_criteria=StoppingCriteriaList([clock]),
         )
-    return clock, found
+    return clock.seconds, found
 
 
 @contextmanager
@@ -231,9 +249,25 @@ def spread(seconds: list[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "low": low, "high": high}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Speak with `squeeze.bench`: see this module's docstring."""
+    answers = sys.stdout
+    spec = json.loads(sys.stdin.readline())
+
+    def turn(known: dict[str, Any]) -> None:
+        print(json.dumps({"known": known}), file=answers, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            sys.exit("the benchmark is gone")
+        spec.update(json.loads(line))
+
     try:
-        measured = measure(json.load(sys.stdin))
+        with redirect_stdout(sys.stderr):  # what peers print is no answer
+            result = measure(spec, turn)
     except Exception as error:  # whatever a peer raises is the result, and the benchmark goes on
-        measured = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
-    print(json.dumps(measured))
+        result = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    print(json.dumps({"result": result}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """The benchmark: measures in processes of their own, writes what it prints, and says what failed."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -85,16 +86,18 @@ def test_what_a_step_reads_of_the_weights():
     assert measure.weight_bytes(untied) == measure.weight_bytes(tied)
 
 
-def test_a_small_benchmark(tmp_path, capsys):
+@pytest.mark.parametrize("how", [[], ["--in_turns"]], ids=["alone", "in turns"])
+def test_a_small_benchmark(tmp_path, capsys, how):
     save_tiny(tmp_path / "tiny")
     save_rows(tmp_path / "data")
     sizes = ["--prompt_length", "60", "--new_tokens", "8", "--rounds", "2", "--batch_size", "1", "2", "--peers"]
     folders = ["--model", str(tmp_path / "tiny"), "--data_dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     caches = ["--caches", "squeezed", "--algorithm", "h2o", "--dtype", "float32", "--memory_gb", "100"]
-    bench.main([*folders, *sizes, *caches])
+    bench.main([*folders, *sizes, *caches, *how])
     shown = capsys.readouterr().out
     runs = json.loads((tmp_path / "out/bench.json").read_text())["runs"]
     assert [run["spec"]["batch_size"] for run in runs] == [1] * 4 + [2] * 4
+    assert all(run["spec"]["turn_steps"] == (bench.TURN_STEPS if how else 8) for run in runs)
     per_token = 5 * 2 * 2 * 8 * 4
     for batch_size, (squeezed, full, cut, cut_alike) in ((1, runs[:4]), (2, runs[4:])):
         budgets = squeezed["result"]["budgets"]
@@ -110,9 +113,50 @@ def test_a_small_benchmark(tmp_path, capsys):
     assert (tmp_path / "out/bench.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_what_fails_is_named_and_the_rest_goes_on():
-    found = bench.run(SPEC | {"model": "nowhere", "device": "cpu", "attn": "sdpa"})
-    assert found["error"].startswith("OSError: ")
+def turn_by_turn(*specs):
+    """What `bench.run` yields, and the turns in their order."""
+    order = []
+
+    class Bar:
+        def set_postfix_str(self, text):
+            self.text = text
+
+        def update(self):
+            order.append(self.text.split(",")[0])
+
+    return list(bench.run(specs, {}, Bar())), order
+
+
+def test_turns_are_taken_one_by_one_and_are_as_many_as_announced(tmp_path):
+    save_tiny(tmp_path)
+    base = {**SPEC, "model": str(tmp_path), "device": "cpu", "attn": "sdpa", "tokens": list(range(40)), "rounds": 2}
+    base |= {"batch_size": 1, "prompt_length": 30, "new_tokens": 10, "turn_steps": 4}
+    squeezed = {**base, "cache": "h2o squeezed", "config": {"algorithm": "h2o", "ini_size": 0.5, "kv_class3": 0.2}}
+    alike = {**base, "engine": "transformers", "cache": "cut", "budgets": "squeezed"}
+    records, order = turn_by_turn(squeezed, alike)
+    assert order == ["squeeze h2o squeezed", "transformers cut"] * bench.turns(squeezed)
+    assert records[1]["spec"]["budgets"] == records[0]["result"]["budgets"][0], "in time for the prefill after it"
+    assert "tokens" not in records[0]["spec"]
+    assert records[0]["result"]["kv_bytes"] == records[1]["result"]["kv_bytes"]
+    [alone], order = turn_by_turn({**alike, "turn_steps": 10})
+    assert alone["result"]["error"].startswith("ValueError: no squeezed cache has measured the budgets")
+
+
+def test_waiting_for_a_turn_belongs_to_no_step(tmp_path):
+    save_tiny(tmp_path)
+    spec = {**SPEC, "model": str(tmp_path), "device": "cpu", "attn": "sdpa", "tokens": list(range(40)), "rounds": 1}
+    spec |= {"batch_size": 1, "prompt_length": 30, "new_tokens": 9, "turn_steps": 1, "engine": "transformers"}
+    found = measure.measure(spec, lambda known: time.sleep(0.5))
+    assert found["prefill_seconds"]["high"] < 0.5 and found["step_seconds"]["high"] < 0.5
+
+
+def test_what_fails_is_named_and_the_rest_goes_on(tmp_path):
+    nowhere = SPEC | {"model": "nowhere", "device": "cpu", "attn": "sdpa"}
+    killed = nowhere | {"python": "/bin/false", "cache": "killed"}
+    records, order = turn_by_turn(killed, nowhere)
+    assert order == ["squeeze killed", "squeeze h2o squeezed"]
+    assert records[0]["result"]["error"].startswith("ended with code 1, perhaps for want of memory")
+    assert records[1]["result"]["error"].startswith("OSError: ")
 
 
 @pytest.mark.parametrize(
