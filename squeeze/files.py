@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -40,7 +41,7 @@ def parse_jsonl(data: bytes, source: str | Path, fields: Sequence[str]) -> list[
     """Read JSON Lines.
 
     Lines end at a newline only: text may hold other characters that `str.splitlines` would split at. Blank lines
-    are passed over.
+    are passed over, and so is a byte-order mark.
 
     Args:
         data: the file's bytes.
@@ -52,7 +53,7 @@ def parse_jsonl(data: bytes, source: str | Path, fields: Sequence[str]) -> list[
         InputError: a line is no UTF-8, no JSON object, or lacks a field; there is no line at all.
     """
     rows = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:

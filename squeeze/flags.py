@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, InputError, SqueezeConfig
 
-TASKS = ("Long",)
+TASKS = {"Long": "LongBench", "e": "LongBench-E"}
 MODEL_ARCHS = ("Mistral", "llama", "no_change")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
@@ -36,7 +36,8 @@ PRED_EXAMPLES = """examples
     python pred.py --model SmolLM2-135M --pred Long --enable_squeeze --ini_size 0.2 --KV_class3 0.1 \\
         --data_dir data/longbench --sample_num 4
 
-A run that was interrupted goes on where it was when it is started again with the same flags.
+A run that was interrupted goes on where it was when it is started again with the same flags. Several GPUs share one:
+    torchrun --nproc_per_node 4 pred.py --model Mistral --pred Long --datasets all --device cuda
 """
 
 EVAL_EXAMPLES = """examples
@@ -46,6 +47,8 @@ EVAL_EXAMPLES = """examples
     python eval.py --model Mistral --pred Long
   score a folder, also one that other LongBench code wrote:
     python eval.py pred_Long/Mistral/0.21/8
+  is the second better than the first? with the 95 % interval of the difference, sample by sample:
+    python eval.py --compare pred_Long/Mistral/0.21/21 pred_Long/Mistral/0.21/8
 """
 
 
@@ -93,6 +96,22 @@ def pred_parser() -> Parser:
         "a C++ compiler on the CPU, Triton on a GPU, and a squeezed cache",
     )
     parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="put the prompt into the tokenizer's own chat template, for instruct models; as in LongBench, not for "
+        "the few-shot and code data sets (default: LongBench's own format for names with llama2, vicuna, ...)",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling (default: 0, which is greedy)")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this probability (default: 1)"
+    )
+    parser.add_argument(
+        "--fidelity",
+        action="store_true",
+        help="in place of predictions: feed the full cache's greedy answer to both caches, and report the mean KL "
+        "divergence and top-1 agreement per token; tells configurations apart where scores of few samples are noise",
+    )
+    parser.add_argument(
         "--allow_pickle", action="store_true", help="also load weights that are not safetensors; they can run code"
     )
     parser.add_argument(
@@ -107,6 +126,12 @@ def eval_parser() -> Parser:
     """The flags of `eval.py`: those of `pred.py` that name a run's folder, or the folder itself."""
     parser = _parser("Score a run's predictions with LongBench's own metrics.", EVAL_EXAMPLES)
     parser.add_argument("folder", nargs="?", help="folder of prediction files, in place of the flags that name a run")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="RUN",
+        help="folders of prediction files: scores side by side, and every run's difference to the first",
+    )
     _add_run_flags(parser)
     return parser
 
@@ -126,8 +151,11 @@ def _add_run_flags(parser: Parser) -> None:
         "--model", help="a name in config/model2path.json, a local model folder, or a Hub name such as org/model"
     )
     parser.add_argument("--model_path", help="where --model lies, in place of what config/model2path.json says")
-    parser.add_argument("--pred", default="Long", help="the benchmark: Long is LongBench")
-    parser.add_argument("--datasets", help="LongBench data sets, separated by commas (pred.py's default: samsum)")
+    parser.add_argument("--pred", default="Long", help="the benchmark: Long is LongBench, e is LongBench-E")
+    parser.add_argument(
+        "--datasets",
+        help="data sets, separated by commas, or all (default: samsum; of eval.py: those that are there)",
+    )
     parser.add_argument(
         "--model_arch",
         help="Mistral or llama: must be the model's own architecture, which is the default; no_change: full cache",
@@ -161,7 +189,10 @@ def _add_run_flags(parser: Parser) -> None:
         help="tokens at the start that streaming never evicts (default: 4)",
     )
     parser.add_argument(
-        "--seed", type=int, default=42, help="names the run; greedy decoding does not depend on it (default: 42)"
+        "--seed",
+        type=int,
+        default=42,
+        help="names the run, and decides on what is sampled; greedy decoding does not depend on it (default: 42)",
     )
 
 
@@ -172,7 +203,8 @@ def check_flags(args: argparse.Namespace) -> None:
         InputError: a value is none of those allowed.
     """
     if args.pred not in TASKS:
-        raise InputError(f"--pred must be {' or '.join(TASKS)} (LongBench), got {args.pred}")
+        tasks = " or ".join(f"{task} ({name})" for task, name in TASKS.items())
+        raise InputError(f"--pred must be {tasks}, got {args.pred}")
     if args.model_arch is not None:
         spelled = {arch.lower(): arch for arch in MODEL_ARCHS}
         if args.model_arch.lower() not in spelled:
@@ -190,6 +222,14 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("sample_num", "batch_size"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    if getattr(args, "temperature", 0) < 0:
+        raise InputError(f"--temperature must be 0 or more, got {args.temperature}")
+    if not 0 < getattr(args, "top_p", 1) <= 1:
+        raise InputError(f"--top_p must be in (0, 1], got {args.top_p}")
+    if getattr(args, "top_p", 1) < 1 and args.temperature == 0:
+        raise InputError("--top_p is for sampling: give --temperature as well")
+    if getattr(args, "fidelity", False) and args.temperature > 0:
+        raise InputError("--fidelity compares greedy answers: leave --temperature out")
     if args.seed < 0:
         raise InputError(f"--seed must be 0 or more, got {args.seed}")
 
@@ -207,6 +247,8 @@ def config_from_flags(args: argparse.Namespace) -> SqueezeConfig | None:
                 raise InputError(f"--{flag} is for a squeezed cache, but the full cache was asked for ({why})")
         if getattr(args, "compile", False):
             raise InputError(f"--compile is for a squeezed cache, but the full cache was asked for ({why})")
+        if getattr(args, "fidelity", False):
+            raise InputError(f"--fidelity compares a squeezed cache with the full one, which was asked for ({why})")
         return None
     attn = getattr(args, "attn", "auto")
     if attn == "flash_attention_2":

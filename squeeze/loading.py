@@ -16,14 +16,18 @@ from squeeze.models import weight_files
 from squeeze.packing import pack
 
 
-def pick_device(device: str | None) -> torch.device:
-    """Read `--device`; None is the first GPU, or the CPU where there is none.
+def pick_device(device: str | None, local_rank: int = 0) -> torch.device:
+    """Read `--device`; None is a GPU, or the CPU where there is none.
 
+    Args:
+        local_rank: which of several processes on this machine this is: the GPU that it gets unless `device` names one.
     Raises:
         InputError: there is no such device.
     """
     if device is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
     try:
         found = torch.device(device)
     except RuntimeError:

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
-import gc
 import resource
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation import StoppingCriteriaList
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
-from squeeze.config import InputError
-from squeeze.longbench import Data, build_prompt, encode_prompt, generation_settings
+from squeeze.batching import run_batches
+from squeeze.distributed import ALONE, Ranks
+from squeeze.longbench import Data, build_prompt
 from squeeze.patch import SqueezedModel
+from squeeze.prompting import clean, encode_prompt, generation_settings
 from squeeze.runs import Samples
+from squeeze.sampling import generator, sampler
 from squeeze.stats import progress
+
+
+@dataclass(frozen=True)
+class Options:
+    """How prompts are made and run.
+
+    Args:
+        max_length: the most tokens of a prompt.
+        model_name: decides on LongBench's chat format.
+        chat: use the tokenizer's chat template instead.
+        batch_size: prompts to run together.
+        temperature, top_p: of sampling; temperature 0 is greedy.
+        seed: of sampling.
+        ranks: this process among those of the run.
+    """
+
+    max_length: int
+    model_name: str
+    chat: bool = False
+    batch_size: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
+    ranks: Ranks = ALONE
 
 
 class FirstToken(StoppingCriteria):
@@ -44,7 +70,11 @@ def _now(device: torch.device) -> float:
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, prompts: Sequence[torch.Tensor], settings: dict[str, Any], run: SqueezedModel | None
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    settings: dict[str, Any],
+    run: SqueezedModel | None,
+    processors: LogitsProcessorList | None = None,
 ) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
     """Generate after a batch of prompts, padded on the left.
 
@@ -52,16 +82,15 @@ def generate(
         prompts: token ids of each, (tokens,).
         settings: for the model's `generate`.
         run: what `squeezed` gave; None for the full cache.
+        processors: of the logits, such as those that sample.
     Returns:
         The new tokens of each prompt, (new tokens,), up to and with the first that stops it, and what was measured on
         each: `prompt_tokens`, `new_tokens`, `prefill_seconds`, `decode_seconds`, `kv_bytes` held after the prefill,
         `full_kv_bytes` that the full cache of this prompt alone holds after it, `state_bytes`, `peak_memory_bytes`,
         and for a squeezed cache `classes`, `budgets` and `notes`. Seconds and bytes held are shares of the batch's.
     """
-    device, pad = model.get_input_embeddings().weight.device, _pad_token(model)
-    tokens = pad_sequence(list(prompts), batch_first=True, padding_value=pad, padding_side="left").to(device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
-    mask = (torch.arange(tokens.shape[1], device=device) >= tokens.shape[1] - lengths).long()
+    tokens, mask = pad_left(model, prompts)
+    device = tokens.device
     cache = None if run is not None else DynamicCache(config=model.config)
     held = {"state_bytes": 0}
 
@@ -76,7 +105,8 @@ def generate(
         attention_mask=mask,
         past_key_values=cache,
         stopping_criteria=StoppingCriteriaList([first]),
-        pad_token_id=pad,
+        logits_processor=processors,
+        pad_token_id=_pad_token(model),
         **settings,
     )[:, tokens.shape[1] :].cpu()
     end = _now(device)
@@ -84,7 +114,7 @@ def generate(
         held = {"kv_bytes": run.kv_bytes, "state_bytes": run.state_bytes}
     prefilled = first.time or end
     shares = {"prefill_seconds": prefilled - start, "decode_seconds": end - prefilled} | held
-    stops = _stop_tokens(model, settings)
+    stops = stop_tokens(model, settings)
     outputs = [_until_stop(row, stops) for row in output]
     stats = []
     for row, (prompt, new) in enumerate(zip(prompts, outputs, strict=True)):
@@ -100,7 +130,17 @@ def generate(
     return outputs, stats
 
 
-def _stop_tokens(model: PreTrainedModel, settings: dict[str, Any]) -> torch.Tensor:
+def pad_left(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as one batch on the model's device: token ids and mask, `(batch, longest)`."""
+    device = model.get_input_embeddings().weight.device
+    pad = _pad_token(model)
+    tokens = pad_sequence(list(prompts), batch_first=True, padding_value=pad, padding_side="left").to(device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
+    return tokens, (torch.arange(tokens.shape[1], device=device) >= tokens.shape[1] - lengths).long()
+
+
+def stop_tokens(model: PreTrainedModel, settings: dict[str, Any]) -> torch.Tensor:
+    """Token ids that end an answer, `(stops,)`."""
     stops = settings.get("eos_token_id", model.generation_config.eos_token_id)
     return torch.tensor([stops] if isinstance(stops, int) else stops or [])
 
@@ -135,16 +175,17 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Which samples go together: the longest prompts first, so that little is padded and too much fails early.
-
-    A pure function of its arguments: a run that goes on makes the batches that it had made uninterrupted.
-
-    Args:
-        lengths: prompt tokens of each sample.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, total: int, how: Options
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """The first `total` prompts of a data set as token ids, and what LongBench passes to `generate`."""
+    prompts = [
+        encode_prompt(
+            tokenizer, data.dataset, build_prompt(data.dataset, row), how.max_length, how.model_name, how.chat
+        )
+        for row in data.rows[:total]
+    ]
+    return prompts, generation_settings(tokenizer, data.dataset)
 
 
 def predict(
@@ -153,71 +194,20 @@ def predict(
     data: Data,
     samples: Samples,
     run: SqueezedModel | None,
-    max_length: int,
-    model_name: str,
-    batch_size: int = 1,
+    how: Options,
 ) -> int:
-    """Generate the samples that are missing, and append each batch to `samples` as soon as it is there.
+    """Generate the samples that are missing, see `squeeze.batching.run_batches`; the batch size at the end."""
+    prompts, settings = encode(model, tokenizer, data, samples.total, how)
 
-    A batch that does not fit into memory is halved, and so are those after it.
+    def work(batch: list[int]) -> list[dict[str, Any]]:
+        processors = sampler(how.temperature, how.top_p, [generator(how.seed, index) for index in batch])
+        results = generate(model, [prompts[index] for index in batch], settings, run, processors)
+        records = []
+        for index, output, stats in zip(batch, *results, strict=True):
+            row = data.rows[index]
+            answer = clean(tokenizer.decode(output, skip_special_tokens=True), how.model_name)
+            published = {"pred": answer} | {key: row[key] for key in ("answers", "all_classes", "length")}
+            records.append({"index": index, **published, "stats": stats})
+        return records
 
-    Returns:
-        The batch size at the end.
-    Raises:
-        InputError: a single prompt does not fit into memory.
-    """
-    settings = generation_settings(tokenizer, data.dataset)
-    prompts = [
-        encode_prompt(tokenizer, data.dataset, build_prompt(data.dataset, row), max_length, model_name)
-        for row in data.rows[: samples.total]
-    ]
-    noted = any(record["stats"].get("notes") for record in samples.records)
-    queue = batches([len(prompt) for prompt in prompts], batch_size)
-    there = samples.total - len(samples.missing)
-    with tqdm(total=samples.total, initial=there, desc=data.dataset, unit="sample") as bar:
-        while queue:
-            batch = queue.pop(0)
-            if not set(batch) & set(samples.missing):
-                continue
-            if len(batch) > batch_size:
-                queue[:0] = [batch[:batch_size], batch[batch_size:]]
-                continue
-            results = _unless_out_of_memory(model, [prompts[index] for index in batch], settings, run)
-            if results is None:
-                if len(batch) == 1:
-                    raise InputError(f"out of memory with sample {batch[0]} alone, {len(prompts[batch[0]])} tokens")
-                batch_size = len(batch) // 2
-                bar.write(f"note: out of memory with {len(batch)} prompts at a time; going on with {batch_size}")
-                queue.insert(0, batch)
-                continue
-            fresh = []
-            for index, output, stats in zip(batch, *results, strict=True):
-                row = data.rows[index]
-                answer = tokenizer.decode(output, skip_special_tokens=True)
-                published = {"pred": answer} | {key: row[key] for key in ("answers", "all_classes", "length")}
-                fresh.append({"index": index, **published, "stats": stats})
-            before = len(samples.missing)
-            samples.append(fresh)
-            for record in fresh:
-                if record["stats"].get("notes") and not noted:
-                    noted = True
-                    bar.write(f"note, from sample {record['index']} on: {'; '.join(record['stats']['notes'])}")
-            bar.set_postfix_str(progress([record["stats"] for record in samples.records]))
-            bar.update(before - len(samples.missing))
-    return batch_size
-
-
-def _unless_out_of_memory(
-    model: PreTrainedModel, prompts: Sequence[torch.Tensor], settings: dict[str, Any], run: SqueezedModel | None
-) -> tuple[list[torch.Tensor], list[dict[str, Any]]] | None:
-    """`generate`, or None where memory ran out; what the attempt held is free again on return."""
-    try:
-        return generate(model, prompts, settings, run)
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
-    except RuntimeError as error:  # PyTorch's allocator on the CPU has no exception of its own
-        if "can't allocate memory" not in str(error):
-            raise
-    gc.collect()
-    torch.cuda.empty_cache()
-    return None
+    return run_batches(samples, [len(prompt) for prompt in prompts], how.batch_size, work, progress, how.ranks)

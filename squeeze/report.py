@@ -37,6 +37,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
     manifest = read_object(folder / "run.json")
     if not {"settings", "datasets"} <= manifest.keys():
         raise InputError(f"{folder / 'run.json'} is not a run's manifest")
+    if "measure" in manifest["settings"]:
+        return []  # of fidelity, not of predictions
     score = read_object(folder / "result.json") if (folder / "result.json").exists() else {}
     lines = []
     for dataset, summary in manifest["datasets"].items():

@@ -1,8 +1,8 @@
 """A run's folder: where it is, what made it (`run.json`), and its samples, which survive an interruption.
 
-While a data set runs, each finished sample is a line of `<dataset>.partial.jsonl`. When it is done, the published
-`<dataset>.jsonl` is written and the partial file moves to `samples/<dataset>.jsonl`, since it also holds what was
-measured on each sample.
+While a data set runs, each finished sample is a line of `<dataset>.partial.jsonl`; several processes that share a run
+have one such file each. When it is done, the published `<dataset>.jsonl` is written, and the samples with what was
+measured on each become `samples/<dataset>.jsonl`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 from squeeze.config import DEFAULT_ALGORITHM, InputError, SqueezeConfig
+from squeeze.distributed import ALONE, Ranks
 from squeeze.files import parse_jsonl, to_jsonl, write_json, write_whole
 
 #: A line of the published prediction file.
 PUBLISHED = ("pred", "answers", "all_classes", "length")
 RESULTS = ("result.json", "result_detail.json")
+
+#: Seconds after which finished samples are forced to the disk, so that a power cut costs no more.
+SYNC_SECONDS = 3
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 
 
@@ -87,16 +92,28 @@ class Run:
         settings: everything that changes results, the same for all data sets.
         info: how this process was started and on what; `run.json` lists every start of a data set.
         overwrite: drop the samples that are there, all of them if they were made with other settings.
+        published: the fields of a sample that its published file has.
+        ranks: this process among those of the run: only the first reads and locks the folder, and writes `run.json`.
     Raises:
         InputError: the folder holds a run with other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], info: dict[str, Any], overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        info: dict[str, Any],
+        overwrite: bool = False,
+        published: Sequence[str] = PUBLISHED,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.ranks = ranks
         self.folder = folder
         self.path = folder / "run.json"
         self.settings = settings
         self.info = info
         self.overwrite = overwrite
+        self.published = published
         self._lock: IO[str] | None = None
         self._read()
 
@@ -140,8 +157,8 @@ class Run:
         Raises:
             InputError: the samples that are there were made with other settings, or cannot be read.
         """
-        samples = Samples(self.folder, dataset, settings, total)
-        if self.overwrite:
+        samples = Samples(self.folder, dataset, settings, total, self.published, self.ranks.rank)
+        if self.overwrite or not self.ranks.first:
             return samples
         previous = self.manifest["datasets"].get(dataset)
         if previous is None and samples.exist:
@@ -155,11 +172,16 @@ class Run:
         return samples
 
     def start(self, samples: Samples) -> None:
-        """Make the folder ready for the samples that are missing.
+        """Make the folder ready for the samples that are missing, if any are; every process of the run calls this.
 
         Raises:
-            InputError: the folder cannot be written, or another process is writing into it.
+            InputError: the folder cannot be written, or another run's process is writing into it.
         """
+        if self.ranks.first and not samples.complete:
+            self._start(samples)
+        samples.missing = self.ranks.share(samples.missing)
+
+    def _start(self, samples: Samples) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._lock is None:
@@ -170,8 +192,9 @@ class Run:
             if self.replaced:
                 _remove_run(self.folder)
                 self.replaced = False
-            for name in RESULTS:
-                (self.folder / name).unlink(missing_ok=True)
+            stale = self.folder.glob(".*.json*.*")  # what `write_whole` was writing when it was killed
+            for path in (*stale, *(self.folder / name for name in RESULTS)):
+                path.unlink(missing_ok=True)
             if self.overwrite:
                 samples.remove()
             earlier = [] if self.overwrite else self.manifest["datasets"].get(samples.dataset, {}).get("starts", [])
@@ -184,11 +207,24 @@ class Run:
 
     def note(self, samples: Samples, **found: Any) -> None:
         """Add to what `run.json` will say about the latest start."""
-        self.manifest["datasets"][samples.dataset]["starts"][-1] |= found
+        if self.ranks.first:
+            self.manifest["datasets"][samples.dataset]["starts"][-1] |= found
 
-    def finish(self, samples: Samples, summary: dict[str, Any]) -> None:
-        """Write the published predictions of a data set whose samples are all there, and what was measured."""
-        self.manifest["datasets"][samples.dataset] |= summary
+    def finish(
+        self, samples: Samples, summarize: Callable[[Sequence[dict[str, Any]]], dict[str, Any]], **more: Any
+    ) -> None:
+        """Write the published file of a data set whose samples are all there; every process of the run calls this.
+
+        Args:
+            summarize: turns the samples' `stats` into what `run.json` says about the data set.
+            more: what it says beside that.
+        """
+        self.ranks.share(None)  # until all have done theirs
+        if not self.ranks.first or samples.complete:
+            return
+        samples.read()
+        summary = summarize([record["stats"] for record in samples.records])
+        self.manifest["datasets"][samples.dataset] |= {**more, **summary}
         try:
             write_json(self.path, self.manifest)
             samples.publish()
@@ -199,54 +235,76 @@ class Run:
 class Samples:
     """The finished samples of one data set, in the order of their index.
 
+    Args:
+        rank: which of several processes this one is; only the first reads, merges and publishes.
+
     Attributes:
         records: the finished samples: `index`, the published fields, and `stats`, what was measured.
         missing: indices that are still to be run.
     """
 
-    def __init__(self, folder: Path, dataset: str, settings: dict[str, Any], total: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dataset: str,
+        settings: dict[str, Any],
+        total: int,
+        fields: Sequence[str] = PUBLISHED,
+        rank: int = 0,
+    ) -> None:
+        self.folder = folder
         self.dataset = dataset
         self.settings = settings
-        self.partial = folder / f"{dataset}.partial.jsonl"
+        self.fields = fields
+        self.partial = folder / (f"{dataset}.partial.{rank}.jsonl" if rank else f"{dataset}.partial.jsonl")
         self.finished = folder / "samples" / f"{dataset}.jsonl"
         self.published = folder / f"{dataset}.jsonl"
         self.total = total
         self.records: list[dict[str, Any]] = []
         self.missing = list(range(total))
+        self._synced = time.monotonic()
+
+    @property
+    def partials(self) -> list[Path]:
+        """Partial files of all processes that took part."""
+        return sorted(self.folder.glob(f"{self.dataset}.partial*.jsonl"))
 
     @property
     def exist(self) -> bool:
         """True if there is any file of this data set."""
-        return any(path.exists() for path in (self.partial, self.finished, self.published))
+        return bool(self.partials) or self.finished.exists() or self.published.exists()
 
     @property
     def complete(self) -> bool:
         """True if the published file is there and nothing is missing."""
-        return not self.missing and self.published.exists() and not self.partial.exists()
+        return not self.missing and self.published.exists() and not self.partials
 
     def read(self) -> None:
         """Read the samples that are there; a torn last line does not count.
 
         Raises:
-            InputError: the file is not what was written into it.
+            InputError: a file is not what was written into it.
         """
-        source = self.partial if self.partial.exists() else self.finished
-        whole = _whole_lines(source)
-        if whole:
-            self.records = [row for _, row in parse_jsonl(whole, source, ("index", "stats", *PUBLISHED))]
-            self.records.sort(key=lambda row: row["index"])
-        done = {row["index"] for row in self.records}
-        if len(done) < len(self.records):
-            raise InputError(f"{source} has a sample twice: --overwrite starts anew")
-        self.missing = [index for index in range(self.total) if index not in done]
+        found: dict[int, dict[str, Any]] = {}
+        for source in self.partials or [self.finished]:
+            whole = _whole_lines(source)
+            rows = parse_jsonl(whole, source, ("index", "stats", *self.fields)) if whole else []
+            if len({row["index"] for _, row in rows}) < len(rows):
+                raise InputError(f"{source} has a sample twice: --overwrite starts anew")
+            # A merge that was cut short leaves a sample in two files, the same in both.
+            found = {row["index"]: row for _, row in rows} | found
+        self.records = [found[index] for index in sorted(found)]
+        self.missing = [index for index in range(self.total) if index not in found]
 
     def reopen(self) -> None:
-        """Cut a torn last line off; take a finished data set up again where more samples are wanted than it has."""
-        if not self.partial.exists() and self.finished.exists():
-            os.replace(self.finished, self.partial)
+        """Put what `read` found into one partial file, whatever it was in, and take back what was published."""
+        others = [path for path in self.partials if path != self.partial]
+        if others or _torn(self.partial) or (self.records and not self.partial.exists()):
+            write_whole(self.partial, to_jsonl(self.records))
+        for path in others:
+            path.unlink()
         self.published.unlink(missing_ok=True)
-        if self.partial.exists():
-            os.truncate(self.partial, len(_whole_lines(self.partial)))
+        self.finished.unlink(missing_ok=True)
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Add a finished batch, handed to the operating system before the next one starts; what is there stays.
@@ -260,6 +318,10 @@ class Samples:
         try:
             with self.partial.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(to_jsonl(fresh))
+                file.flush()
+                if time.monotonic() - self._synced > SYNC_SECONDS:
+                    os.fsync(file.fileno())
+                    self._synced = time.monotonic()
         except OSError as error:
             raise InputError(f"cannot write {self.partial}: {error.strerror}; earlier samples are kept") from None
         self.records = sorted([*self.records, *fresh], key=lambda row: row["index"])
@@ -267,15 +329,16 @@ class Samples:
         self.missing = [index for index in self.missing if index not in done]
 
     def publish(self) -> None:
-        """Write `<dataset>.jsonl` in LongBench's form and put the partial file away."""
-        write_whole(self.published, to_jsonl([{key: row[key] for key in PUBLISHED} for row in self.records]))
+        """Write `<dataset>.jsonl` and all that is known of its samples, and let go of the partial files."""
+        write_whole(self.published, to_jsonl([{key: row[key] for key in self.fields} for row in self.records]))
         self.finished.parent.mkdir(exist_ok=True)
-        if self.partial.exists():
-            os.replace(self.partial, self.finished)
+        write_whole(self.finished, to_jsonl(self.records))
+        for path in self.partials:
+            path.unlink()
 
     def remove(self) -> None:
         """Forget every sample of this data set."""
-        for path in (self.partial, self.finished, self.published):
+        for path in (*self.partials, self.finished, self.published):
             path.unlink(missing_ok=True)
 
 
@@ -309,6 +372,10 @@ def check_count(folder: Path, dataset: str, lines: int) -> None:
 def _whole_lines(path: Path) -> bytes:
     data = path.read_bytes() if path.exists() else b""
     return data[: data.rfind(b"\n") + 1]
+
+
+def _torn(path: Path) -> bool:
+    return path.exists() and len(_whole_lines(path)) < path.stat().st_size
 
 
 def _remove_run(folder: Path) -> None:

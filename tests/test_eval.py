@@ -56,7 +56,7 @@ def test_flags_find_the_run_with_no_model_at_hand(flags, folder, capsys):
     write(f"pred_Long/{folder}")
     evaluate.main(flags.split())
     assert results(f"pred_Long/{folder}")["result.json"] == {"samsum": 37.5}
-    assert capsys.readouterr().out.startswith('{"samsum": 37.5}\n')
+    assert "| samsum   | 2       | 37.50 |" in capsys.readouterr().out
 
 
 def test_details(capsys):
@@ -65,7 +65,8 @@ def test_details(capsys):
     evaluate.main(["run"])
     found = results("run")
     assert found["result.json"] == {"qmsum": 66.67, "samsum": 37.5}  # qmsum is not cut at the first line: P 3/5
-    detail = found["result_detail.json"]["samsum"]
+    detail = found["result_detail.json"]["datasets"]["samsum"]
+    assert detail["interval"][0] < 37.5 < detail["interval"][1]
     assert detail["samples"] == 2
     assert [one["score"] for one in detail["per_sample"]] == [75.0, 0.0]
     assert detail["per_sample"][0]["rouge2"] == 66.67
@@ -92,7 +93,11 @@ def one_line_lost(folder):
         (one_line_lost, "samsum.jsonl has 1 lines, but run.json counts 2 samples"),
         (lambda folder: write(folder, lines=[]), "samsum.jsonl has no rows"),
         (lambda folder: write(folder, "samsum.partial.jsonl"), "is half-written, 2 samples so far"),
-        (lambda folder: write(folder, "trec.jsonl"), "trec cannot be scored: --datasets can name gov_report"),
+        (
+            lambda folder: write(folder, "trec.jsonl"),
+            "line 1: all_classes is empty, and trec is scored by it",
+        ),
+        (lambda folder: write(folder, "mmlu.jsonl"), "mmlu.jsonl is named after none of the data sets"),
         (lambda folder: Path(folder).mkdir(), "has no prediction file"),
         (lambda folder: None, "the folder run is not there"),
     ],
@@ -136,3 +141,71 @@ def test_as_a_command():
     done = subprocess.run([sys.executable, ROOT / "eval.py", "run"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: run/samsum.jsonl line 2 is not JSON: the file ends in the middle of a line\n"
+
+
+def test_what_is_good_is_scored_and_what_is_not_is_named(capsys):
+    write("run")
+    write("run", "trec.jsonl")
+    with pytest.raises(InputError, match=r"trec\.jsonl line 1: all_classes is empty"):
+        evaluate.main(["run"])
+    assert "left out: 1 of 2 data sets" in capsys.readouterr().out
+    assert results("run")["result.json"] == {"samsum": 37.5}
+    assert set(results("run")["result_detail.json"]["left_out"]) == {"trec"}
+
+
+def test_a_table_with_intervals_and_the_means_of_groups(capsys):
+    code = [{"pred": text, "answers": ["return x"], "all_classes": None} for text in ("return x", "")]
+    for name in ("lcc", "repobench-p"):
+        write("run", f"{name}.jsonl", code)
+    evaluate.main(["run"])
+    shown = capsys.readouterr().out
+    assert "| lcc         | 2       | 50.00 | 0.00–100.00  |" in shown
+    assert "| mean: code  |         | 50.00 |              |" in shown
+    assert results("run")["result_detail.json"]["groups"] == {"code": 50.0}
+
+
+def test_longbench_e_is_scored_by_length(capsys):
+    lines = [LINES[0] | {"length": length} for length in (100, 4100)]
+    write("pred_e/M/full", lines=lines)
+    evaluate.main(["--model", "M", "--model_arch", "Mistral", "--pred", "e"])
+    assert results("pred_e/M/full")["result.json"] == {"samsum": {"0-4k": 75.0, "4-8k": 75.0, "8k+": None}}
+    assert "0-4k" in capsys.readouterr().out
+    evaluate.main(["pred_e/M/full"])
+    assert results("pred_e/M/full")["result.json"]["samsum"]["4-8k"] == 75.0, "a folder is known by its name"
+    write("pred_e/M/full", lines=[{key: line[key] for key in line if key != "length"} for line in lines])
+    with pytest.raises(InputError, match="line 1 has no field length"):
+        evaluate.main(["pred_e/M/full"])
+
+
+def test_runs_side_by_side(capsys):
+    write("a")
+    write("b", lines=[LINES[0] | {"pred": "Ann forgot the tickets"}, LINES[1]])
+    write("c", lines=LINES[:1])
+    write("a", "qmsum.jsonl")
+    evaluate.main(["--compare", "a", "b"])
+    shown = capsys.readouterr().out
+    assert "| samsum   | 2       | 37.50 | 50.00 | +12.50 [+0.00, +25.00] |" in shown
+    assert "qmsum" not in shown
+    assert not list(Path().rglob("result*"))
+    evaluate.main(["--compare", "a", "b", "c"])
+    shown = capsys.readouterr().out
+    assert "samsum: 1 samples that are not in every run are left out" in shown
+    assert "| samsum   | 1       | 75.00 | 100.00 | +25.00 [+25.00, +25.00] | 75.00 | +0.00 [+0.00, +0.00] |" in shown
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        (["a"], "--compare needs two folders"),
+        (["a", "none"], "the folder none is not there"),
+        (["a", "d"], "no data set is in every one of a, d"),
+        (["a", "other"], "other/samsum.jsonl line 2 answers another sample than a/samsum.jsonl"),
+    ],
+)
+def test_runs_that_cannot_be_compared(others, words):
+    write("a")
+    write("d", "qmsum.jsonl")
+    write("other", lines=[LINES[0], LINES[1] | {"answers": ["Rob"]}])
+    with pytest.raises(InputError) as error:
+        evaluate.main(["--compare", *others])
+    assert words in str(error.value)

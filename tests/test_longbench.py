@@ -1,21 +1,19 @@
-"""LongBench's prompts, rows, truncation and stop rules, compared with its own runner's code."""
+"""LongBench's data sets, prompts and rows."""
 
 import hashlib
 import json
 import zipfile
 
 import pytest
-from tiny import LISTS, TEXT, save_rows, tiny_tokenizer
+from tiny import LISTS, save_rows
 
 from squeeze import InputError, longbench
 from squeeze.longbench import (
+    LONGBENCH_E,
     build_prompt,
     data_settings,
     dataset_names,
-    encode_prompt,
     generation_lengths,
-    generation_settings,
-    is_chat_model,
     load_data,
     prompt_formats,
 )
@@ -66,55 +64,15 @@ def test_the_samsum_prompt():
 
 def test_dataset_names():
     assert dataset_names("samsum, trec,samsum") == ["samsum", "trec"]
+    assert len(dataset_names("all")) == 21
+    assert dataset_names("all", "e") == list(LONGBENCH_E)
+    assert len(LONGBENCH_E) == 13
+    with pytest.raises(InputError, match="unknown data set vcsum: LongBench-E has "):
+        dataset_names("vcsum", "e")
     with pytest.raises(InputError, match="unknown data set samsun: LongBench has samsum"):
         dataset_names("samsun")
     with pytest.raises(InputError, match="names no data set"):
         dataset_names(" ,")
-
-
-def longbench_encode(tokenizer, prompt, max_length):
-    """The lines of LongBench's `pred.py` that cut a prompt."""
-    tokenized_prompt = tokenizer(prompt, truncation=False, return_tensors="pt").input_ids[0]
-    if len(tokenized_prompt) > max_length:
-        half = int(max_length / 2)
-        prompt = tokenizer.decode(tokenized_prompt[:half], skip_special_tokens=True) + tokenizer.decode(
-            tokenized_prompt[-half:], skip_special_tokens=True
-        )
-    return tokenizer(prompt, truncation=False, return_tensors="pt").input_ids
-
-
-@pytest.mark.parametrize("max_length", [1000, 40, 41, 8])
-def test_long_prompts_keep_their_halves(max_length):
-    tokenizer = tiny_tokenizer()
-    tokens = encode_prompt(tokenizer, "samsum", TEXT * 3, max_length, "M")
-    assert tokens.tolist() == longbench_encode(tokenizer, TEXT * 3, max_length)[0].tolist()
-
-
-def test_a_real_tokenizer_cuts_as_longbench_does(tokenizer):
-    prompt = "Überlänge: " + "naïve 中文 😀 1234 don't\r\n\t" * 30
-    for max_length in (50, 51, 2000):
-        expected = longbench_encode(tokenizer, prompt, max_length)
-        assert encode_prompt(tokenizer, "samsum", prompt, max_length, "M").tolist() == expected[0].tolist()
-
-
-def test_chat_format_by_model_and_data_set():
-    tokenizer = tiny_tokenizer()
-
-    def text(dataset, model):
-        return tokenizer.decode(encode_prompt(tokenizer, dataset, "Dialogue", 100, model))
-
-    assert text("gov_report", "llama2-7b-chat-4k") == "[INST]Dialogue[/INST]"
-    assert text("samsum", "llama2-7b-chat-4k") == "Dialogue"
-    assert text("gov_report", "Mistral") == "Dialogue"
-    assert is_chat_model("llama2-7b-32k")
-    assert not any(is_chat_model(name) for name in ("Mistral", "Llama-2-13b-chat-hf", "SmolLM2-135M"))
-
-
-def test_stop_rules(tokenizer):
-    settings = generation_settings(tokenizer, "samsum")
-    assert settings.pop("eos_token_id") == [tokenizer.eos_token_id, tokenizer.encode("\n")[-1]]
-    assert settings == {"max_new_tokens": 128, "num_beams": 1, "do_sample": False, "min_new_tokens": 1}
-    assert generation_settings(tokenizer, "trec") == {"max_new_tokens": 64, "num_beams": 1, "do_sample": False}
 
 
 def test_local_rows(tmp_path):
@@ -140,7 +98,9 @@ ROW = {"context": "c", "input": "i", **LISTS}
         *[(json.dumps({k: v for k, v in ROW.items() if k != f}), f"line 2 has no field {f}") for f in ROW],
         (json.dumps(ROW | {"answers": "a"}), "line 2: answers is not a list of texts"),
         (json.dumps(ROW | {"answers": [1]}), "line 2: answers is not a list of texts"),
-        (json.dumps(ROW | {"all_classes": "a"}), "line 2: all_classes is neither a list nor null"),
+        (json.dumps(ROW | {"all_classes": "a"}), "line 2: all_classes is neither a list of texts nor null"),
+        (json.dumps(ROW | {"all_classes": [1]}), "line 2: all_classes is neither a list of texts nor null"),
+        (json.dumps(ROW | {"dataset": "trec"}), "line 2 is a row of trec, not of samsum"),
         (json.dumps(ROW | {"length": "12"}), "line 2: length is not a whole number"),
         (json.dumps(ROW | {"context": None}), "line 2: context is not text"),
         (json.dumps(ROW | {"context": " \n", "input": ""}), "line 2: the prompt is empty"),
@@ -177,6 +137,47 @@ def test_rows_from_the_hub_are_read_from_its_zip(tmp_path, monkeypatch):
     assert (data.source, data.revision) == ("THUDM/LongBench/data/samsum.jsonl", "f00d")
     with pytest.raises(InputError, match=r"has no data/trec\.jsonl"):
         load_data("trec", None)
+
+
+def test_longbench_e_has_files_of_its_own(tmp_path):
+    save_rows(tmp_path, "samsum_e", count=1)
+    assert load_data("samsum", str(tmp_path), "e").source == str(tmp_path / "samsum_e.jsonl")
+    with pytest.raises(InputError, match=r"samsum\.jsonl is not there"):
+        load_data("samsum", str(tmp_path))
+
+
+def whole_archive(path, rows):
+    """LongBench's zip file: `rows` of every data set, as many as published, or as many as `rows` says."""
+    with zipfile.ZipFile(path, "w") as file:
+        for name in [*prompt_formats(), *(f"{name}_e" for name in LONGBENCH_E)]:
+            dataset = name.removesuffix("_e")
+            row = ROW | ({"all_classes": ["a"]} if dataset in longbench.CLASSIFICATION else {})
+            row |= {"answers": [longbench.PARAGRAPH.get(dataset, "answer ") + "1"]}
+            count = rows.get(name, longbench.ROWS.get(dataset, 200))
+            file.writestr(f"data/{name}.jsonl", (json.dumps(row) + "\n") * count)
+    return path
+
+
+def test_download_checks_every_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(longbench, "try_to_load_from_cache", lambda **file: str(tmp_path / "data.zip"))
+    whole_archive(tmp_path / "data.zip", {"samsum_e": 7})
+    longbench.main(["download"])
+    shown = capsys.readouterr().out
+    assert shown.count(" rows, sha256 ") == 34
+    assert "THUDM/LongBench/data/samsum_e.jsonl: 7 rows" in shown
+    assert sum(longbench.ROWS.get(dataset, 200) for dataset in prompt_formats()) == 4750
+    whole_archive(tmp_path / "data.zip", {"lcc": 499})
+    with pytest.raises(InputError, match=r"lcc\.jsonl has 499 rows, and LongBench published 500"):
+        longbench.main(["download"])
+    with pytest.raises(InputError, match="invalid choice: 'upload'"):
+        longbench.main(["upload"])
+
+
+def test_demo_rows_are_of_every_data_set():
+    for dataset in prompt_formats():
+        data = load_data(dataset, "data/longbench")
+        assert len(data.rows) >= 2
+        assert all(row["_id"].startswith(f"demo-{dataset}-") for row in data.rows)
 
 
 def test_without_network_and_local_data_it_says_how_to_get_them(monkeypatch):

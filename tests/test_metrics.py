@@ -1,47 +1,173 @@
-"""Scores checked by hand, and prediction files that are not what they should be."""
-
-import json
+"""LongBench's metrics on cases checked by hand, hostile ones among them."""
 
 import pytest
 
-from squeeze import InputError
-from squeeze.metrics import dataset_score, read_predictions, rouge_details, rouge_l, sample_scores
+from squeeze.longbench import prompt_formats
+from squeeze.metrics import METRICS, classification, normalize, normalize_zh, rouge_l
 
 
-def score(dataset, prediction, *answers):
-    return dataset_score(sample_scores(dataset, [{"pred": prediction, "answers": list(answers), "all_classes": None}]))
+def test_every_data_set_has_a_metric():
+    assert METRICS.keys() == prompt_formats().keys()
+
+
+def check(dataset, prediction, answer, expected, classes=()):
+    assert METRICS[dataset](prediction, answer, classes) == pytest.approx(expected, abs=5e-5)
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answers", "expected"),
+    ("prediction", "answer", "expected"),
     [
-        ("Ann forgot the tickets", ["Ann forgot the tickets"], 100.0),
-        ("Ann forgot the keys", ["Ann forgot the tickets"], 75.0),  # 3 of 4 words, both ways
-        ("Ann forgot", ["Ann forgot the tickets"], 66.67),  # P 1, R 1/2
-        ("tickets the forgot Ann", ["Ann forgot the tickets"], 25.0),  # one word in order
-        ("PRICE 12.", ["price 12"], 50.0),  # `rouge` minds the case and splits at the full stop
-        ("no", ["yes", "no", "perhaps"], 100.0),  # the best answer counts
-        ("nothing alike", ["Ann forgot"], 0.0),
-        ("\n\nAnn forgot\nDialogue: next", ["Ann forgot"], 100.0),  # leading newlines dropped, then the first line
-        ("stone\n\n1998", ["1998"], 0.0),
-        ("", ["Ann"], 0.0),
-        ("   ", ["Ann"], 0.0),
-        ("...", ["Ann"], 0.0),
-        ("Ann", [""], 0.0),
+        ("Paris", "Paris", 1),
+        ("The city of Paris.", "paris", 0.5),  # city, of, paris: P 1/3, R 1
+        ("a an the", "the", 0),  # nothing is left of either
+        ("", "Paris", 0),
+        ("?!", "Paris", 0),
+        ("Paris", "", 0),
+        ("yes yes no", "yes", 0.5),  # a word counts as often as in the answer
+        ("U.S.A.", "usa", 1),  # points go without leaving a blank
+        ("well-known theorem", "wellknown theorem", 1),
+        ("the theatre", "theatre", 1),  # an article is a whole word
+        ("Ann  \t\n Lee", "ann lee", 1),
+        ("“Paris”", "Paris", 0),  # quotation marks beyond ASCII stay
+        ("答案 is Paris", "Paris", 0.5),  # of three words
+        ("café", "cafe", 0),
+        ("x " * 20000, "x", 2 / 20001),
     ],
 )
-def test_samsum(prediction, answers, expected):
-    assert score("samsum", prediction, *answers) == expected
+def test_qa_f1(prediction, answer, expected):
+    check("hotpotqa", prediction, answer, expected)
 
 
-def test_only_some_data_sets_are_cut_at_the_first_line():
-    assert score("qmsum", "Ann\nforgot", "Ann forgot") == 100.0
-    assert score("samsum", "Ann\nforgot", "Ann forgot") == 66.67
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("北京", "北京", 1),
+        ("北京。", "北京", 1),
+        ("在北京", "北京", 2 / 3),  # two words, one of them right
+        ("北京 BEIJING", "beijing北京", 1),
+        ("，。！", "北京", 0),
+        ("", "北京", 0),
+        ("上海", "北京", 0),
+        ("1998年", "1998", 2 / 3),
+    ],
+)
+def test_qa_f1_of_chinese(prediction, answer, expected):
+    check("multifieldqa_zh", prediction, answer, expected)
 
 
-def test_the_mean_is_rounded_once():
-    rows = [{"pred": text, "answers": ["Ann forgot the tickets"]} for text in ("Ann forgot", "Ann forgot", "")]
-    assert dataset_score(sample_scores("samsum", rows)) == 44.44
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("Ann forgot the tickets", "Ann forgot the tickets", 1),
+        ("Ann forgot the keys", "Ann forgot the tickets", 0.75),  # 3 of 4 words, both ways
+        ("Ann forgot", "Ann forgot the tickets", 2 / 3),  # P 1, R 1/2
+        ("tickets the forgot Ann", "Ann forgot the tickets", 0.25),  # one word in order
+        ("PRICE 12.", "price 12", 0.5),  # `rouge` minds the case and splits at the full stop
+        ("nothing alike", "Ann forgot", 0),
+        ("", "Ann", 0),
+        ("   ", "Ann", 0),
+        ("...", "Ann", 0),
+        ("Ann", "", 0),
+    ],
+)
+def test_rouge_l(prediction, answer, expected):
+    check("samsum", prediction, answer, expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("会议讨论了预算", "会议讨论了预算", 1),
+        ("预算", "会议讨论了预算", 0.4),  # one of four words
+        ("", "会议", 0),
+        ("。", "会议", 0),
+        ("meeting 会议", "会议", 2 / 3),
+    ],
+)
+def test_rouge_l_of_chinese_words(prediction, answer, expected):
+    check("vcsum", prediction, answer, expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "classes", "expected"),
+    [
+        ("Date", "Date", ["Date", "Reason"], 1),
+        ("It is a Date or a Reason", "Date", ["Date", "Reason"], 0.5),
+        ("date", "Date", ["Date", "Reason"], 0),
+        ("", "Date", ["Date"], 0),
+        ("Reason", "Date", ["Date", "Reason"], 0),
+        ("Other location", "Other location", ["location", "Other location"], 1),  # a part of the answer's own name
+        ("Other location", "location", ["location", "Other location"], 0.5),  # the other way round it is a second name
+        ("a b c d", "a b c", ["a", "b", "c", "a b c"], 0.5),  # b is passed over once a is dropped: not a mistake here
+        ("体育新闻", "体育", ["体育", "军事"], 1),
+    ],
+)
+def test_classification(prediction, answer, classes, expected):
+    check("trec", prediction, answer, expected, classes)
+
+
+def test_classification_leaves_the_classes_alone():
+    classes = ["location", "Other location"]
+    classification("Other location", "Other location", classes)
+    assert classes == ["location", "Other location"]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("8", "8", 1),
+        ("There are 8 of 11", "8", 0.5),
+        ("8, 8, 9", "8", 2 / 3),
+        ("08", "8", 0),
+        ("8.0", "8", 0.5),
+        ("eight", "8", 0),
+        ("", "8", 0),
+        ("٨", "٨", 1),  # any script's digits
+    ],
+)
+def test_count(prediction, answer, expected):
+    check("passage_count", prediction, answer, expected)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "prediction", "answer", "expected"),
+    [
+        ("passage_retrieval_en", "Paragraph 3", "Paragraph 3", 1),
+        ("passage_retrieval_en", "3", "Paragraph 3", 1),
+        ("passage_retrieval_en", "Paragraph 3 or 4", "Paragraph 3", 0.5),
+        ("passage_retrieval_en", "Paragraph 30", "Paragraph 3", 0),
+        ("passage_retrieval_en", "three", "Paragraph 3", 0),
+        ("passage_retrieval_zh", "段落3", "段落3", 1),
+        ("passage_retrieval_zh", "第3段，共5段", "段落3", 0.5),
+        ("passage_retrieval_zh", "", "段落3", 0),
+    ],
+)
+def test_retrieval(dataset, prediction, answer, expected):
+    check(dataset, prediction, answer, expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("return x", "return x", 1),
+        ("\n\nreturn x\nmore", "return x", 1),
+        ("# comment\nreturn x", "return x", 1),  # the first line without a comment
+        ("// comment\n```\nreturn x", "return x", 1),
+        ("return y", "return x", 0.88),  # 2 * 7 / 16 = 0.875, and Python rounds a half to the even digit
+        ("return x  # why", "return x", 0),  # no line is left
+        ("", "", 1),
+        ("", "return x", 0),
+        ("a" * 300, "b" + "a" * 299, 0),  # difflib takes what is frequent in a long text for junk
+        ("x = a // b", "x = a", 0),
+    ],
+)
+def test_code_similarity(prediction, answer, expected):
+    check("lcc", prediction, answer, expected)
+
+
+def test_normalizing():
+    assert normalize(" The  Cat, a DOG; an owl's ") == "cat dog owls"
+    assert normalize_zh("Ａ，b 。「C」…") == "ａbc"
 
 
 def test_the_score_of_a_long_text_does_not_depend_on_the_callers_stack():
@@ -54,42 +180,3 @@ def test_the_score_of_a_long_text_does_not_depend_on_the_callers_stack():
 
     assert deep(0, prediction) == deep(700, prediction) == pytest.approx(0.5, abs=1e-6)
     assert deep(0, hopeless) == deep(700, hopeless) == 0.0  # more words than LongBench's recursion goes
-
-
-def test_rouge_score_beside_it():
-    rows = [{"pred": "Ann forgets tickets\nDialogue: next", "answers": ["none", "Ann forgot the ticket"]}]
-    assert rouge_details("samsum", rows) == [{"rouge1": 57.14, "rouge2": 0.0, "rougeL": 57.14}]  # stemmed: 2 of 3, 4
-
-
-LINE = {"pred": "Ann", "answers": ["Ann"], "all_classes": None, "length": 3}
-
-
-def test_predictions_of_other_longbench_code(tmp_path):
-    path = tmp_path / "samsum.jsonl"
-    path.write_bytes("\n".join(json.dumps(LINE | {"pred": "a\u2028b"}, ensure_ascii=False) for _ in "12").encode())
-    assert [row["pred"] for row in read_predictions(path)] == ["a\u2028b"] * 2
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "samsum.jsonl has no rows"),
-        (b"\n\n", "samsum.jsonl has no rows"),
-        (json.dumps(LINE).encode() + b'\n{"pred": "An', "line 2 is not JSON: the file ends in the middle of a line"),
-        (b"{]\n" + json.dumps(LINE).encode(), "line 1 is not JSON"),
-        (b'{"pred": "Ann", "answers": ["a"]}\n', "line 1 has no field all_classes"),
-        (b'{"answers": ["a"], "all_classes": null}\n', "line 1 has no field pred"),
-        (json.dumps(LINE | {"answers": "Ann"}).encode(), "line 1: answers is not a list of texts"),
-        (json.dumps(LINE | {"answers": []}).encode(), "line 1: answers is not a list of texts"),
-        (json.dumps(LINE | {"pred": None}).encode(), "line 1: pred is not text"),
-        (b"[1]\n", "line 1 is not a JSON object"),
-        (b"\xff\xfe\n", "line 1 is not UTF-8"),
-    ],
-)
-def test_bad_prediction_files_are_named(tmp_path, content, words):
-    path = tmp_path / "samsum.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        read_predictions(path)
-    assert words in str(error.value)
-    assert str(path) in str(error.value)

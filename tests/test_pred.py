@@ -16,10 +16,12 @@ import eval
 import pred
 from squeeze import InputError, SqueezeConfig, loading, models, runs, squeezed
 from squeeze import predict as predict_module
+from squeeze.batching import batches
 from squeeze.flags import run_command
 from squeeze.loading import load
-from squeeze.longbench import build_prompt, encode_prompt, generation_lengths
-from squeeze.predict import batches, full_cache_bytes, generate
+from squeeze.longbench import build_prompt, generation_lengths
+from squeeze.predict import full_cache_bytes, generate
+from squeeze.prompting import encode_prompt
 
 ROOT = Path(__file__).parent.parent
 SQUEEZE = ["--enable_squeeze", "--ini_size", "0.3", "--KV_class3", "0.126"]
@@ -217,7 +219,7 @@ def test_the_published_commands(place, monkeypatch, capsys):
         eval.main(["--model", "Mistral", "--pred", "Long", *sizes])
         score = json.loads(Path("pred_Long/Mistral/0.21", folder, "result.json").read_text())
         assert set(score) == {"samsum"}
-        assert json.dumps(score) in capsys.readouterr().out
+        assert f"{score['samsum']:.2f}" in capsys.readouterr().out
         assert len(read(Path("pred_Long/Mistral/0.21", folder, "samsum.jsonl"))) == 3
     (place / "config/model2path.json").write_text('{"Mistral": "weights",\n}')
     with pytest.raises(InputError, match=r"model2path\.json line \d is not JSON"):
@@ -355,6 +357,28 @@ def test_as_a_command_bad_input_is_one_sentence_and_code_2(place, flags, words):
 
 def test_the_tiny_tokenizer_fits_the_tiny_model():
     assert len(tiny_tokenizer()) <= 199
+
+
+def test_every_data_set_on_the_embedded_model(tmp_path, monkeypatch):
+    """A demo row of each, as pred.py and eval.py run them; only answers are cut short."""
+    for dataset, length in generation_lengths().items():
+        monkeypatch.setitem(generation_lengths(), dataset, min(length, 32))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", "SmolLM2-135M", "--pred", "Long", "--ini_size", "0.3", "--KV_class3", "0.2"]
+    rows = ["--datasets", "all", "--data_dir", str(ROOT / "data/longbench"), "--sample_num", "1"]
+    pred.main([*flags, *rows, "--enable_squeeze", "--device", "cpu", "--chat"])
+    eval.main(flags)
+    folder = Path("pred_Long/SmolLM2-135M/0.3/20")
+    scores = json.loads((folder / "result.json").read_text())
+    assert list(scores) == list(generation_lengths())
+    assert all(0 <= score <= 100 for score in scores.values())
+    detail = json.loads((folder / "result_detail.json").read_text())
+    assert detail["left_out"] == {}
+    assert "all" in detail["groups"]
+    for dataset in generation_lengths():
+        found = summary(folder, dataset)
+        assert found["prompt_tokens"] > 300
+        assert found["kept"] == pytest.approx(0.3, abs=0.01)
 
 
 def test_the_embedded_model_end_to_end(tmp_path, monkeypatch):

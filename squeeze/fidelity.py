@@ -1,0 +1,130 @@
+"""How far a squeezed cache is from the full one, token by token: KL divergence and top-1 agreement.
+
+The full cache answers greedily; both caches are fed that answer, and their next-token distributions are compared. On
+a small model or few samples this tells configurations apart where a score of answers is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from squeeze.batching import run_batches
+from squeeze.longbench import Data
+from squeeze.patch import SqueezedModel
+from squeeze.predict import Options, encode, full_cache_bytes, pad_left, stop_tokens
+from squeeze.runs import Samples
+from squeeze.scoring import interval
+
+#: A line of the published file: means over the tokens compared, and how many those are.
+PUBLISHED = ("kl", "agreement", "tokens")
+
+
+@torch.inference_mode()
+def compare(
+    model: PreTrainedModel, prompts: Sequence[torch.Tensor], settings: dict[str, Any], run: SqueezedModel
+) -> list[dict[str, Any]]:
+    """Compare the caches on a batch of prompts.
+
+    The first token is left out: it follows from the prefill, which is the same with both.
+
+    Args:
+        prompts: token ids of each, (tokens,).
+        settings: for `generate`: its `max_new_tokens`, `min_new_tokens` and `eos_token_id` are kept to.
+        run: what `squeezed` gave.
+    Returns:
+        For each prompt `kl`, the mean over tokens of KL(full || squeezed) in nats, `agreement`, the share of tokens
+        where both have the same largest logit (both None where nothing was compared), and `tokens`.
+    """
+    inputs, mask = pad_left(model, prompts)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    stops = stop_tokens(model, settings).to(inputs.device)
+    caches = (DynamicCache(config=model.config), run.cache(settings["max_new_tokens"]))
+    running = torch.ones(len(prompts), dtype=torch.bool, device=inputs.device)
+    divergences: list[list[float]] = [[] for _ in prompts]
+    agreements: list[list[bool]] = [[] for _ in prompts]
+    for step in range(settings["max_new_tokens"]):
+        full, squeezed = (
+            model(
+                inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
+            .log_softmax(dim=-1)
+            for cache in caches
+        )
+        if step:
+            kl = (full.exp() * (full - squeezed)).sum(dim=-1)
+            same = full.argmax(dim=-1) == squeezed.argmax(dim=-1)
+            for row in running.nonzero().flatten().tolist():
+                divergences[row].append(kl[row].item())
+                agreements[row].append(bool(same[row]))
+        if step < settings.get("min_new_tokens", 0):
+            full[:, stops] = -torch.inf
+        inputs = full.argmax(dim=-1, keepdim=True)
+        running &= ~torch.isin(inputs[:, 0], stops)
+        if not running.any():
+            break
+        mask = torch.cat([mask, torch.ones_like(inputs)], dim=1)
+        positions = positions[:, -1:] + 1
+    return [
+        {"kl": fmean(kl) if kl else None, "agreement": fmean(same) if kl else None, "tokens": len(kl)}
+        for kl, same in zip(divergences, agreements, strict=True)
+    ]
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    samples: Samples,
+    run: SqueezedModel,
+    how: Options,
+) -> int:
+    """Compare the samples that are missing, see `squeeze.batching.run_batches`; the batch size at the end."""
+    prompts, settings = encode(model, tokenizer, data, samples.total, how)
+
+    def work(batch: list[int]) -> list[dict[str, Any]]:
+        found = compare(model, [prompts[index] for index in batch], settings, run)
+        records = []
+        for row, (index, one) in enumerate(zip(batch, found, strict=True)):
+            full_bytes = full_cache_bytes(model.config, len(prompts[index]), model.dtype)
+            held = {"kv_bytes": run.kv_bytes / len(batch), "full_kv_bytes": full_bytes}
+            records.append({"index": index, **one, "stats": {**one, **held, "notes": run.notes[row]}})
+        return records
+
+    return run_batches(samples, [len(prompt) for prompt in prompts], how.batch_size, work, describe, how.ranks)
+
+
+def describe(stats: Sequence[dict[str, Any]]) -> str:
+    """Means of the samples so far, in a few words."""
+    summary = summarize(stats)
+    if "kl" not in summary:
+        return "no tokens to compare so far"
+    words = [
+        f"{name} {summary[key]['mean']:.4f} [{summary[key]['low']:.4f}, {summary[key]['high']:.4f}]"
+        for name, key in (("KL", "kl"), ("agreement", "agreement"))
+    ]
+    return f"{', '.join(words)}, KV {100 * summary['kept']:.1f}%"
+
+
+def summarize(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `run.json` says: means over samples of what was compared, each with its 95% bootstrap interval."""
+    kept = sum(one["kv_bytes"] for one in stats) / sum(one["full_kv_bytes"] for one in stats)
+    compared = [one for one in stats if one["tokens"]]
+    summary: dict[str, Any] = {"samples": len(stats), "compared": len(compared), "kept": round(kept, 4)}
+    summary["tokens"] = sum(one["tokens"] for one in stats)
+    for key in ("kl", "agreement") if compared else ():
+        values = [one[key] for one in compared]
+        low, high = interval(values)
+        summary[key] = {"mean": round(fmean(values), 6), "low": round(low, 6), "high": round(high, 6)}
+    return summary
