@@ -50,7 +50,8 @@ def run_batches(
     mine = {index for batch in queue for index in batch}
     missing = mine & set(samples.missing)
     label = samples.dataset if ranks.world == 1 else f"{samples.dataset}, process {ranks.rank} of {ranks.world}"
-    with tqdm(total=len(mine), initial=len(mine - missing), desc=label, unit="sample", disable=ranks.rank > 0) as bar:
+    shown = {} if ranks.first else {"disable": True}  # nothing for the first, which the environment may decide on
+    with tqdm(total=len(mine), initial=len(mine - missing), desc=label, unit="sample", **shown) as bar:
         while queue:
             batch = queue.pop(0)
             if not set(batch) & missing:
