@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # torch and transformers take seconds to import: --help and what is wrong with the flags should not wait for them.
     import torch
 
-    from squeeze import fidelity, loading, predict, squeezed, stats
+    from squeeze import fidelity, loading, predict, prompting, squeezed, stats
 
     process = ranks()
     device = loading.pick_device(args.device, process.local)
@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if process.share(any(samples.missing for _, samples in todo)):
             torch.manual_seed(args.seed)
             model, tokenizer = loading.load(folder, device, dtype, args.attn, args.allow_pickle, args.device_map)
+            if args.chat:
+                prompting.check_chat_template(tokenizer, source.name)
             squeeze_run = stack.enter_context(squeezed(model, config)) if config else None
         for one, samples in todo:
             run.start(samples)

@@ -91,7 +91,7 @@ def measure(
     how: Options,
 ) -> int:
     """Compare the samples that are missing, see `squeeze.batching.run_batches`; the batch size at the end."""
-    prompts, settings = encode(model, tokenizer, data, samples.total, how)
+    prompts, settings = encode(tokenizer, data, samples.total, how)
 
     def work(batch: list[int]) -> list[dict[str, Any]]:
         found = compare(model, [prompts[index] for index in batch], settings, run)

@@ -176,7 +176,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, total: int, how: Options
+    tokenizer: PreTrainedTokenizerBase, data: Data, total: int, how: Options
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """The first `total` prompts of a data set as token ids, and what LongBench passes to `generate`."""
     prompts = [
@@ -197,7 +197,7 @@ def predict(
     how: Options,
 ) -> int:
     """Generate the samples that are missing, see `squeeze.batching.run_batches`; the batch size at the end."""
-    prompts, settings = encode(model, tokenizer, data, samples.total, how)
+    prompts, settings = encode(tokenizer, data, samples.total, how)
 
     def work(batch: list[int]) -> list[dict[str, Any]]:
         processors = sampler(how.temperature, how.top_p, [generator(how.seed, index) for index in batch])

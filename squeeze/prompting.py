@@ -59,6 +59,12 @@ def clean(answer: str, model_name: str) -> str:
     return found.clean(answer) if found else answer
 
 
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:
+    """Raises InputError if the tokenizer has no chat template of its own."""
+    if tokenizer.chat_template is None:
+        raise InputError(f"{model_name} has no chat template of its own: leave --chat out")
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, dataset: str, prompt: str, max_length: int, model_name: str, chat: bool = False
 ) -> torch.Tensor:
@@ -70,8 +76,6 @@ def encode_prompt(
         chat: use the tokenizer's own chat template in place of LongBench's format for the name.
     Returns:
         Token ids, (tokens,).
-    Raises:
-        InputError: `chat`, and the tokenizer has no template.
     """
     tokens = tokenizer(prompt, truncation=False).input_ids
     if len(tokens) > max_length:
@@ -82,8 +86,6 @@ def encode_prompt(
     if dataset not in NO_CHAT:
         found = family(model_name)
         if chat:
-            if tokenizer.chat_template is None:
-                raise InputError(f"{model_name} has no chat template of its own: leave --chat out")
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
             )

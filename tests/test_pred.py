@@ -236,6 +236,17 @@ def test_several_data_sets_and_empty_predictions(place):
     assert summary("pred_Long/silent/full", "lcc")["generated_tokens"] == 64
 
 
+def test_longbench_e_has_folders_and_rows_of_its_own(place):
+    save_rows(place / "data", "samsum_e", count=2)
+    pred.main(["--model", "tiny", "--pred", "e", "--device", "cpu", "--data_dir", "data", *SQUEEZE])
+    assert len(read("pred_e/tiny/0.3/12.6/samsum.jsonl")) == 2
+    eval.main(["--model", "tiny", "--pred", "e", *SQUEEZE])
+    [scores] = json.loads(Path("pred_e/tiny/0.3/12.6/result.json").read_text()).values()
+    assert scores["0-4k"] is not None and scores["4-8k"] is None
+    with pytest.raises(InputError, match="unknown data set vcsum: LongBench-E has"):
+        pred.main(["--model", "tiny", "--pred", "e", "--datasets", "vcsum"])
+
+
 def test_a_stop_token_comes_second_at_the_earliest(place):
     """For samsum: a model that wants to stop at once gives one other token first."""
     model, _ = load(save_tiny(place / "silent", silent=True), torch.device("cpu"), torch.float32)
@@ -320,6 +331,7 @@ def test_compiled_decoding_is_a_setting_of_the_run(place):
         (["--datasets", ""], "names no data set"),
         (["--datasets", "trec"], "trec.jsonl is not there: data has samsum"),
         (["--model_arch", "Mistral", *SQUEEZE], "the model's own architecture is llama"),
+        (["--chat"], "tiny has no chat template of its own"),
         (["--model", "half"], "has no weights"),
         (["--model", "broken"], "cannot be loaded"),
         (["--model", "gpt"], "is of type gpt2"),

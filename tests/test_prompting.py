@@ -4,7 +4,7 @@ import pytest
 from tiny import TEXT, tiny_tokenizer
 
 from squeeze import InputError
-from squeeze.prompting import clean, encode_prompt, generation_settings
+from squeeze.prompting import check_chat_template, clean, encode_prompt, generation_settings
 
 
 def longbench_encode(tokenizer, prompt, max_length):
@@ -69,8 +69,9 @@ def test_the_tokenizers_own_chat_template(tokenizer):
     assert tokenizer.decode(tokens).endswith("Dialogue<|im_end|>\n<|im_start|>assistant\n")
     plain = encode_prompt(tokenizer, "samsum", "Dialogue", 100, "SmolLM2-135M", chat=True)
     assert tokenizer.decode(plain) == "Dialogue"
+    check_chat_template(tokenizer, "SmolLM2-135M")
     with pytest.raises(InputError, match="M has no chat template of its own: leave --chat out"):
-        encode_prompt(tiny_tokenizer(), "hotpotqa", "Dialogue", 100, "M", chat=True)
+        check_chat_template(tiny_tokenizer(), "M")
 
 
 @pytest.mark.parametrize(
