@@ -40,3 +40,9 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert together != sampled([0, 1, 2], 43)
     greedy, _ = generate(model, prompts, settings, None)
     assert together != [output.tolist() for output in greedy]
+
+
+def test_every_sample_of_every_seed_has_random_numbers_of_its_own():
+    drawn = {torch.rand(1, generator=generator(seed, index)).item() for seed in (1, 2, 11) for index in (0, 1, 11)}
+    assert len(drawn) == 9
+    assert generator(1, 0).initial_seed() == generator(1, 0).initial_seed() != generator(10, 0).initial_seed()
