@@ -13,7 +13,8 @@ from squeeze import InputError, models
 from squeeze.distributed import ranks
 from squeeze.flags import check_flags, config_from_flags, for_model, pred_parser, run_command
 from squeeze.longbench import data_settings, dataset_names, load_data
-from squeeze.runs import PUBLISHED, Run, cache_settings, run_folder, versions
+from squeeze.runs import Run, cache_settings, run_folder, versions
+from squeeze.samples import PUBLISHED
 
 
 def main(argv: Sequence[str] | None = None) -> None:

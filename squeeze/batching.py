@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from squeeze.config import InputError
 from squeeze.distributed import Ranks
-from squeeze.runs import Samples
+from squeeze.samples import Samples
 
 #: Indices of a batch to a record of each: `index`, what is published, and `stats`.
 Work = Callable[[list[int]], list[dict[str, Any]]]

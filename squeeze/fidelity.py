@@ -17,7 +17,7 @@ from squeeze.batching import run_batches
 from squeeze.longbench import Data
 from squeeze.patch import SqueezedModel
 from squeeze.predict import Options, encode, full_cache_bytes, pad_left, stop_tokens
-from squeeze.runs import Samples
+from squeeze.samples import Samples
 from squeeze.scoring import interval
 
 #: A line of the published file: means over the tokens compared, and how many those are.

@@ -19,7 +19,7 @@ from squeeze.distributed import ALONE, Ranks
 from squeeze.longbench import Data, build_prompt
 from squeeze.patch import SqueezedModel
 from squeeze.prompting import clean, encode_prompt, generation_settings
-from squeeze.runs import Samples
+from squeeze.samples import Samples
 from squeeze.sampling import generator, sampler
 from squeeze.stats import progress
 
