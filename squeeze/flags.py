@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -109,7 +110,7 @@ def pred_parser() -> Parser:
         "--fidelity",
         action="store_true",
         help="in place of predictions: feed the full cache's greedy answer to both caches, and report the mean KL "
-        "divergence and top-1 agreement per token; tells configurations apart where scores of few samples are noise",
+        "divergence and top-1 agreement per token; can tell configurations apart where scores of few samples are noise",
     )
     parser.add_argument(
         "--allow_pickle", action="store_true", help="also load weights that are not safetensors; they can run code"
@@ -222,8 +223,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("sample_num", "batch_size"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be 1 or more, got {getattr(args, name)}")
-    if getattr(args, "temperature", 0) < 0:
-        raise InputError(f"--temperature must be 0 or more, got {args.temperature}")
+    if not 0 <= getattr(args, "temperature", 0) < math.inf:
+        raise InputError(f"--temperature must be a number, 0 or more, got {args.temperature}")
     if not 0 < getattr(args, "top_p", 1) <= 1:
         raise InputError(f"--top_p must be in (0, 1], got {args.top_p}")
     if getattr(args, "top_p", 1) < 1 and args.temperature == 0:

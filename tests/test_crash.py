@@ -69,7 +69,12 @@ def test_a_killed_stub_ends_in_the_same_bytes(tmp_path):
         folders += 1
         for _ in range(20):
             process = start("-c", STUB, str(folder), str(total), "0.03")
-            time.sleep(startup * rng.uniform(0.6, 1.4))
+            if rng.random() < 0.5:  # at any moment; or while samples are written, however slow the machine is
+                time.sleep(startup * rng.uniform(0.6, 1.4))
+            else:
+                while not list(folder.glob("samsum*")) and process.poll() is None:
+                    time.sleep(0.002)
+                time.sleep(rng.uniform(0, 0.12))
             killed += process.poll() is None
             kill(process)
             partial = folder / "samsum.partial.jsonl"
