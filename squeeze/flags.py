@@ -110,7 +110,7 @@ def pred_parser() -> Parser:
         "--fidelity",
         action="store_true",
         help="in place of predictions: feed the full cache's greedy answer to both caches, and report the mean KL "
-        "divergence and top-1 agreement per token; can tell configurations apart where scores of few samples are noise",
+        "divergence and top-1 agreement per token; can tell configurations apart where scores are noise",
     )
     parser.add_argument(
         "--allow_pickle", action="store_true", help="also load weights that are not safetensors; they can run code"
