@@ -14,6 +14,7 @@ from squeeze.files import write_json
 from squeeze.flags import check_flags, config_from_flags, eval_parser, for_model, run_command
 from squeeze.longbench import dataset_names
 from squeeze.models import guess_model_type, run_name
+from squeeze.request_files import HELM_TASKS
 from squeeze.runs import check_count, run_folder
 from squeeze.tables import table
 
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.compare:
         compare([Path(folder) for folder in args.compare], args.datasets)
         return
+    if args.pred in HELM_TASKS:
+        raise InputError(f"{HELM_TASKS[args.pred]} is scored by HELM itself: sh script/helm.sh")
     folder = find_folder(args)
     task = "e" if args.pred == "e" or "pred_e" in folder.absolute().parts else "Long"
     details: dict[str, Any] = {}

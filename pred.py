@@ -1,4 +1,4 @@
-"""Write a model's LongBench predictions with a full or a squeezed KV cache: `python pred.py --help`."""
+"""Write a model's predictions on LongBench or for HELM with a full or a squeezed KV cache: `python pred.py --help`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from squeeze import InputError, models
+from squeeze import InputError, models, request_files
 from squeeze.distributed import ranks
-from squeeze.flags import check_flags, config_from_flags, for_model, pred_parser, run_command
-from squeeze.longbench import data_settings, dataset_names, load_data
+from squeeze.flags import check_flags, check_task_flags, config_from_flags, for_model, pred_parser, run_command
+from squeeze.longbench import Data, dataset_names, load_data
+from squeeze.request_files import HELM_TASKS, Requests, read_requests
 from squeeze.runs import Run, cache_settings, run_folder, versions
 from squeeze.samples import PUBLISHED
 
@@ -20,27 +21,33 @@ from squeeze.samples import PUBLISHED
 def main(argv: Sequence[str] | None = None) -> None:
     args = pred_parser().parse_args(argv)
     check_flags(args)
+    check_task_flags(args)
     if args.model is None:
         raise InputError("--model is missing: a name in config/model2path.json, a local folder or a Hub name")
     config = config_from_flags(args)
-    datasets = dataset_names("samsum" if args.datasets is None else args.datasets, args.pred)
+    helm = args.pred in HELM_TASKS
+    datasets = [] if helm else dataset_names("samsum" if args.datasets is None else args.datasets, args.pred)
     source = models.resolve(args.model, args.model_path)
 
     # torch and transformers take seconds to import: --help and what is wrong with the flags should not wait for them.
     import torch
 
-    from squeeze import fidelity, loading, predict, prompting, squeezed, stats
+    from squeeze import completions, fidelity, loading, predict, prompting, squeezed, stats
 
     process = ranks()
     device = loading.pick_device(args.device, process.local)
     dtype = loading.pick_dtype(args.dtype, device)
-    data = [load_data(dataset, args.data_dir, args.pred) for dataset in datasets]
+    data: list[Data] | list[Requests] = [load_data(dataset, args.data_dir, args.pred) for dataset in datasets]
+    if helm:
+        data = [read_requests(args.pred, args.requests)]
     folder = models.fetch(source, args.allow_pickle)
     model_config = models.read_config(folder)
     model_type = model_config["model_type"]
     models.check_arch(args.model_arch, model_type)
     config = for_model(config, model_type)
-    max_length, note = models.prompt_limit(source, model_config)
+    max_length, note = models.positions(model_config), None
+    if not helm:
+        max_length, note = models.prompt_limit(source, model_config)
     if note and process.first:
         print(f"note: {note}")
 
@@ -67,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ranks=process,
     )
     place = run_folder(args.pred, source.name, config, model_type, args.seed)
-    published: Sequence[str] = PUBLISHED
-    work: Callable[..., int] = predict.predict
+    published: Sequence[str] = request_files.PUBLISHED if helm else PUBLISHED
+    work: Callable[..., int] = completions.answer if helm else predict.predict
     summarize, describe = stats.summarize, stats.progress
     if args.fidelity:
         place /= "fidelity"
@@ -76,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         summarize, describe = fidelity.summarize, fidelity.describe
     with ExitStack() as stack:
         run = stack.enter_context(Run(place, settings, info, args.overwrite, published, process))
-        todo = [(one, run.open(one.dataset, data_settings(one), one.count(args.sample_num))) for one in data]
+        todo = [(one, run.open(one.dataset, one.settings, one.count(args.sample_num))) for one in data]
         if process.share(any(samples.missing for _, samples in todo)):
             torch.manual_seed(args.seed)
             model, tokenizer = loading.load(folder, device, dtype, args.attn, args.allow_pickle, args.device_map)

@@ -17,20 +17,35 @@ from squeeze.samples import Samples
 Work = Callable[[list[int]], list[dict[str, Any]]]
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def batches(lengths: Sequence[int], batch_size: int, kinds: Sequence[Any] = ()) -> list[list[int]]:
     """Which samples go together: the longest prompts first, so that little is padded and too much fails early.
 
     A pure function of its arguments: a run that goes on makes the batches that it had made uninterrupted.
 
     Args:
         lengths: prompt tokens of each sample.
+        kinds: what must be equal in a batch, such as the settings of generation, for each sample; may be empty.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    known: list[Any] = []  # a kind may be a dict, which cannot be hashed
+    alike: list[list[int]] = []
+    for index in order:
+        kind = kinds[index] if kinds else None
+        if kind not in known:
+            known.append(kind)
+            alike.append([])
+        alike[known.index(kind)].append(index)
+    return [some[start : start + batch_size] for some in alike for start in range(0, len(some), batch_size)]
 
 
 def run_batches(
-    samples: Samples, lengths: Sequence[int], batch_size: int, work: Work, describe: Callable[..., str], ranks: Ranks
+    samples: Samples,
+    lengths: Sequence[int],
+    batch_size: int,
+    work: Work,
+    describe: Callable[..., str],
+    ranks: Ranks,
+    kinds: Sequence[Any] = (),
 ) -> int:
     """Do the samples that are missing, and append each batch to `samples` as soon as it is there.
 
@@ -40,12 +55,13 @@ def run_batches(
         lengths: prompt tokens of each sample.
         describe: turns the `stats` of all samples so far into a few words for the progress bar.
         ranks: of several processes, each takes its share of the batches.
+        kinds: samples of different kinds never go together; none: all may.
     Returns:
         The batch size at the end.
     Raises:
         InputError: a single prompt does not fit into memory.
     """
-    queue = batches(lengths, batch_size)[ranks.rank :: ranks.world]
+    queue = batches(lengths, batch_size, kinds)[ranks.rank :: ranks.world]
     noted = any(record["stats"].get("notes") for record in samples.records)
     mine = {index for batch in queue for index in batch}
     missing = mine & set(samples.missing)

@@ -17,8 +17,10 @@ from squeeze.batching import run_batches
 from squeeze.longbench import Data
 from squeeze.patch import SqueezedModel
 from squeeze.predict import Options, encode, full_cache_bytes, pad_left, stop_tokens
+from squeeze.request_files import Requests
 from squeeze.samples import Samples
 from squeeze.scoring import interval
+from squeeze.stopping import StopStrings
 
 #: A line of the published file: means over the tokens compared, and how many those are.
 PUBLISHED = ("kl", "agreement", "tokens")
@@ -26,7 +28,11 @@ PUBLISHED = ("kl", "agreement", "tokens")
 
 @torch.inference_mode()
 def compare(
-    model: PreTrainedModel, prompts: Sequence[torch.Tensor], settings: dict[str, Any], run: SqueezedModel
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    settings: dict[str, Any],
+    run: SqueezedModel,
+    stops: StopStrings | None = None,
 ) -> list[dict[str, Any]]:
     """Compare the caches on a batch of prompts.
 
@@ -36,13 +42,15 @@ def compare(
         prompts: token ids of each, (tokens,).
         settings: for `generate`: its `max_new_tokens`, `min_new_tokens` and `eos_token_id` are kept to.
         run: what `squeezed` gave.
+        stops: strings that end an answer; its `start` is 0.
     Returns:
         For each prompt `kl`, the mean over tokens of KL(full || squeezed) in nats, `agreement`, the share of tokens
         where both have the same largest logit (both None where nothing was compared), and `tokens`.
     """
     inputs, mask = pad_left(model, prompts)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    stops = stop_tokens(model, settings).to(inputs.device)
+    ends = stop_tokens(model, settings).to(inputs.device)
+    answer = inputs[:, :0]
     caches = (DynamicCache(config=model.config), run.cache(settings["max_new_tokens"]))
     running = torch.ones(len(prompts), dtype=torch.bool, device=inputs.device)
     divergences: list[list[float]] = [[] for _ in prompts]
@@ -69,9 +77,12 @@ def compare(
                 divergences[row].append(kl[row].item())
                 agreements[row].append(bool(same[row]))
         if step < settings.get("min_new_tokens", 0):
-            full[:, stops] = -torch.inf
+            full[:, ends] = -torch.inf
         inputs = full.argmax(dim=-1, keepdim=True)
-        running &= ~torch.isin(inputs[:, 0], stops)
+        answer = torch.cat([answer, inputs], dim=1)
+        running &= ~torch.isin(inputs[:, 0], ends)
+        if stops is not None:
+            running &= ~stops(answer, None)
         if not running.any():
             break
         mask = torch.cat([mask, torch.ones_like(inputs)], dim=1)
@@ -85,24 +96,28 @@ def compare(
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Data,
+    data: Data | Requests,
     samples: Samples,
     run: SqueezedModel,
     how: Options,
 ) -> int:
     """Compare the samples that are missing, see `squeeze.batching.run_batches`; the batch size at the end."""
-    prompts, settings = encode(tokenizer, data, samples.total, how)
+    prompts = encode(tokenizer, data, samples.total, how)
 
     def work(batch: list[int]) -> list[dict[str, Any]]:
-        found = compare(model, [prompts[index] for index in batch], settings, run)
+        chosen = [prompts[index] for index in batch]
+        stops = StopStrings(tokenizer, chosen[0].stop, len(batch), start=0)
+        found = compare(model, [one.tokens for one in chosen], chosen[0].settings, run, stops)
         records = []
         for row, (index, one) in enumerate(zip(batch, found, strict=True)):
-            full_bytes = full_cache_bytes(model.config, len(prompts[index]), model.dtype)
+            full_bytes = full_cache_bytes(model.config, len(chosen[row].tokens), model.dtype)
             held = {"kv_bytes": run.kv_bytes / len(batch), "full_kv_bytes": full_bytes}
             records.append({"index": index, **one, "stats": {**one, **held, "notes": run.notes[row]}})
         return records
 
-    return run_batches(samples, [len(prompt) for prompt in prompts], how.batch_size, work, describe, how.ranks)
+    lengths = [len(one.tokens) for one in prompts]
+    kinds = [(one.settings, one.stop) for one in prompts]
+    return run_batches(samples, lengths, how.batch_size, work, describe, how.ranks, kinds)
 
 
 def describe(stats: Sequence[dict[str, Any]]) -> str:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, InputError, SqueezeConfig
+from squeeze.request_files import HELM_TASKS
 
-TASKS = {"Long": "LongBench", "e": "LongBench-E"}
+TASKS = {"Long": "LongBench", "e": "LongBench-E", **HELM_TASKS}
 MODEL_ARCHS = ("Mistral", "llama", "no_change")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
@@ -36,6 +37,9 @@ PRED_EXAMPLES = """examples
   the small embedded model on the demo rows, without a GPU or a network:
     python pred.py --model SmolLM2-135M --pred Long --enable_squeeze --ini_size 0.2 --KV_class3 0.1 \\
         --data_dir data/longbench --sample_num 4
+  HELM's XSum, from the requests that python -m squeeze.helm_requests makes; script/helm.sh scores it:
+    python pred.py --model llama2-7b-32k --pred xsum --enable_squeeze --model_arch llama --device cuda:0 \\
+        --ini_size 0.4 --KV_class3 0.25 --sample_num 300 --start_size 4
 
 A run that was interrupted goes on where it was when it is started again with the same flags. Several GPUs share one:
     torchrun --nproc_per_node 4 pred.py --model Mistral --pred Long --datasets all --device cuda
@@ -62,12 +66,16 @@ class Parser(argparse.ArgumentParser):
 
 def pred_parser() -> Parser:
     """The flags of `pred.py`."""
-    parser = _parser("Write a model's predictions on LongBench, with a full or a squeezed KV cache.", PRED_EXAMPLES)
+    parser = _parser(
+        "Write a model's predictions on LongBench or for HELM, with a full or a squeezed KV cache.", PRED_EXAMPLES
+    )
     _add_run_flags(parser)
     parser.add_argument(
         "--device", help="cpu, cuda, or one GPU such as cuda:0 (default: the first GPU if there is one, else the CPU)"
     )
-    parser.add_argument("--sample_num", type=int, help="how many rows of each data set to run (default: all)")
+    parser.add_argument(
+        "--sample_num", type=int, help="how many rows of each data set to run (default: all; of HELM: 300)"
+    )
     parser.add_argument(
         "--device_map",
         help="in place of --device, for models larger than one GPU: auto, balanced or sequential (accelerate) spreads "
@@ -78,6 +86,11 @@ def pred_parser() -> Parser:
     )
     parser.add_argument(
         "--data_dir", help="folder with <dataset>.jsonl files in LongBench's format (default: LongBench from the Hub)"
+    )
+    parser.add_argument(
+        "--requests",
+        help="of HELM: the file of requests that python -m squeeze.helm_requests makes (default: data/xsum.jsonl or "
+        "data/cnndm.jsonl)",
     )
     parser.add_argument(
         "--dtype",
@@ -147,16 +160,23 @@ def _parser(description: str, examples: str) -> Parser:
 
 
 def _add_run_flags(parser: Parser) -> None:
-    """What decides on a run's folder. Sizes stay text, so that 0.03 is 3/100 and not the nearest binary number."""
+    """What decides on a run's folder and its data sets."""
+    add_cache_flags(parser)
     parser.add_argument(
-        "--model", help="a name in config/model2path.json, a local model folder, or a Hub name such as org/model"
+        "--pred", default="Long", help="the benchmark: Long (LongBench), e (LongBench-E), xsum or cnndm (HELM)"
     )
-    parser.add_argument("--model_path", help="where --model lies, in place of what config/model2path.json says")
-    parser.add_argument("--pred", default="Long", help="the benchmark: Long is LongBench, e is LongBench-E")
     parser.add_argument(
         "--datasets",
         help="data sets, separated by commas, or all (default: samsum; of eval.py: those that are there)",
     )
+
+
+def add_cache_flags(parser: Parser) -> None:
+    """The model and its cache. Sizes stay text, so that 0.03 is 3/100 and not the nearest binary number."""
+    parser.add_argument(
+        "--model", help="a name in config/model2path.json, a local model folder, or a Hub name such as org/model"
+    )
+    parser.add_argument("--model_path", help="where --model lies, in place of what config/model2path.json says")
     parser.add_argument(
         "--model_arch",
         help="Mistral or llama: must be the model's own architecture, which is the default; no_change: full cache",
@@ -203,9 +223,10 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         InputError: a value is none of those allowed.
     """
-    if args.pred not in TASKS:
+    task = getattr(args, "pred", "Long")
+    if task not in TASKS:
         tasks = " or ".join(f"{task} ({name})" for task, name in TASKS.items())
-        raise InputError(f"--pred must be {tasks}, got {args.pred}")
+        raise InputError(f"--pred must be {tasks}, got {task}")
     if args.model_arch is not None:
         spelled = {arch.lower(): arch for arch in MODEL_ARCHS}
         if args.model_arch.lower() not in spelled:
@@ -233,6 +254,19 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--fidelity compares greedy answers: leave --temperature out")
     if args.seed < 0:
         raise InputError(f"--seed must be 0 or more, got {args.seed}")
+
+
+def check_task_flags(args: argparse.Namespace) -> None:
+    """Raises InputError for flags of `pred.py` that are another benchmark's: HELM's requests say how they are run."""
+    if args.pred not in HELM_TASKS:
+        if args.requests is not None:
+            raise InputError(f"--requests is for --pred {' or '.join(HELM_TASKS)}")
+        return
+    for flag, default in (("datasets", None), ("data_dir", None), ("chat", False), ("temperature", 0), ("top_p", 1)):
+        if getattr(args, flag) != default:
+            raise InputError(
+                f"--{flag} is for LongBench: with --pred {args.pred} the requests say what is run and how"
+            )
 
 
 def config_from_flags(args: argparse.Namespace) -> SqueezeConfig | None:
@@ -275,13 +309,14 @@ def for_model(config: SqueezeConfig | None, model_type: str) -> SqueezeConfig | 
 def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
     """Run a command and return its exit code.
 
-    Bad input, or a package of a version that was not tested, is one sentence on stderr and code 2, never a traceback.
+    Bad input, or a package of a version that was not tested, is one sentence on stderr and code 2, never a traceback;
+    an error of another program has that program's code.
     """
     try:
         main(None)
     except (InputError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "code", 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

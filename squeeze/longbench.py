@@ -103,6 +103,15 @@ class Data:
         return min(sample_num or len(self.rows), len(self.rows))
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What changes the results, for `Run.open`."""
+        return {
+            "data_sha256": self.sha256,
+            "prompt_format": prompt_formats()[self.dataset],
+            "max_new_tokens": generation_lengths()[self.dataset],
+        }
+
+    @property
     def origin(self) -> dict[str, Any]:
         """What `run.json` says about the rows."""
         return {"source": self.source, "revision": self.revision, "sha256": self.sha256, "rows": len(self.rows)}
@@ -188,15 +197,6 @@ def check_lists(row: dict[str, Any], dataset: str, where: str) -> None:
 def build_prompt(dataset: str, row: dict[str, Any]) -> str:
     """Fill a row into its data set's prompt."""
     return prompt_formats()[dataset].format(**row)
-
-
-def data_settings(data: Data) -> dict[str, Any]:
-    """What changes the results of one data set, for `Run.open`."""
-    return {
-        "data_sha256": data.sha256,
-        "prompt_format": prompt_formats()[data.dataset],
-        "max_new_tokens": generation_lengths()[data.dataset],
-    }
 
 
 def download() -> None:

@@ -120,15 +120,17 @@ def _hub(text: str) -> str | None:
     return text if HUB_NAME.fullmatch(text) else None
 
 
-def fetch(source: ModelSource, allow_pickle: bool = False) -> Path:
+def fetch(source: ModelSource, allow_pickle: bool = False, weights: bool = True) -> Path:
     """Return the model's folder, downloaded where it is on the Hub, with its config and weights present.
 
     Args:
         allow_pickle: also take weights that are not safetensors.
+        weights: False where the config and tokenizer will do.
     Raises:
         InputError: the folder lacks its config or weights, or the Hub does not give the model.
     """
-    folder = Path(source.path) if source.is_local else _download(source.path, allow_pickle)
+    kinds = (["*.safetensors"] if weights else []) + ([PICKLES] if weights and allow_pickle else [])
+    folder = Path(source.path) if source.is_local else _download(source.path, kinds)
     hint = ""
     if folder.parent == ROOT / "models" and folder.name.startswith("SmolLM2-135M"):
         hint = ": bash script/setup.sh makes it"
@@ -136,7 +138,7 @@ def fetch(source: ModelSource, allow_pickle: bool = False) -> Path:
         raise InputError(f"the model folder {folder} is not there{hint}")
     if not (folder / "config.json").is_file():
         raise InputError(f"the model folder {folder} has no config.json{hint}")
-    if not weight_files(folder, allow_pickle):
+    if weights and not weight_files(folder, allow_pickle):
         if not source.is_local:
             hint = "; if it has pickled ones, which can run code, --allow_pickle loads them if you trust their author"
         elif any(folder.glob(PICKLES)):
@@ -145,8 +147,8 @@ def fetch(source: ModelSource, allow_pickle: bool = False) -> Path:
     return folder
 
 
-def _download(name: str, allow_pickle: bool) -> Path:
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", *([PICKLES] if allow_pickle else [])]
+def _download(name: str, weights: list[str]) -> Path:
+    patterns = ["*.json", "*.model", "*.jinja", "merges.txt", *weights]
     try:
         with quiet_hub():
             return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]))
@@ -196,18 +198,23 @@ def check_arch(model_arch: str | None, model_type: str) -> None:
         raise InputError(f"--model_arch is {model_arch}, but the model's own architecture is {model_type}")
 
 
+def positions(config: dict[str, Any]) -> int:
+    """The most tokens that a model was made for, prompt and completion together."""
+    return config.get("max_position_embeddings", 2048)
+
+
 def prompt_limit(source: ModelSource, config: dict[str, Any]) -> tuple[int, str | None]:
     """The most prompt tokens, and a sentence where that is not what `config/model2maxlen.json` says.
 
     A model that is not listed gets its positions less a margin for what is generated, at least half of them; one
     that is listed gets no more than that either.
     """
-    positions = config.get("max_position_embeddings", 2048)
-    derived = max(positions - GENERATION_MARGIN, positions // 2)
+    most = positions(config)
+    derived = max(most - GENERATION_MARGIN, most // 2)
     if source.max_length is None:
-        reason = f"{source.name} is not in config/model2maxlen.json and has {positions} positions"
+        reason = f"{source.name} is not in config/model2maxlen.json and has {most} positions"
     elif source.max_length > derived:
-        reason = f"config/model2maxlen.json says {source.max_length}, but the model has {positions} positions"
+        reason = f"config/model2maxlen.json says {source.max_length}, but the model has {most} positions"
     else:
         return source.max_length, None
     return derived, f"prompts are cut to {derived} tokens: {reason}"

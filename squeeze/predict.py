@@ -15,13 +15,16 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTra
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from squeeze.batching import run_batches
+from squeeze.config import InputError
 from squeeze.distributed import ALONE, Ranks
 from squeeze.longbench import Data, build_prompt
 from squeeze.patch import SqueezedModel
 from squeeze.prompting import clean, encode_prompt, generation_settings
+from squeeze.request_files import Requests
 from squeeze.samples import Samples
 from squeeze.sampling import generator, sampler
 from squeeze.stats import progress
+from squeeze.stopping import StopStrings
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Options:
     """How prompts are made and run.
 
     Args:
-        max_length: the most tokens of a prompt.
+        max_length: the most tokens of a prompt; of a request, those of its completion included.
         model_name: decides on LongBench's chat format.
         chat: use the tokenizer's chat template instead.
         batch_size: prompts to run together.
@@ -75,6 +78,7 @@ def generate(
     settings: dict[str, Any],
     run: SqueezedModel | None,
     processors: LogitsProcessorList | None = None,
+    stops: StopStrings | None = None,
 ) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
     """Generate after a batch of prompts, padded on the left.
 
@@ -83,6 +87,7 @@ def generate(
         settings: for the model's `generate`.
         run: what `squeezed` gave; None for the full cache.
         processors: of the logits, such as those that sample.
+        stops: what ends a row beside the model's own end.
     Returns:
         The new tokens of each prompt, (new tokens,), up to and with the first that stops it, and what was measured on
         each: `prompt_tokens`, `new_tokens`, `prefill_seconds`, `decode_seconds`, `kv_bytes` held after the prefill,
@@ -104,7 +109,7 @@ def generate(
         tokens,
         attention_mask=mask,
         past_key_values=cache,
-        stopping_criteria=StoppingCriteriaList([first]),
+        stopping_criteria=StoppingCriteriaList([first, *([stops] if stops else [])]),
         logits_processor=processors,
         pad_token_id=_pad_token(model),
         **settings,
@@ -114,8 +119,10 @@ def generate(
         held = {"kv_bytes": run.kv_bytes, "state_bytes": run.state_bytes}
     prefilled = first.time or end
     shares = {"prefill_seconds": prefilled - start, "decode_seconds": end - prefilled} | held
-    stops = stop_tokens(model, settings)
-    outputs = [_until_stop(row, stops) for row in output]
+    ends = stop_tokens(model, settings)
+    outputs = [_until_stop(row, ends) for row in output]
+    if stops is not None:
+        outputs = [row[:end] for row, end in zip(outputs, stops.ends, strict=True)]
     stats = []
     for row, (prompt, new) in enumerate(zip(prompts, outputs, strict=True)):
         one: dict[str, Any] = {"prompt_tokens": len(prompt), "new_tokens": len(new)}
@@ -175,17 +182,48 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, data: Data, total: int, how: Options
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """The first `total` prompts of a data set as token ids, and what LongBench passes to `generate`."""
-    prompts = [
-        encode_prompt(
-            tokenizer, data.dataset, build_prompt(data.dataset, row), how.max_length, how.model_name, how.chat
-        )
-        for row in data.rows[:total]
-    ]
-    return prompts, generation_settings(tokenizer, data.dataset)
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt for `generate`.
+
+    Args:
+        tokens: token ids, (tokens,).
+        settings: for the model's `generate`.
+        stop: strings that end an answer.
+    """
+
+    tokens: torch.Tensor
+    settings: dict[str, Any]
+    stop: tuple[str, ...] = ()
+
+
+def greedy(max_new_tokens: int) -> dict[str, Any]:
+    """Settings for `generate`: a processor of the logits may sample nevertheless."""
+    return {"max_new_tokens": max_new_tokens, "num_beams": 1, "do_sample": False}
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, data: Data | Requests, total: int, how: Options) -> list[Prompt]:
+    """The first `total` prompts of a data set: LongBench's as its runner puts them, HELM's without special tokens.
+
+    Raises:
+        InputError: a request's prompt and its completion do not fit into `how.max_length`.
+    """
+    if isinstance(data, Data):
+        settings = generation_settings(tokenizer, data.dataset)
+        texts = [build_prompt(data.dataset, row) for row in data.rows[:total]]
+        limit, name, chat = how.max_length, how.model_name, how.chat
+        return [Prompt(encode_prompt(tokenizer, data.dataset, text, limit, name, chat), settings) for text in texts]
+    prompts = []
+    for number, request in enumerate(data.rows[:total], start=1):
+        tokens = tokenizer(request.prompt, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        new = request.decoding.max_tokens
+        if len(tokens) + new > how.max_length:
+            raise InputError(
+                f"{data.source}: prompt {number} has {len(tokens)} tokens, which with {new} new ones is more than the "
+                f"model's {how.max_length} positions: make the requests again with --model {how.model_name}"
+            )
+        prompts.append(Prompt(tokens, greedy(new), request.decoding.stop))
+    return prompts
 
 
 def predict(
@@ -197,11 +235,12 @@ def predict(
     how: Options,
 ) -> int:
     """Generate the samples that are missing, see `squeeze.batching.run_batches`; the batch size at the end."""
-    prompts, settings = encode(tokenizer, data, samples.total, how)
+    prompts = encode(tokenizer, data, samples.total, how)
 
     def work(batch: list[int]) -> list[dict[str, Any]]:
         processors = sampler(how.temperature, how.top_p, [generator(how.seed, index) for index in batch])
-        results = generate(model, [prompts[index] for index in batch], settings, run, processors)
+        chosen = [prompts[index] for index in batch]
+        results = generate(model, [one.tokens for one in chosen], chosen[0].settings, run, processors)
         records = []
         for index, output, stats in zip(batch, *results, strict=True):
             row = data.rows[index]
@@ -210,4 +249,4 @@ def predict(
             records.append({"index": index, **published, "stats": stats})
         return records
 
-    return run_batches(samples, [len(prompt) for prompt in prompts], how.batch_size, work, progress, how.ranks)
+    return run_batches(samples, [len(one.tokens) for one in prompts], how.batch_size, work, progress, how.ranks)

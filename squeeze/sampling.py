@@ -24,9 +24,9 @@ class GumbelNoise(LogitsProcessor):
         return scores.float() - torch.stack(drawn).log().to(scores.device)
 
 
-def generator(seed: int, index: int) -> torch.Generator:
-    """The random numbers of sample `index` in a run with `seed`."""
-    digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
+def generator(seed: int, *what: object) -> torch.Generator:
+    """The random numbers of one sample in a run with `seed`; `what` tells it from all others, such as its index."""
+    digest = hashlib.sha256(" ".join(map(str, (seed, *what))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 

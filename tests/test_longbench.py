@@ -11,7 +11,6 @@ from squeeze import InputError, longbench
 from squeeze.longbench import (
     LONGBENCH_E,
     build_prompt,
-    data_settings,
     dataset_names,
     generation_lengths,
     load_data,
@@ -83,7 +82,7 @@ def test_local_rows(tmp_path):
     assert [row["context"] for row in data.rows] == ["a\u2028b {not a field}"] * 2
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert data.origin == {"source": str(path), "revision": None, "sha256": digest, "rows": 2}
-    assert data_settings(data)["data_sha256"] == digest
+    assert data.settings["data_sha256"] == digest
     assert (data.count(None), data.count(1), data.count(9)) == (2, 1, 2)
 
 

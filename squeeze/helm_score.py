@@ -1,0 +1,264 @@
+"""Score `pred.py`'s predictions with HELM itself, and show runs side by side: what `script/helm.sh` calls.
+
+`helm-run` asks a client that answers from the predictions, so that HELM scores exactly those. All runs of a task are
+one HELM suite, `helm/benchmark_output/runs/<task>`, to which `latest` points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from squeeze import models
+from squeeze.config import InputError
+from squeeze.files import read_bytes, read_object, write_json
+from squeeze.flags import Parser, add_cache_flags, check_flags, config_from_flags, for_model, run_command
+from squeeze.helm_env import ENVIRONMENT, OUTPUT, Deployment, engine, find_model, helm, write_environment
+from squeeze.helm_requests import SCENARIOS, check_full, run_entry
+from squeeze.report import describe
+from squeeze.request_files import HELM_TASKS
+from squeeze.runs import run_folder
+from squeeze.tables import table
+
+RUNS = OUTPUT / "runs"
+ROUGE = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
+COLUMNS = ("model", "algorithm", "allocation", "ini_size", "KV_class3", "instances", *ROUGE.values(), "KV kept")
+
+#: What this module knows of the runs in a suite; a suite without this file is someone else's.
+MARK = "squeeze.json"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A run of `pred.py` on HELM's requests, and how HELM is to be asked about it.
+
+    Args:
+        folder: the run's.
+        file: its predictions.
+        entry: HELM's run entry, but for the model.
+        sample_num: the most instances HELM takes, as when it made the requests.
+        model: the model's folder, for its tokenizer.
+        positions: the model's window.
+        columns: what the table says about the run.
+    """
+
+    folder: Path
+    file: Path
+    entry: str
+    sample_num: int
+    model: Path
+    positions: int
+    columns: dict[str, str]
+
+    @property
+    def engine(self) -> str:
+        """What the suite calls the run."""
+        return engine(self.folder)
+
+    @property
+    def sha256(self) -> str:
+        """Of the predictions."""
+        return hashlib.sha256(read_bytes(self.file)).hexdigest()
+
+
+def read_run(folder: Path, args: argparse.Namespace) -> Predictions:
+    """Read what a run's folder says about itself.
+
+    Raises:
+        InputError: it is no finished run, or does not say which requests it answered and the flags do not either.
+    """
+    if not (folder / "run.json").is_file():
+        raise InputError(f"there is no run in {folder}: python pred.py --pred {args.pred} makes one")
+    manifest = read_object(folder / "run.json")
+    summary = manifest.get("datasets", {}).get(args.pred)
+    if summary is None:
+        raise InputError(f"{folder} has no predictions of {args.pred}")
+    file = folder / f"{args.pred}.jsonl"
+    if "samples" not in summary or not file.is_file():
+        raise InputError(f"{folder} is not finished: start pred.py again to go on")
+    entry, sample_num = _scenario(folder, summary["data"], args)
+    have, want = summary["samples"], summary["data"]["rows"]
+    if have < want:
+        raise InputError(
+            f"{folder} has {have} predictions, but HELM will ask {want}, all of {summary['data']['source']}: go on "
+            f"with pred.py --sample_num {want}, or make fewer requests with squeeze.helm_requests --sample_num {have}"
+        )
+    flags = summary["starts"][-1]["flags"]
+    model, config = find_model(flags["model"], flags["model_path"])
+    columns = describe(manifest["settings"], summary)
+    columns |= {"model": summary["starts"][-1]["model"]["name"], "KV kept": f"{100 * summary['kept']:.1f}%"}
+    return Predictions(folder, file, entry, sample_num, model, models.positions(config), columns)
+
+
+def _scenario(folder: Path, data: dict[str, Any], args: argparse.Namespace) -> tuple[str, int]:
+    """HELM's run entry and number of instances: as noted when the requests were made, or by the flags."""
+    note = data["made_by"]
+    if note is None:
+        if args.scenario is None:
+            raise InputError(
+                f"{folder} answers {data['source']}, which python -m squeeze.helm_requests did not make: say with "
+                "--scenario, --sample_num and --temperature how HELM would make those requests"
+            )
+        return run_entry(args.scenario, args.articles, args.temperature), args.sample_num or data["rows"]
+    if args.scenario not in (None, note["scenario"]):
+        raise InputError(f"{folder} answers requests of {note['scenario']}, not of {args.scenario}")
+    return note["run_entry"], note["max_eval_instances"]
+
+
+def score(task: str, found: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
+    """Let HELM score the runs that it has not scored yet.
+
+    Returns:
+        What is known of all runs in the task's suite, by what HELM calls their models: `predictions`, `sha256`,
+        `scenario`, `columns`, and `run`, the folder of HELM's results.
+    Raises:
+        InputError: the suite, or a run in it, was made by someone else, or HELM fails.
+    """
+    suite = RUNS / task
+    if suite.is_dir() and not (suite / MARK).is_file():
+        raise InputError(f"{suite} is there and was not made by this command: move it away")
+    known: dict[str, dict[str, Any]] = read_object(suite / MARK)["runs"] if suite.is_dir() else {}
+    fresh = [one for one in found if known.get(one.engine, {}).get("sha256") != one.sha256]
+    if fresh and not all(SCENARIOS[_short(one.entry)].local for one in fresh):
+        check_full()
+    for one in fresh:
+        for stale in _helm_folders(suite, one.engine):
+            if one.engine not in known:
+                raise InputError(f"{stale} is there and was not made by this command: move it away")
+            print(f"note: {stale} is of earlier predictions and is made anew")
+            shutil.rmtree(stale)
+        known[one.engine] = {"predictions": str(one.folder), "scenario": one.entry, "columns": one.columns}
+    if fresh:
+        suite.mkdir(parents=True, exist_ok=True)
+        write_json(suite / MARK, {"runs": known})
+        for number in sorted({one.sample_num for one in fresh}):
+            _helm_run(task, [one for one in fresh if one.sample_num == number], number)
+        for one in fresh:
+            [run] = _helm_folders(suite, one.engine)
+            known[one.engine] |= {"sha256": one.sha256, "run": run.name}
+        write_json(suite / MARK, {"runs": known})
+    if fresh or not (suite / "summary.json").is_file():
+        helm(
+            "helm-summarize",
+            *("--suite", task, "-o", str(OUTPUT), "--local-path", str(ENVIRONMENT), "--auto-generate-schema"),
+        )
+    _point_latest(task)
+    return known
+
+
+def _helm_folders(suite: Path, name: str) -> list[Path]:
+    """The folders of HELM's results for a model."""
+    return [path for path in sorted(suite.glob("*/")) if path.name.endswith(f"model=squeeze_{name}")]
+
+
+def _short(entry: str) -> str:
+    """The name in `SCENARIOS` of a run entry."""
+    name = entry.split(":")[0]
+    return next(short for short, scenario in SCENARIOS.items() if scenario.run_spec == name)
+
+
+def _helm_run(task: str, found: Sequence[Predictions], sample_num: int) -> None:
+    deployments = [
+        Deployment(
+            name=f"squeeze/{one.engine}",
+            description=", ".join(f"{key} {value}" for key, value in one.columns.items() if value != "-"),
+            client="ReplayClient",
+            args={"predictions": str(one.file)},
+            folder=one.model,
+            positions=one.positions,
+        )
+        for one in found
+    ]
+    write_environment(ENVIRONMENT, deployments)
+    print(f"helm-run: {len(found)} run(s) of {task}, at most {sample_num} instances each")
+    helm(
+        "helm-run",
+        *("--plugins", "squeeze.helm_plugin", "--local-path", str(ENVIRONMENT), "-o", str(OUTPUT)),
+        *("--suite", task, "-m", str(sample_num), "-n", "1", "--disable-cache", "--exit-on-error"),
+        *("--run-entries", *(f"{one.entry},model=squeeze/{one.engine}" for one in found)),
+    )
+
+
+def _point_latest(task: str) -> None:
+    """Make `latest` the task's suite, for `helm-server --suite latest`."""
+    latest = RUNS / "latest"
+    if latest.exists() and not latest.is_symlink():
+        raise InputError(f"{latest} is there and is no link of this command's: move it away")
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(task)
+
+
+def rouge(run: Path) -> dict[str, float]:
+    """HELM's mean of each ROUGE over a run's test instances, 0 to 1, and `num_instances`.
+
+    Raises:
+        InputError: HELM wrote none.
+    """
+    stats = json.loads(read_bytes(run / "stats.json"))
+    found = {
+        stat["name"]["name"]: stat["mean"]
+        for stat in stats
+        if stat["name"].get("split") == "test" and "perturbation" not in stat["name"] and "mean" in stat
+    }
+    missing = [name for name in (*ROUGE, "num_instances") if name not in found]
+    if missing:
+        raise InputError(f"{run / 'stats.json'} has no {missing[0]} of test instances")
+    return {name: found[name] for name in (*ROUGE, "num_instances")}
+
+
+def line(suite: Path, known: dict[str, Any]) -> dict[str, str]:
+    """A run's line of the table; ROUGE in percent."""
+    scores = rouge(suite / known["run"])
+    shown = {title: f"{100 * scores[name]:.2f}" for name, title in ROUGE.items()}
+    return known["columns"] | shown | {"instances": f"{scores['num_instances']:g}"}
+
+
+def find_folders(args: argparse.Namespace) -> list[Path]:
+    """The runs that the command line names: folders, or the flags of one run."""
+    if args.folders:
+        return [Path(folder) for folder in args.folders]
+    if args.model is None:
+        raise InputError("nothing to score: give folders of runs, or --model and pred.py's other flags")
+    args.enable_squeeze = args.enable_squeeze or args.ini_size is not None or args.KV_class3 is not None
+    config = config_from_flags(args)
+    model_type = models.guess_model_type(args.model, args.model_path, args.model_arch)
+    name = models.run_name(args.model)
+    return [run_folder(args.pred, name, for_model(config, model_type), model_type, args.seed)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(
+        prog="script/helm.sh",
+        description="Score predictions of HELM's requests with HELM, and show all runs scored so far side by side.",
+        epilog="The settings at the top of the script, or in the environment, come first; flags win over them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folders", nargs="*", help="run folders, in place of the flags that name one")
+    parser.add_argument("--pred", default="xsum", help="the task: xsum or cnndm (default: xsum)")
+    add_cache_flags(parser)
+    parser.add_argument("--scenario", help=f"for requests of unknown origin: {', '.join(SCENARIOS)}")
+    parser.add_argument("--articles", help="of xsum_local and cnndm_local")
+    parser.add_argument("--temperature", type=float, default=0.3, help="of requests of unknown origin (0.3)")
+    parser.add_argument("--sample_num", type=int, help="instances that HELM takes, for requests of unknown origin")
+    args = parser.parse_args(argv)
+    check_flags(args)
+    if args.pred not in HELM_TASKS:
+        raise InputError(f"--pred must be {' or '.join(HELM_TASKS)} here, got {args.pred}: eval.py scores LongBench")
+    found = [read_run(folder, args) for folder in find_folders(args)]
+    known = score(args.pred, found)
+    scored = [one for one in known.values() if "run" in one]
+    for entry in dict.fromkeys(one["scenario"] for one in scored):
+        print(f"{entry}; ROUGE in percent, KV is what is held after prefill")
+        print(table(COLUMNS, [line(RUNS / args.pred, one) for one in scored if one["scenario"] == entry]))
+    print(f"{RUNS / args.pred}, also as {RUNS / 'latest'}: helm-server -o {OUTPUT} --suite latest shows every answer")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
