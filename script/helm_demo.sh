@@ -11,15 +11,21 @@ model=SmolLM2-135M
 ini_size=${ini_size:-0.4}
 KV_class3=${KV_class3:-0.25}
 sample_num=${sample_num:-8}
-requests=helm/demo_requests.jsonl
+requests=helm/demo_$sample_num.jsonl
+folders=()
 
 .venv/bin/python -m squeeze.helm_requests --scenario xsum_local --articles data/xsum/articles.jsonl --model "$model" \
     --sample_num "$sample_num" --temperature 0 --out "$requests"
 
-# Other requests than last time are other runs, which --seed tells apart from those of your own.
+# The seed, which greedy decoding does not need, keeps demos of different size apart from each other and from your runs.
 run() {
-    .venv/bin/python pred.py --model "$model" --pred xsum --requests "$requests" --device cpu --seed 0 "$@"
+    echo "== ${*:-full cache}"
+    result=$(.venv/bin/python pred.py --model "$model" --pred xsum --requests "$requests" --device cpu \
+        --seed "$sample_num" "$@")
+    echo "$result"
+    folders+=("$(echo "$result" | sed -n 's#/xsum.jsonl: .*##p')")
 }
 run
 run --enable_squeeze --ini_size "$ini_size" --KV_class3 "$ini_size"
 run --enable_squeeze --ini_size "$ini_size" --KV_class3 "$KV_class3"
+PYTHON=.venv/bin/python sh script/helm.sh "${folders[@]}"

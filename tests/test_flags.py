@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from squeeze import InputError
-from squeeze.flags import check_flags, config_from_flags, eval_parser, for_model, pred_parser, run_command
+from squeeze.flags import check_flags, check_task_flags, config_from_flags, eval_parser, for_model, pred_parser, run_command
 
 SIZES = ["--enable_squeeze", "--ini_size", "0.2", "--KV_class3", "0.1"]
 
@@ -16,6 +16,7 @@ SIZES = ["--enable_squeeze", "--ini_size", "0.2", "--KV_class3", "0.1"]
 def read(*flags):
     args = pred_parser().parse_args(["--model", "Mistral", *flags])
     check_flags(args)
+    check_task_flags(args)
     return args, config_from_flags(args)
 
 
@@ -76,7 +77,10 @@ def test_start_token_is_start_size():
         ([*SIZES, "--compile", "--device_map", "auto"], "--compile needs the model on one device"),
         ([*SIZES, "--start_size", "-1"], "start_size"),
         ([*SIZES, "--start_size", "four"], "--start_size"),
-        (["--pred", "xsum"], "--pred must be Long (LongBench) or e (LongBench-E), got xsum"),
+        (["--pred", "Short"], "--pred must be Long (LongBench) or e (LongBench-E) or xsum (HELM's XSum)"),
+        (["--pred", "xsum", "--temperature", "1"], "--temperature is for LongBench: with --pred xsum the requests say"),
+        (["--pred", "xsum", "--datasets", "samsum"], "--datasets is for LongBench"),
+        (["--requests", "x.jsonl"], "--requests is for --pred xsum or cnndm"),
         (["--model_arch", "gpt2"], "--model_arch must be one of Mistral, llama, no_change, got gpt2"),
         (["--dtype", "int8"], "--dtype must be one of"),
         (["--sample_num", "0"], "--sample_num must be 1 or more"),
