@@ -8,7 +8,15 @@ import pytest
 from conftest import ROOT
 
 from squeeze import InputError
-from squeeze.flags import check_flags, check_task_flags, config_from_flags, eval_parser, for_model, pred_parser, run_command
+from squeeze.flags import (
+    check_flags,
+    check_task_flags,
+    config_from_flags,
+    eval_parser,
+    for_model,
+    pred_parser,
+    run_command,
+)
 
 SIZES = ["--enable_squeeze", "--ini_size", "0.2", "--KV_class3", "0.1"]
 
@@ -78,7 +86,10 @@ def test_start_token_is_start_size():
         ([*SIZES, "--start_size", "-1"], "start_size"),
         ([*SIZES, "--start_size", "four"], "--start_size"),
         (["--pred", "Short"], "--pred must be Long (LongBench) or e (LongBench-E) or xsum (HELM's XSum)"),
-        (["--pred", "xsum", "--temperature", "1"], "--temperature is for LongBench: with --pred xsum the requests say"),
+        (
+            ["--pred", "xsum", "--temperature", "1"],
+            "--temperature is for LongBench: with --pred xsum the requests say",
+        ),
         (["--pred", "xsum", "--datasets", "samsum"], "--datasets is for LongBench"),
         (["--requests", "x.jsonl"], "--requests is for --pred xsum or cnndm"),
         (["--model_arch", "gpt2"], "--model_arch must be one of Mistral, llama, no_change, got gpt2"),
