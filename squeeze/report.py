@@ -47,7 +47,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
         measured = {
             "dataset": dataset,
             "model": summary["starts"][-1]["model"]["name"],
-            "score": f"{score[dataset]:.2f}" if dataset in score else "-",
+            "score": _text(score[dataset]) if dataset in score else "-",
             "KV kept": f"{100 * summary['kept']:.1f}%",
             "KV MB": f"{summary['kv_bytes'] / 1e6:.1f}",
             "tokens/s": f"{summary['tokens_per_second']:.1f}",
@@ -55,6 +55,13 @@ def rows(folder: Path) -> list[dict[str, str]]:
         }
         lines.append(describe(manifest["settings"], summary) | measured)
     return lines
+
+
+def _text(score: float | dict[str, float | None]) -> str:
+    """A score; LongBench-E's are one for each range of lengths, shortest first."""
+    if isinstance(score, dict):
+        return "/".join("-" if value is None else f"{value:.2f}" for value in score.values())
+    return f"{score:.2f}"
 
 
 def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:

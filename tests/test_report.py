@@ -52,3 +52,9 @@ def test_what_holds_no_finished_run_is_a_sentence(tmp_path, capsys):
     (tmp_path / "run/run.json").write_text("{}")
     assert report.main([str(tmp_path)]) == 2
     assert "run.json is not a run's manifest" in capsys.readouterr().err
+
+
+def test_scores_by_length_stand_side_by_side(tmp_path, capsys):
+    write_run(tmp_path / "e", SETTINGS, SUMMARY, {"0-4k": 20, "4-8k": 31.25, "8k+": None})
+    assert report.main([str(tmp_path)]) == 0
+    assert "| 20.00/31.25/- |" in capsys.readouterr().out
