@@ -151,6 +151,8 @@ def parse(raw: Any, where: str) -> Request:
         if name not in raw:
             raise InputError(f"{where} has no {name}")
     stop = raw.get("stop") or []
+    if not isinstance(stop, str | list):
+        raise InputError(f"{where}: stop is neither a text nor a list of texts, got {stop}")
     try:
         decoding = Decoding(
             max_tokens=raw["max_tokens"],
