@@ -14,9 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from squeeze import models
-from squeeze.config import ALGORITHMS, ALLOCATIONS, InputError
+from squeeze.config import ALGORITHMS, ALLOCATIONS, DTYPES, InputError
 from squeeze.files import write_json
-from squeeze.flags import DTYPES, Parser, run_command
+from squeeze.flags import Parser, run_command
 from squeeze.longbench import build_prompt, load_data
 from squeeze.tables import table
 from squeeze.turns import run, turns

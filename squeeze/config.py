@@ -15,6 +15,7 @@ from numbers import Integral
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
 ALLOCATIONS = ("squeeze", "squeeze-log", "paper")
 ATTENTIONS = ("auto", "sdpa", "eager")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: What the published command lines rely on: each architecture has its own eviction method.
 DEFAULT_ALGORITHM: dict[str, str] = {"mistral": "sliding_window", "llama": "streaming"}

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, InputError, SqueezeConfig
+from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, InputError, SqueezeConfig
 from squeeze.request_files import HELM_TASKS
 
 TASKS = {"Long": "LongBench", "e": "LongBench-E", **HELM_TASKS}
 MODEL_ARCHS = ("Mistral", "llama", "no_change")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 WORDS = {

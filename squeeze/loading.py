@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from squeeze.config import InputError
+from squeeze.config import DTYPES, InputError
 from squeeze.models import weight_files
 from squeeze.packing import pack
 
@@ -45,8 +45,10 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Read `--dtype`; auto is bfloat16 on a GPU, and on a CPU that multiplies it in hardware, else float32.
 
     Raises:
-        InputError: bfloat16 on a GPU that has none.
+        InputError: it is none of `DTYPES`, or bfloat16 on a GPU that has none.
     """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     on_gpu = device.type == "cuda"
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu or _cpu_multiplies_bfloat16() else "float32"
