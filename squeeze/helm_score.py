@@ -220,8 +220,18 @@ def line(suite: Path, known: dict[str, Any]) -> dict[str, str]:
     return known["columns"] | shown | {"instances": f"{scores['num_instances']:g}"}
 
 
+def write_result(folder: Path, task: str, run: Path) -> None:
+    """Write a run's ROUGE, in percent, into its own folder, where `squeeze.report` looks."""
+    scores = rouge(run)
+    try:
+        write_json(folder / "result.json", {task: {title: 100 * scores[name] for name, title in ROUGE.items()}})
+    except OSError as error:
+        raise InputError(f"cannot write {folder / 'result.json'}: {error.strerror}") from None
+
+
 def find_folders(args: argparse.Namespace) -> list[Path]:
-    """The runs that the command line names: folders, or the flags of one run."""
+    """The runs to score: the folders that the command line names; or the run that its flags name, and every finished
+    run of the same model on the same requests."""
     if args.folders:
         return [Path(folder) for folder in args.folders]
     if args.model is None:
@@ -230,7 +240,17 @@ def find_folders(args: argparse.Namespace) -> list[Path]:
     config = config_from_flags(args)
     model_type = models.guess_model_type(args.model, args.model_path, args.model_arch)
     name = models.run_name(args.model)
-    return [run_folder(args.pred, name, for_model(config, model_type), model_type, args.seed)]
+    named = run_folder(args.pred, name, for_model(config, model_type), model_type, args.seed)
+    data = _finished(named, args.pred)
+    others = sorted(path.parent for path in Path(f"pred_{args.pred}", name).rglob("run.json"))
+    return [named, *(one for one in others if one != named and data is not None and _finished(one, args.pred) == data)]
+
+
+def _finished(folder: Path, task: str) -> dict[str, Any] | None:
+    """The requests that a run has answered; None if it has not answered all of them, or measured something else."""
+    manifest = read_object(folder / "run.json") if (folder / "run.json").is_file() else {}
+    summary = {} if "measure" in manifest.get("settings", {}) else manifest.get("datasets", {}).get(task, {})
+    return summary["data"] if "samples" in summary and summary["samples"] >= summary["data"]["rows"] else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -241,18 +261,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("folders", nargs="*", help="run folders, in place of the flags that name one")
-    parser.add_argument("--pred", default="xsum", help="the task: xsum or cnndm (default: xsum)")
+    parser.add_argument("--pred", help="the task: xsum or cnndm (default: as the folders are called, or xsum)")
     add_cache_flags(parser)
     parser.add_argument("--scenario", help=f"for requests of unknown origin: {', '.join(SCENARIOS)}")
     parser.add_argument("--articles", help="of xsum_local and cnndm_local")
     parser.add_argument("--temperature", type=float, default=0.3, help="of requests of unknown origin (0.3)")
     parser.add_argument("--sample_num", type=int, help="instances that HELM takes, for requests of unknown origin")
     args = parser.parse_args(argv)
+    called = Path(args.folders[0]).parts[0] if args.folders else ""
+    args.pred = args.pred or next((task for task in HELM_TASKS if called == f"pred_{task}"), "xsum")
     check_flags(args)
     if args.pred not in HELM_TASKS:
         raise InputError(f"--pred must be {' or '.join(HELM_TASKS)} here, got {args.pred}: eval.py scores LongBench")
     found = [read_run(folder, args) for folder in find_folders(args)]
     known = score(args.pred, found)
+    for one in found:
+        write_result(one.folder, args.pred, RUNS / args.pred / known[one.engine]["run"])
     scored = [one for one in known.values() if "run" in one]
     for entry in dict.fromkeys(one["scenario"] for one in scored):
         print(f"{entry}; ROUGE in percent, KV is what is held after prefill")

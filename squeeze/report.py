@@ -9,6 +9,7 @@ from typing import Any
 
 from squeeze.config import InputError
 from squeeze.files import read_object
+from squeeze.request_files import HELM_TASKS
 from squeeze.tables import table
 
 COLUMNS = (
@@ -58,7 +59,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def _text(score: float | dict[str, float | None]) -> str:
-    """A score; LongBench-E's are one for each range of lengths, shortest first."""
+    """A score; LongBench-E's are one for each range of lengths, shortest first, HELM's one for each ROUGE."""
     if isinstance(score, dict):
         return "/".join("-" if value is None else f"{value:.2f}" for value in score.values())
     return f"{score:.2f}"
@@ -92,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for dataset in dict.fromkeys(line["dataset"] for line in lines):
         chosen = [line for line in lines if line["dataset"] == dataset]
-        print(f"{dataset}: LongBench's score; KV is what is held after prefill, mean of the samples")
+        scale = "ROUGE-1/2/L by HELM" if dataset in HELM_TASKS else "LongBench's score"
+        print(f"{dataset}: {scale}; KV is what is held after prefill, mean of the samples")
         # The full cache first, then as the folders came.
         print(table(COLUMNS, sorted(chosen, key=lambda line: line["algorithm"] != "full cache")))
     return 0

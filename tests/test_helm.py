@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from tiny import save_tiny
 
 import pred
-from squeeze import InputError, helm_env, helm_requests, helm_score
+from squeeze import InputError, helm_env, helm_requests, helm_score, report
 
 ROOT = Path(__file__).parent.parent
 ARTICLES = "data/xsum/articles.jsonl"
@@ -141,7 +142,7 @@ def test_other_predictions_are_scored_anew_and_others_are_left_alone(there, caps
 
 def test_a_failure_of_helm_keeps_its_code_and_says_its_last_error(tiny):
     requests(tiny)
-    predict(tiny)
+    predict()
     # The file of articles changes after the predictions: HELM asks for a prompt that was not predicted.
     text = (tiny / "articles.jsonl").read_text().replace("Article 5 is short.", "Article 5 is another.")
     (tiny / "articles.jsonl").write_text(text)
@@ -154,7 +155,7 @@ def test_a_failure_of_helm_keeps_its_code_and_says_its_last_error(tiny):
 
 def test_a_suite_that_someone_else_made_is_left_alone(tiny):
     requests(tiny)
-    predict(tiny)
+    predict()
     (tiny / "helm/benchmark_output/runs/xsum").mkdir(parents=True)
     with pytest.raises(InputError, match="runs/xsum is there and was not made by this command: move it away"):
         helm_score.main(["pred_xsum/tiny/full"])
@@ -178,7 +179,7 @@ def test_a_part_of_the_requests_cannot_be_scored(tiny):
     rows = "".join(json.dumps({"document": f"Article {n} here.", "summary": "It is."}) + "\n" for n in range(8))
     (tiny / "articles.jsonl").write_text(rows)
     requests(tiny)
-    predict(tiny, "--sample_num", "2")
+    predict("--sample_num", "2")
     with pytest.raises(InputError, match="has 2 predictions, but HELM will ask 3, all of data/xsum"):
         helm_score.main(["pred_xsum/tiny/full"])
 
@@ -186,12 +187,12 @@ def test_a_part_of_the_requests_cannot_be_scored(tiny):
 def requests(place, *flags):
     start = ["--scenario", "xsum_local", "--articles", "articles.jsonl", "--model", "tiny"]
     helm_requests.main([*start, *flags])
-    return lines(place / "data/xsum.jsonl")
+    task = "cnndm" if "cnndm_local" in flags else "xsum"
+    return lines(place / f"data/{task}.jsonl")
 
 
-def predict(place, *flags):
+def predict(*flags):
     pred.main(["--model", "tiny", "--pred", "xsum", "--device", "cpu", "--dtype", "float32", *flags])
-    return lines(place / "pred_xsum/tiny/full/xsum.jsonl")
 
 
 def test_requests_have_the_published_layout(tiny):
@@ -266,3 +267,67 @@ def test_helm_sh_reads_its_settings_from_the_environment(tmp_path):
     assert "there is no run in pred_xsum/SmolLM2-135M/h2o/0.5/25" in done.stderr
     head = (ROOT / "script/helm.sh").read_text().splitlines()[1:4]
     assert head == ["model=${model:-llama2-7b-32k}", "ini_size=${ini_size:-0.4}", "KV_class3=${KV_class3:-0.25}"]
+
+
+def test_runs_on_the_same_requests_are_scored_together(tiny, capsys):
+    requests(tiny, "--temperature", "0")
+    squeezed = ["--enable_squeeze", "--ini_size", "0.4", "--KV_class3"]
+    predict(*squeezed, "0.4")
+    predict(*squeezed, "0.25")
+    predict(*squeezed, "0.25", "--fidelity")
+    # Of other requests: it is left alone.
+    (tiny / "other.jsonl").write_text((tiny / "data/xsum.jsonl").read_text() * 2)
+    predict(*squeezed, "0.1", "--requests", "other.jsonl")
+    predict()
+    capsys.readouterr()
+    helm_score.main(["--model", "tiny", "--ini_size", "0.4", "--KV_class3", "0.25"])
+    table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
+    assert [[cell.strip() for cell in line[4:6]] for line in table] == [["0.4", "0.25"], ["0.4", "0.4"], ["-", "-"]]
+    for line, folder in zip(table, ("0.4/25", "0.4/40", "full"), strict=True):
+        scores = json.loads((tiny / "pred_xsum/tiny" / folder / "result.json").read_text())["xsum"]
+        assert [cell.strip() for cell in line[7:10]] == [f"{scores[f'ROUGE-{one}']:.2f}" for one in "12L"]
+    report.main(["pred_xsum"])
+    assert "xsum: ROUGE-1/2/L by HELM" in capsys.readouterr().out
+
+
+def test_three_sentences_of_cnndm(tiny):
+    [asked] = requests(tiny, "--scenario", "cnndm_local", "--temperature", "0")
+    assert asked["request"]["max_tokens"] == 128
+    assert asked["request"]["prompt"].endswith("Summarize the above article in 3 sentences.")
+    pred.main(["--model", "tiny", "--pred", "cnndm", "--device", "cpu", "--dtype", "float32"])
+    helm_score.main(["--model", "tiny", "--pred", "cnndm"])
+    assert set(json.loads((tiny / "pred_cnndm/tiny/full/result.json").read_text())["cnndm"]) == {
+        "ROUGE-1",
+        "ROUGE-2",
+        "ROUGE-L",
+    }
+    assert (tiny / "helm/benchmark_output/runs/cnndm/summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("scenario", "file", "fields", "sentences"),
+    [
+        ("xsum", "xsum", ("document", "summary"), "1 sentence."),
+        ("xsum_sampled", "xsum-sampled", ("document", "summary"), "1 sentence."),
+        ("cnndm", "cnndm", ("article", "highlights"), "3 sentences."),
+    ],
+)
+def test_helms_own_scenarios(tiny, scenario, file, fields, sentences):
+    # HELM downloads nothing that is there already.
+    texts = [f"Article {n} tells that {'the long day went on, and ' * 14} nobody knew." for n in range(8)]
+    summary = "Nobody knew how the very long day would go on in the end."
+    rows = [dict(zip(fields, (text, summary), strict=True)) for text in texts]
+    data = tiny / "helm/benchmark_output/scenarios/summarization/data"
+    data.mkdir(parents=True)
+    (data / f"{file}.pk").write_bytes(pickle.dumps({"train": rows[:6], "validation": [], "test": rows[6:]}))
+    task = helm_requests.SCENARIOS[scenario].task
+    helm_requests.main(["--scenario", scenario, "--model", "tiny", "--out", "requests.jsonl"])
+    asked = [line["request"] for line in lines(tiny / "requests.jsonl")]
+    assert len(asked) == 2
+    for request in asked:
+        assert request["prompt"].count("###\nArticle: ") == 6
+        assert request["prompt"].endswith(sentences)
+        assert request["temperature"] == 0.3
+    pred.main(["--model", "tiny", "--pred", task, "--requests", "requests.jsonl", "--device", "cpu"])
+    with pytest.raises(InputError, match="HELM's own scenario cannot be scored without"):
+        helm_score.main([f"pred_{task}/tiny/full"])
