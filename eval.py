@@ -15,7 +15,7 @@ from squeeze.flags import check_flags, config_from_flags, eval_parser, for_model
 from squeeze.longbench import dataset_names
 from squeeze.models import guess_model_type, run_name
 from squeeze.request_files import HELM_TASKS
-from squeeze.runs import check_count, run_folder
+from squeeze.runs import run_folder
 from squeeze.tables import table
 
 SCORES = ("data set", "samples", "score", "95% interval")
@@ -29,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.pred in HELM_TASKS:
         raise InputError(f"{HELM_TASKS[args.pred]} is scored by HELM itself: sh script/helm.sh")
     folder = find_folder(args)
-    task = "e" if args.pred == "e" or "pred_e" in folder.absolute().parts else "Long"
+    task = "e" if args.pred == "e" else scoring.task_of(folder)
     details: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for path in prediction_files(folder, args.datasets, task):
         try:
-            details[scoring.dataset_of(path)] = score_file(folder, path, task)
+            details[scoring.dataset_of(path)] = scoring.score_file(folder, path, task)
         except InputError as error:
             left_out[scoring.dataset_of(path)] = str(error)
     if not details:
@@ -52,27 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(folder / "result.json")
     if left_out:
         raise InputError("; ".join(left_out.values()))
-
-
-def score_file(folder: Path, path: Path, task: str) -> dict[str, Any]:
-    """One data set's part of `result_detail.json`: its score, and every sample's, in percent."""
-    dataset = scoring.dataset_of(path)
-    rows = scoring.read_predictions(path, ("length",) if task == "e" else ())
-    check_count(folder, dataset, len(rows))
-    each = scoring.sample_scores(dataset, rows)
-    low, high = scoring.interval(each)
-    rouge = scoring.rouge_details(dataset, rows)
-    found: dict[str, Any] = {
-        "score": scoring.dataset_score(each),
-        "samples": len(rows),
-        "interval": [round(100 * low, 2), round(100 * high, 2)],
-    }
-    if task == "e":
-        found["buckets"] = scoring.bucket_scores(rows, each)
-    if rouge[0]:
-        found["rouge_score"] = scoring.means(rouge)
-    found["per_sample"] = [{"score": round(100 * one, 2), **more} for one, more in zip(each, rouge, strict=True)]
-    return found
 
 
 def print_scores(details: dict[str, Any], groups: dict[str, float], task: str) -> None:

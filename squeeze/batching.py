@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -12,6 +13,9 @@ from tqdm import tqdm
 from squeeze.config import InputError
 from squeeze.distributed import Ranks
 from squeeze.samples import Samples
+
+if TYPE_CHECKING:
+    from squeeze.predict import Prompt
 
 #: Indices of a batch to a record of each: `index`, what is published, and `stats`.
 Work = Callable[[list[int]], list[dict[str, Any]]]
@@ -38,60 +42,89 @@ def batches(lengths: Sequence[int], batch_size: int, kinds: Sequence[Any] = ()) 
     return [some[start : start + batch_size] for some in alike for start in range(0, len(some), batch_size)]
 
 
+@dataclass
+class Point:
+    """A run's part of the work on one data set.
+
+    Args:
+        samples: what is there of it.
+        work: does a batch.
+        describe: turns the `stats` of all samples so far into a few words for the progress bar.
+    """
+
+    samples: Samples
+    work: Work
+    describe: Callable[[Sequence[dict[str, Any]]], str]
+
+
 def run_batches(
-    samples: Samples,
-    lengths: Sequence[int],
+    points: Sequence[Point],
+    prompts: Sequence[Prompt],
     batch_size: int,
-    work: Work,
-    describe: Callable[..., str],
     ranks: Ranks,
-    kinds: Sequence[Any] = (),
+    bar: tqdm,
 ) -> int:
-    """Do the samples that are missing, and append each batch to `samples` as soon as it is there.
+    """Do the samples that are missing, batch by batch for all points, and append each as soon as it is there.
 
     A batch that does not fit into memory is halved, and so are those after it.
 
     Args:
-        lengths: prompt tokens of each sample.
-        describe: turns the `stats` of all samples so far into a few words for the progress bar.
+        points: runs on the same prompts.
         ranks: of several processes, each takes its share of the batches.
-        kinds: samples of different kinds never go together; none: all may.
+        bar: is moved on by a sample of a point at a time.
     Returns:
         The batch size at the end.
     Raises:
         InputError: a single prompt does not fit into memory.
     """
-    queue = batches(lengths, batch_size, kinds)[ranks.rank :: ranks.world]
-    noted = any(record["stats"].get("notes") for record in samples.records)
-    mine = {index for batch in queue for index in batch}
-    missing = mine & set(samples.missing)
-    label = samples.dataset if ranks.world == 1 else f"{samples.dataset}, process {ranks.rank} of {ranks.world}"
-    shown = {} if ranks.first else {"disable": True}  # nothing for the first, which the environment may decide on
-    with tqdm(total=len(mine), initial=len(mine - missing), desc=label, unit="sample", **shown) as bar:
-        while queue:
-            batch = queue.pop(0)
-            if not set(batch) & missing:
-                continue
-            if len(batch) > batch_size:
-                queue[:0] = [batch[:batch_size], batch[batch_size:]]
-                continue
-            fresh = _unless_out_of_memory(work, batch)
+    queue = share(prompts, batch_size, ranks)
+    noted = [any(record["stats"].get("notes") for record in point.samples.records) for point in points]
+    while queue:
+        batch = queue.pop(0)
+        todo = [index for index, point in enumerate(points) if set(batch) & set(point.samples.missing)]
+        if not todo:
+            continue
+        if len(batch) > batch_size:
+            queue[:0] = [batch[:batch_size], batch[batch_size:]]
+            continue
+        for index in todo:
+            point, missing = points[index], set(points[index].samples.missing)
+            fresh = _unless_out_of_memory(point.work, batch)
             if fresh is None:
                 if len(batch) == 1:
-                    raise InputError(f"out of memory with sample {batch[0]} alone, {lengths[batch[0]]} tokens")
+                    tokens = len(prompts[batch[0]].tokens)
+                    raise InputError(f"out of memory with sample {batch[0]} alone, {tokens} tokens")
                 batch_size = len(batch) // 2
                 bar.write(f"note: out of memory with {len(batch)} prompts at a time; going on with {batch_size}")
                 queue.insert(0, batch)
-                continue
-            samples.append(fresh)
+                break
+            point.samples.append(fresh)
             for record in fresh:
-                if record["stats"].get("notes") and not noted:
-                    noted = True
-                    bar.write(f"note, from sample {record['index']} on: {'; '.join(record['stats']['notes'])}")
-            bar.set_postfix_str(describe([record["stats"] for record in samples.records]))
+                if record["stats"].get("notes") and not noted[index]:
+                    noted[index] = True
+                    where = f"{point.samples.folder}: " if len(points) > 1 else ""
+                    said = "; ".join(record["stats"]["notes"])
+                    bar.write(f"note, {where}from sample {record['index']} on: {said}")
+            bar.set_postfix_str(point.describe([record["stats"] for record in point.samples.records]))
             bar.update(len(missing & set(batch)))
-            missing -= set(batch)
     return batch_size
+
+
+def progress_bar(points: Sequence[Point], prompts: Sequence[Prompt], batch_size: int, ranks: Ranks) -> tqdm:
+    """A bar over this process's share of the samples of all points."""
+    mine = {index for batch in share(prompts, batch_size, ranks) for index in batch}
+    label = points[0].samples.dataset + ("" if len(points) == 1 else f", {len(points)} runs")
+    label += "" if ranks.world == 1 else f", process {ranks.rank} of {ranks.world}"
+    left = sum(len(mine & set(point.samples.missing)) for point in points)
+    total = sum(len(mine & set(range(point.samples.total))) for point in points)
+    shown: dict[str, Any] = {} if ranks.first else {"disable": True}  # nothing for the first: the environment may say
+    return tqdm(total=total, initial=total - left, desc=label, unit="sample", **shown)
+
+
+def share(prompts: Sequence[Prompt], batch_size: int, ranks: Ranks) -> list[list[int]]:
+    """The batches that are this process's."""
+    lengths, kinds = [len(one.tokens) for one in prompts], [one.kind for one in prompts]
+    return batches(lengths, batch_size, kinds)[ranks.rank :: ranks.world]
 
 
 def _unless_out_of_memory(work: Work, batch: list[int]) -> list[dict[str, Any]] | None:

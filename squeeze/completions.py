@@ -11,13 +11,11 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessorList
 
-from squeeze.batching import run_batches
+from squeeze.batching import Work
 from squeeze.patch import SqueezedModel
-from squeeze.predict import Options, encode, generate, greedy, stop_tokens
+from squeeze.predict import Options, Prompt, generate, greedy, stop_tokens
 from squeeze.request_files import Decoding, Requests
-from squeeze.samples import Samples
 from squeeze.sampling import generator, sampler
-from squeeze.stats import progress
 from squeeze.stopping import StopStrings, cut, pieces
 
 
@@ -157,12 +155,11 @@ def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Requests,
-    samples: Samples,
+    prompts: Sequence[Prompt],
     run: SqueezedModel | None,
     how: Options,
-) -> int:
-    """Complete the requests that are missing, see `squeeze.batching.run_batches`; the batch size at the end."""
-    prompts = encode(tokenizer, data, samples.total, how)
+) -> Work:
+    """The work of HELM's requests: prompts to completions."""
 
     def work(batch: list[int]) -> list[dict[str, Any]]:
         requests = [data.rows[index] for index in batch]
@@ -187,9 +184,7 @@ def answer(
             for index, request, found, measured in zip(batch, requests, completions, stats, strict=True)
         ]
 
-    lengths = [len(prompt.tokens) for prompt in prompts]
-    kinds = [data.rows[index].decoding for index in range(samples.total)]
-    return run_batches(samples, lengths, how.batch_size, work, progress, how.ranks, kinds)
+    return work
 
 
 def published(completion: Completion) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from squeeze.batching import run_batches
+from squeeze.batching import Work
 from squeeze.longbench import Data
 from squeeze.patch import SqueezedModel
-from squeeze.predict import Options, encode, full_cache_bytes, pad_left, stop_tokens
+from squeeze.predict import Options, Prompt, full_cache_bytes, pad_left, stop_tokens
 from squeeze.request_files import Requests
-from squeeze.samples import Samples
 from squeeze.scoring import interval
 from squeeze.stopping import StopStrings
 
@@ -97,12 +96,12 @@ def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Data | Requests,
-    samples: Samples,
-    run: SqueezedModel,
+    prompts: Sequence[Prompt],
+    run: SqueezedModel | None,
     how: Options,
-) -> int:
-    """Compare the samples that are missing, see `squeeze.batching.run_batches`; the batch size at the end."""
-    prompts = encode(tokenizer, data, samples.total, how)
+) -> Work:
+    """The work of `--fidelity`: prompts to what the squeezed cache costs."""
+    assert run is not None, "the full cache is what is compared with"
 
     def work(batch: list[int]) -> list[dict[str, Any]]:
         chosen = [prompts[index] for index in batch]
@@ -115,9 +114,7 @@ def measure(
             records.append({"index": index, **one, "stats": {**one, **held, "notes": run.notes[row]}})
         return records
 
-    lengths = [len(one.tokens) for one in prompts]
-    kinds = [(one.settings, one.stop) for one in prompts]
-    return run_batches(samples, lengths, how.batch_size, work, describe, how.ranks, kinds)
+    return work
 
 
 def describe(stats: Sequence[dict[str, Any]]) -> str:

@@ -22,7 +22,7 @@ from squeeze.files import read_bytes, read_object, write_json
 from squeeze.flags import Parser, add_cache_flags, check_flags, config_from_flags, for_model, run_command
 from squeeze.helm_env import ENVIRONMENT, OUTPUT, Deployment, engine, find_model, helm, write_environment
 from squeeze.helm_requests import SCENARIOS, check_full, run_entry
-from squeeze.report import describe
+from squeeze.inventory import describe
 from squeeze.request_files import HELM_TASKS
 from squeeze.runs import run_folder
 from squeeze.tables import table

@@ -9,19 +9,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from squeeze import attention
 from squeeze.allocation import Budgets, allocate
 from squeeze.cache import SqueezeCache, SqueezeLayer
+from squeeze.clock import now
 from squeeze.compatibility import check_transformers
 from squeeze.compiling import compiled
 from squeeze.config import DEFAULT_ALGORITHM, InputError, SqueezeConfig
@@ -31,6 +33,29 @@ from squeeze.importance import similarity
 #: What the patched forward pass uses of an attention module.
 ATTENTION_CLASSES: dict[str, Any] = {"llama": LlamaAttention, "mistral": MistralAttention}
 ATTENTION_ATTRIBUTES = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "layer_idx")
+
+
+@dataclass
+class Prefill:
+    """A prefill that other configurations can take over: nothing in it depends on budgets.
+
+    Args:
+        inputs: token ids, `(batch, tokens)`.
+        lengths: of the prompts, padding excluded.
+        way: what else it depends on, of the configuration.
+        layers: keys, values and scores of each.
+        measured: similarities of each layer, `(batch,)`.
+        states: what the decoder gave, `(batch, tokens, hidden)`.
+        seconds: that it took.
+    """
+
+    inputs: torch.Tensor
+    lengths: list[int]
+    way: tuple[bool, str]
+    layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    measured: list[torch.Tensor]
+    states: torch.Tensor
+    seconds: float
 
 
 class SqueezedModel:
@@ -44,18 +69,46 @@ class SqueezedModel:
         kv_bytes: bytes of all key and value tensors held after the prefill.
         state_bytes: bytes of H2O's scores and positions, or of StreamingLLM's sinks as they came.
         notes: of each sequence, sentences that the user should see, such as that minimum budgets made the total grow.
+        share_prefills: keep the last prefill, all of its keys and values, for other configurations on the same prompts
+            (`use`); what they give is the same as without.
+        shared_seconds: what the last prefill took if it was taken over from an earlier one, else 0.
     """
 
     def __init__(self, model: PreTrainedModel, config: SqueezeConfig):
         check_transformers()
+        self.model = model
+        self.compiled = config.compile
+        self.use(config)
+        self.similarities: np.ndarray | None = None
+        self.classes: np.ndarray | None = None
+        self.budgets: np.ndarray | None = None
+        self.kv_bytes = 0
+        self.state_bytes = 0
+        self.notes: list[list[str]] = []
+        self.share_prefills = False
+        self.shared_seconds = 0.0
+        self._prefill: Prefill | None = None
+        self._entering: torch.Tensor | None = None
+        self._lengths: list[int] = []
+        self._measured: list[torch.Tensor] = []
+
+    def use(self, config: SqueezeConfig) -> None:
+        """Go on with another configuration, from the next prompt on.
+
+        Raises:
+            InputError: it does not fit the model.
+            ValueError: it is to be compiled and the first one was not, or the reverse.
+        """
+        model = self.model
         architecture = model.config.model_type
         if architecture not in ATTENTION_CLASSES:
             raise InputError(f"the model is of type {architecture}; supported are {', '.join(ATTENTION_CLASSES)}")
         layers = model.config.num_hidden_layers
         if config.budgets is not None and len(config.budgets) != layers:
             raise InputError(f"budgets must have one entry a layer: {layers}, got {len(config.budgets)}")
-        self.model = model
         algorithm = config.algorithm or DEFAULT_ALGORITHM[architecture]
+        if config.compile != self.compiled:
+            raise ValueError("compiling is decided on when the model is squeezed: leave the `with` block first")
         self.config = replace(config, algorithm=algorithm)
         self.evictor = make_evictor(algorithm, config.start_size)
         self.window = getattr(model.config, "sliding_window", None)
@@ -74,15 +127,10 @@ class SqueezedModel:
             raise InputError(f"streaming moves sink tokens by fixed angles; the model's RoPE is of type {rope}")
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
-        self.similarities: np.ndarray | None = None
-        self.classes: np.ndarray | None = None
-        self.budgets: np.ndarray | None = None
-        self.kv_bytes = 0
-        self.state_bytes = 0
-        self.notes: list[list[str]] = []
-        self._entering: torch.Tensor | None = None
-        self._lengths: list[int] = []
-        self._measured: list[torch.Tensor] = []
+
+    def forget_prefill(self) -> None:
+        """Let go of the prefill that is kept for other configurations."""
+        self._prefill = None
 
     def cache(self, max_new_tokens: int) -> SqueezeCache:
         """An empty cache for one prompt or batch and up to `max_new_tokens` tokens after it."""
@@ -149,12 +197,14 @@ def squeezed(model: PreTrainedModel, config: SqueezeConfig) -> Iterator[Squeezed
         decoder.register_forward_pre_hook(functools.partial(_begin, run), with_kwargs=True),
         decoder.register_forward_hook(functools.partial(_end, run), with_kwargs=True),
     ]
-    undo = [_replace(model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, run))]
+    undo = [
+        _replace(model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, run)),
+        _replace(decoder, "forward", functools.partial(_decoder_forward, run, decoder.forward)),
+    ]
     try:
         for layer in decoder.layers:
-            if run.config.budgets is None:
-                handles.append(layer.register_forward_pre_hook(functools.partial(_enter, run), with_kwargs=True))
-                handles.append(layer.post_attention_layernorm.register_forward_pre_hook(functools.partial(_mix, run)))
+            handles.append(layer.register_forward_pre_hook(functools.partial(_enter, run), with_kwargs=True))
+            handles.append(layer.post_attention_layernorm.register_forward_pre_hook(functools.partial(_mix, run)))
             module = layer.self_attn
             # accelerate keeps the forward it wrapped under another name; its wrapper must stay outside ours.
             name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
@@ -227,6 +277,34 @@ def _begin(run: SqueezedModel, decoder, args, kwargs):
     return args, kwargs | {"attention_mask": inputs.new_zeros(1, 1, 1, 1)}
 
 
+def _decoder_forward(run: SqueezedModel, original, *args, **kwargs):
+    """Stands in for the decoder's forward pass: a prefill that was done already is not done again."""
+    cache, inputs = _squeeze_cache(kwargs), args[0] if args else kwargs.get("input_ids")
+    if cache is None or cache.compressed or not run.share_prefills or inputs is None:
+        return original(*args, **kwargs)
+    way = (run.evictor.needs_scores, run.config.attn)
+    known = run._prefill
+    if (
+        known is None
+        or (known.way, known.lengths) != (way, cache.prompt_lengths)
+        or not torch.equal(known.inputs, inputs)
+    ):
+        run._prefill = known = None  # let go of the old one first
+        start = now(inputs.device)
+        output = original(*args, **kwargs)
+        seconds = now(inputs.device) - start
+        layers = [(layer.keys, layer.values, layer.scores) for layer in cache.layers]
+        run._prefill = Prefill(
+            inputs, cache.prompt_lengths, way, layers, run._measured, output.last_hidden_state, seconds
+        )
+        run.shared_seconds = 0.0
+        return output
+    for layer, held in zip(cache.layers, known.layers, strict=True):
+        layer.fill(*held)
+    run._measured, run.shared_seconds = known.measured, known.seconds
+    return BaseModelOutputWithPast(last_hidden_state=known.states, past_key_values=cache)
+
+
 def _end(run: SqueezedModel, decoder, args, kwargs, output):
     """After the decoder: count the step, or, after the prefill, cut the cache to its budgets."""
     cache = _squeeze_cache(kwargs)
@@ -238,7 +316,7 @@ def _enter(run: SqueezedModel, layer, args, kwargs):
     """Before a decoder layer: remember the residual stream, if this is a prefill."""
     cache = _squeeze_cache(kwargs)
     run._entering = None
-    if cache is not None and not cache.compressed:
+    if cache is not None and not cache.compressed and run.config.budgets is None:
         run._entering = args[0] if args else kwargs["hidden_states"]
         run._lengths = cache.prompt_lengths
 

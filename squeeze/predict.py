@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +13,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
-from squeeze.batching import run_batches
+from squeeze.batching import Work
+from squeeze.clock import now
 from squeeze.config import InputError
 from squeeze.distributed import ALONE, Ranks
 from squeeze.longbench import Data, build_prompt
 from squeeze.patch import SqueezedModel
 from squeeze.prompting import clean, encode_prompt, generation_settings
 from squeeze.request_files import Requests
-from squeeze.samples import Samples
 from squeeze.sampling import generator, sampler
-from squeeze.stats import progress
 from squeeze.stopping import StopStrings
 
 
@@ -60,15 +58,9 @@ class FirstToken(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self.time is None:
-            self.time = _now(input_ids.device)
+            self.time = now(input_ids.device)
             self.then()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @torch.inference_mode()
@@ -92,7 +84,8 @@ def generate(
         The new tokens of each prompt, (new tokens,), up to and with the first that stops it, and what was measured on
         each: `prompt_tokens`, `new_tokens`, `prefill_seconds`, `decode_seconds`, `kv_bytes` held after the prefill,
         `full_kv_bytes` that the full cache of this prompt alone holds after it, `state_bytes`, `peak_memory_bytes`,
-        and for a squeezed cache `classes`, `budgets` and `notes`. Seconds and bytes held are shares of the batch's.
+        and for a squeezed cache `similarities`, `classes`, `budgets` and `notes`. Seconds and bytes held are shares of
+        the batch's.
     """
     tokens, mask = pad_left(model, prompts)
     device = tokens.device
@@ -104,7 +97,7 @@ def generate(
             held["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
     first = FirstToken(measure_cache)
-    start = _now(device)
+    start = now(device)
     output = model.generate(
         tokens,
         attention_mask=mask,
@@ -114,11 +107,12 @@ def generate(
         pad_token_id=_pad_token(model),
         **settings,
     )[:, tokens.shape[1] :].cpu()
-    end = _now(device)
+    end = now(device)
     if run is not None:
         held = {"kv_bytes": run.kv_bytes, "state_bytes": run.state_bytes}
     prefilled = first.time or end
-    shares = {"prefill_seconds": prefilled - start, "decode_seconds": end - prefilled} | held
+    shared = run.shared_seconds if run is not None else 0.0
+    shares = {"prefill_seconds": prefilled - start + shared, "decode_seconds": end - prefilled} | held
     ends = stop_tokens(model, settings)
     outputs = [_until_stop(row, ends) for row in output]
     if stops is not None:
@@ -130,6 +124,7 @@ def generate(
         one["full_kv_bytes"] = full_cache_bytes(model.config, len(prompt), model.dtype)
         one["peak_memory_bytes"] = peak_memory(device)
         if run is not None:
+            one["similarities"] = [round(float(value), 6) for value in np.asarray(run.similarities)[row]]
             one["classes"] = np.asarray(run.classes)[row].tolist()
             one["budgets"] = np.asarray(run.budgets)[row].tolist()
             one["notes"] = run.notes[row]
@@ -190,11 +185,13 @@ class Prompt:
         tokens: token ids, (tokens,).
         settings: for the model's `generate`.
         stop: strings that end an answer.
+        kind: prompts go into one batch only where this is equal.
     """
 
     tokens: torch.Tensor
     settings: dict[str, Any]
     stop: tuple[str, ...] = ()
+    kind: Any = None
 
 
 def greedy(max_new_tokens: int) -> dict[str, Any]:
@@ -222,7 +219,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, data: Data | Requests, total: int
                 f"{data.source}: prompt {number} has {len(tokens)} tokens, which with {new} new ones is more than the "
                 f"model's {how.max_length} positions: make the requests again with --model {how.model_name}"
             )
-        prompts.append(Prompt(tokens, greedy(new), request.decoding.stop))
+        prompts.append(Prompt(tokens, greedy(new), request.decoding.stop, request.decoding))
     return prompts
 
 
@@ -230,12 +227,11 @@ def predict(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
-    samples: Samples,
+    prompts: Sequence[Prompt],
     run: SqueezedModel | None,
     how: Options,
-) -> int:
-    """Generate the samples that are missing, see `squeeze.batching.run_batches`; the batch size at the end."""
-    prompts = encode(tokenizer, data, samples.total, how)
+) -> Work:
+    """The work of LongBench's data sets: prompts to answers."""
 
     def work(batch: list[int]) -> list[dict[str, Any]]:
         processors = sampler(how.temperature, how.top_p, [generator(how.seed, index) for index in batch])
@@ -249,4 +245,4 @@ def predict(
             records.append({"index": index, **published, "stats": stats})
         return records
 
-    return run_batches(samples, [len(one.tokens) for one in prompts], how.batch_size, work, progress, how.ranks)
+    return work

@@ -1,103 +1,193 @@
-"""Runs side by side: `python -m squeeze.report FOLDER…` prints a table of every run found in the folders."""
+"""Runs side by side, as text or as a page with figures: `python -m squeeze.report --help`."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from squeeze.config import InputError
 from squeeze.files import read_object
+from squeeze.flags import Parser, run_command
+from squeeze.inventory import COLUMNS, Entry, Inventory, describe, find
 from squeeze.request_files import HELM_TASKS
 from squeeze.tables import table
 
-COLUMNS = (
-    *("model", "algorithm", "allocation", "ini_size", "KV_class3"),
-    *("samples", "score", "KV kept", "KV MB", "tokens/s", "classes"),
-)
+FIDELITY_COLUMNS = (*COLUMNS[:6], "KL", "95% interval", "agreement", "KV kept", "tokens")
+EXAMPLES = """examples
+  every run below pred_Long as a table, with the scores that eval.py wrote:
+    python -m squeeze.report pred_Long
+  the same, and a page with figures, tables and their data; scores are computed from the predictions:
+    python -m squeeze.report pred_Long --out report
+  several benchmarks, and the measurements of python -m squeeze.bench:
+    python -m squeeze.report pred_Long pred_e pred_xsum bench/bench.json --out report
+
+The page, report/index.html, is one file that needs nothing beside it, no network and no server. The figures lie beside
+it as SVG and PNG, and what they show as CSV. A run that is not finished, or damaged, is named and left out. Nothing is
+kept from one report to the next: what is there now is what is shown.
+"""
 
 
-def find_runs(folders: list[Path]) -> list[Path]:
-    """Run folders in or below `folders`, in order of their path.
-
-    Raises:
-        InputError: a folder holds no run.
-    """
-    found: dict[Path, None] = {}
-    for folder in folders:
-        runs = sorted(path.parent for path in folder.rglob("run.json"))
-        if not runs:
-            raise InputError(f"{folder} holds no run: pred.py makes one")
-        found |= dict.fromkeys(runs)
-    return list(found)
+def parser() -> Parser:
+    """The flags of `python -m squeeze.report`."""
+    made = Parser(
+        prog="python -m squeeze.report",
+        description="Show runs side by side: scores, KV kept and speed, as text tables or as a page with figures.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUNS",
+        help="run folders, or folders that hold any, like pred_Long; also bench.json of squeeze.bench, or its folder",
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="write a page with figures into this folder, which must be new, empty, or an earlier report's",
+    )
+    return made
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
     """One run's line for each of its finished data sets: the columns and `dataset`, as text."""
-    manifest = read_object(folder / "run.json")
-    if not {"settings", "datasets"} <= manifest.keys():
-        raise InputError(f"{folder / 'run.json'} is not a run's manifest")
-    if "measure" in manifest["settings"]:
-        return []  # of fidelity, not of predictions
-    score = read_object(folder / "result.json") if (folder / "result.json").exists() else {}
-    lines = []
-    for dataset, summary in manifest["datasets"].items():
-        if "samples" not in summary:
-            continue  # not finished
-        measured = {
-            "dataset": dataset,
-            "model": summary["starts"][-1]["model"]["name"],
-            "score": _text(score[dataset]) if dataset in score else "-",
-            "KV kept": f"{100 * summary['kept']:.1f}%",
-            "KV MB": f"{summary['kv_bytes'] / 1e6:.1f}",
-            "tokens/s": f"{summary['tokens_per_second']:.1f}",
-            "samples": str(summary["samples"]),
-        }
-        lines.append(describe(manifest["settings"], summary) | measured)
-    return lines
+    entries = [one for one in find([folder / "run.json"]).entries if not one.fidelity]
+    return [line(entry, recorded_score(entry)) for entry in entries]
 
 
-def _text(score: float | dict[str, float | None]) -> str:
-    """A score; LongBench-E's are one for each range of lengths, shortest first, HELM's one for each ROUGE."""
-    if isinstance(score, dict):
-        return "/".join("-" if value is None else f"{value:.2f}" for value in score.values())
-    return f"{score:.2f}"
+def line(entry: Entry, score: Any) -> dict[str, str]:
+    """A line of the table of scores.
 
-
-def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
-    """What was asked of a run: its algorithm, allocation and sizes, and how its layers fell into classes."""
-    if settings["cache"] == "full":
-        return dict.fromkeys(COLUMNS, "-") | {"algorithm": "full cache"}
-    uniform = settings["ini_size"] == settings["KV_class3"]
-    return {
-        "algorithm": settings["algorithm"],
-        "allocation": "uniform" if uniform else settings["allocation"],
-        "ini_size": f"{settings['ini_size']:g}",
-        "KV_class3": f"{settings['KV_class3']:g}",
-        "classes": "-" if uniform else "/".join(f"{layers:g}" for layers in summary["layers_per_class"]),
+    Args:
+        score: a number, or several by name; None where there is none.
+    """
+    summary = entry.summary
+    return describe(entry.settings, summary) | {
+        "dataset": entry.dataset,
+        "model": entry.start["model"]["name"],
+        "score": _text(score),
+        "KV kept": f"{100 * summary['kept']:.1f}%",
+        "KV MB": f"{summary['kv_bytes'] / 1e6:.1f}",
+        "tokens/s": f"{summary['tokens_per_second']:.1f}",
+        "samples": str(summary["samples"]),
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print a table for every data set of the runs; 2 and a sentence where there is no run."""
-    parser = argparse.ArgumentParser(prog="python -m squeeze.report", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold any, like pred_Long")
-    try:
-        folders = parser.parse_args(arguments).folders
-        lines = [line for folder in find_runs(folders) for line in rows(folder)]
-        if not lines:
-            raise InputError(f"no run in {', '.join(map(str, folders))} is finished: start pred.py again to go on")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for dataset in dict.fromkeys(line["dataset"] for line in lines):
-        chosen = [line for line in lines if line["dataset"] == dataset]
+def recorded_score(entry: Entry) -> Any:
+    """The score that `eval.py`, or HELM, wrote into the run's folder; None if none did."""
+    path = entry.folder / "result.json"
+    return read_object(path).get(entry.dataset) if path.exists() else None
+
+
+def _text(score: Any) -> str:
+    """A score; LongBench-E's are one for each range of lengths, shortest first, HELM's one for each ROUGE."""
+    if isinstance(score, dict):
+        return "/".join(_text(value) for value in score.values())
+    return f"{score:.2f}" if isinstance(score, int | float) else "-"
+
+
+def fidelity_line(entry: Entry) -> dict[str, str]:
+    """A line of the table of comparisons with the full cache."""
+    summary = entry.summary
+    found = describe(entry.settings, summary) | {"dataset": entry.dataset, "model": entry.start["model"]["name"]}
+    found |= {"samples": str(summary["samples"]), "KV kept": f"{100 * summary['kept']:.1f}%"}
+    found |= {"KL": "-", "95% interval": "-", "agreement": "-", "tokens": str(summary.get("tokens", "-"))}
+    if "kl" in summary:
+        kl = summary["kl"]
+        found |= {"KL": f"{kl['mean']:.4f}", "95% interval": f"{kl['low']:.4f}–{kl['high']:.4f}"}
+        found |= {"agreement": f"{100 * summary['agreement']['mean']:.1f}%"}
+    return found
+
+
+def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = None) -> None:
+    """Print a table for every data set, the full cache first, then as the folders came.
+
+    Args:
+        scores: of (folder, data set), in place of what was written beside the runs; what is not in it is left out.
+    """
+    lines, compared = [], []
+    for entry in found.entries:
+        key = str(entry.folder), entry.dataset
+        if scores is not None and key not in scores:
+            continue
+        if entry.fidelity:
+            compared.append(fidelity_line(entry))
+        else:
+            lines.append(line(entry, recorded_score(entry) if scores is None else scores[key]))
+    for dataset in dict.fromkeys(one["dataset"] for one in lines):
+        chosen = [one for one in lines if one["dataset"] == dataset]
         scale = "ROUGE-1/2/L by HELM" if dataset in HELM_TASKS else "LongBench's score"
         print(f"{dataset}: {scale}; KV is what is held after prefill, mean of the samples")
-        # The full cache first, then as the folders came.
-        print(table(COLUMNS, sorted(chosen, key=lambda line: line["algorithm"] != "full cache")))
-    return 0
+        print(table(COLUMNS, sorted(chosen, key=lambda one: one["algorithm"] != "full cache")))
+    for dataset in dict.fromkeys(one["dataset"] for one in compared):
+        print(f"{dataset}: KL divergence from the full cache, nats a token, and agreement of the likeliest token")
+        print(table(FIDELITY_COLUMNS, [one for one in compared if one["dataset"] == dataset]))
+    for path in found.benches:
+        print_bench(path)
+
+
+def print_bench(path: Path) -> None:
+    """Print the table that `squeeze.bench` printed; nothing where the file is damaged."""
+    from squeeze import bench
+
+    try:
+        records = read_object(path)["runs"]
+        copies, full = bench.bandwidth(records), bench.full_speeds(records)
+        made = [bench.row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]
+    except (InputError, KeyError, TypeError, ZeroDivisionError):
+        return
+    if made:
+        print(f"{path}: speed and memory by squeeze.bench")
+        print(table(bench.COLUMNS, made))
+
+
+def report(argv: Sequence[str] | None = None) -> None:
+    """Print the tables, and with `--out` write the page.
+
+    Raises:
+        InputError: there is no finished run, or the folder of `--out` is not the command's own.
+    """
+    args = parser().parse_args(argv)
+    found = find(args.runs)
+    if not found.entries and not found.benches:
+        if found.damaged:
+            raise InputError("; ".join(found.problems))
+        raise InputError(f"no run in {', '.join(map(str, args.runs))} is finished: start pred.py again to go on")
+    if args.out is None:
+        print_tables(found)
+        for problem in found.problems:
+            print(f"left out: {problem}", file=sys.stderr)
+        return
+
+    from squeeze import page, results, sections  # pandas and matplotlib, of which the text tables know nothing
+    from squeeze.report_files import check_folder, write_folder
+
+    check_folder(args.out)
+    read = results.read(found)
+    if not (len(read.runs) or len(read.fidelity) or len(read.bench)):
+        raise InputError("; ".join(read.problems))
+    scores = {(one["folder"], one["dataset"]): results.shown_score(one) for one in read.runs.to_dict("records")}
+    scores |= {(one["folder"], one["dataset"]): None for one in read.fidelity.to_dict("records")}
+    print_tables(found, scores)
+    command = shlex.join(["python", "-m", "squeeze.report", *(sys.argv[1:] if argv is None else argv)])
+    made = sections.make(read)
+    for problem in made.problems:
+        print(f"left out: {problem}")
+    for what in read.unscored:
+        print(f"not scored yet: {what}")
+    print(write_folder(args.out, page.files(made, command)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 2 and a sentence where there is nothing to show."""
+    return run_command(lambda _: report(argv))
 
 
 if __name__ == "__main__":

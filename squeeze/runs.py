@@ -147,7 +147,7 @@ class Run:
         Raises:
             InputError: the samples that are there were made with other settings, or cannot be read.
         """
-        samples = Samples(self.folder, dataset, settings, total, self.published, self.ranks.rank)
+        samples = Samples(self.folder, dataset, settings, total, self.published, str(self.ranks.rank or ""))
         if self.overwrite or not self.ranks.first:
             return samples
         previous = self.manifest["datasets"].get(dataset)

@@ -27,7 +27,7 @@ class Samples:
     """The finished samples of one data set, in the order of their index.
 
     Args:
-        rank: which of several processes this one is; only the first reads, merges and publishes.
+        writer: which of several processes this one is, the first being ""; only that one merges and publishes.
 
     Attributes:
         records: the finished samples: `index`, the published fields, and `stats`, what was measured.
@@ -41,13 +41,13 @@ class Samples:
         settings: dict[str, Any],
         total: int,
         fields: Sequence[str] = PUBLISHED,
-        rank: int = 0,
+        writer: str = "",
     ) -> None:
         self.folder = folder
         self.dataset = dataset
         self.settings = settings
         self.fields = fields
-        self.partial = folder / (f"{dataset}.partial.{rank}.jsonl" if rank else f"{dataset}.partial.jsonl")
+        self.partial = folder / (f"{dataset}.partial.{writer}.jsonl" if writer else f"{dataset}.partial.jsonl")
         self.finished = folder / "samples" / f"{dataset}.jsonl"
         self.published = folder / f"{dataset}.jsonl"
         self.total = total

@@ -14,6 +14,7 @@ from squeeze.config import InputError
 from squeeze.files import parse_jsonl, read_bytes
 from squeeze.longbench import check_lists
 from squeeze.metrics import METRICS, rouge_l
+from squeeze.runs import check_count
 
 ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL")
 
@@ -55,6 +56,43 @@ def read_predictions(path: Path, fields: Sequence[str] = ()) -> list[dict[str, A
 def dataset_of(path: Path) -> str:
     """The data set whose rows or predictions a file holds, by its name."""
     return path.name.split(".")[0]
+
+
+def task_of(folder: Path) -> str:
+    """The benchmark whose predictions a folder holds, by its path: `e` is LongBench-E, which is scored by length."""
+    return "e" if "pred_e" in folder.absolute().parts else "Long"
+
+
+def score_file(folder: Path, path: Path, task: str, rouge: bool = True) -> dict[str, Any]:
+    """One data set's part of `result_detail.json`: its score, and every sample's, in percent.
+
+    Args:
+        folder: the run's, whose `run.json` may say how many samples there must be.
+        path: the prediction file in it.
+        task: `Long`, or `e` for the score of each range of lengths as well.
+        rouge: also ROUGE-1, 2 and L by `rouge-score`, which take longer than all the rest.
+    Raises:
+        InputError: the file is not whole, or is no prediction file.
+    """
+    dataset = dataset_of(path)
+    rows = read_predictions(path, ("length",) if task == "e" else ())
+    check_count(folder, dataset, len(rows))
+    if task == "e" and not all(isinstance(row["length"], int | float) for row in rows):
+        raise InputError(f"{path}: a length is not a number, and LongBench-E is scored by it")
+    each = sample_scores(dataset, rows)
+    low, high = interval(each)
+    details = rouge_details(dataset, rows) if rouge else [{} for _ in rows]
+    found: dict[str, Any] = {
+        "score": dataset_score(each),
+        "samples": len(rows),
+        "interval": [round(100 * low, 2), round(100 * high, 2)],
+    }
+    if task == "e":
+        found["buckets"] = bucket_scores(rows, each)
+    if details[0]:
+        found["rouge_score"] = means(details)
+    found["per_sample"] = [{"score": round(100 * one, 2), **more} for one, more in zip(each, details, strict=True)]
+    return found
 
 
 def scored_text(dataset: str, prediction: str) -> str:

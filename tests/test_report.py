@@ -1,8 +1,18 @@
-"""The table of runs: made from what the runs recorded, nothing else."""
+"""The tables of runs as text, and the folder of the page: what is in it, and what is never touched."""
 
+import csv
+import importlib
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from made_runs import make_bench, make_fidelity, make_grid, make_helm, make_run
 
 from squeeze import report
+
+evaluate = importlib.import_module("eval")
 
 
 def write_run(folder, settings, summary, score=None):
@@ -58,3 +68,132 @@ def test_scores_by_length_stand_side_by_side(tmp_path, capsys):
     write_run(tmp_path / "e", SETTINGS, SUMMARY, {"0-4k": 20, "4-8k": 31.25, "8k+": None})
     assert report.main([str(tmp_path)]) == 0
     assert "| 20.00/31.25/- |" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_named(tmp_path, capsys):
+    make_run(tmp_path / "a/full")
+    (make_run(tmp_path / "a/bad", ini_size=0.4, KV_class3=0.2) / "run.json").write_text("{")
+    assert report.main([str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr()
+    assert "| M     | full cache |" in shown.out
+    assert f"left out: {tmp_path}/a/bad/run.json line 1 is not JSON" in shown.err
+    assert report.main([str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 0
+    assert f"left out: {tmp_path}/a/bad/run.json line 1 is not JSON" in capsys.readouterr().out
+    assert "a/bad/run.json line 1 is not JSON" in (tmp_path / "out/index.html").read_text()
+
+
+def test_fidelity_and_bench_as_text(tmp_path, capsys):
+    make_fidelity(tmp_path / "0.4/20/fidelity", 0.25, ini_size=0.4, KV_class3=0.2)
+    make_bench(tmp_path / "bench.json")
+    assert report.main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "| 0.2500 | 0.1667–0.3750 | 90.0%     | 40.0%   | 40     |" in shown
+    assert "| squeeze | streaming squeezed |" in shown
+
+
+def test_the_text_tables_need_no_pandas(tmp_path):
+    make_run(tmp_path / "full")
+    code = "import sys; from squeeze import report; report.main(sys.argv[1:]); "
+    code += "print([name for name in ('pandas', 'matplotlib', 'itables', 'torch', 'scipy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_page_and_its_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    root = make_grid(Path("pred_Long/M"))
+    make_helm(Path("pred_xsum/M/0.4/25"), ini_size=0.4, KV_class3=0.25)
+    make_bench(Path("bench/bench.json"))
+    flags = ["pred_Long", "pred_xsum", "bench", "--out", "out/report"]
+    assert report.main(flags) == 0
+    shown = capsys.readouterr().out
+    assert "not scored yet: sh script/helm.sh pred_xsum/M/0.4/25" in shown
+    assert shown.endswith("out/report/index.html\n")
+    first = files(Path("out/report"))
+    page = first["index.html"].decode()
+    for section in ("cheapest", "score", "kl", "sensitivity", "layers", "bench", "runs"):
+        assert f'id="{section}"' in page
+        assert f"{section}.csv" in first
+    assert "python -m squeeze.report pred_Long pred_xsum bench --out out/report" in page
+    assert "<code>sh script/helm.sh pred_xsum/M/0.4/25</code>" in page
+    plots = {name for name in first if name.endswith(".svg")}
+    assert {name.removesuffix(".svg") + ".png" for name in plots} == {name for name in first if name.endswith(".png")}
+    assert {"score-M-samsum-streaming.svg", "kl-M-samsum-streaming.svg", "similarity-M-samsum.svg"} <= plots
+    for link in re.findall(r'href="([^"#]+)"', page):
+        assert link == "data:," or link in first
+    assert not re.findall(r'(?:src|href|srcset)\s*=\s*"(?!data:|#)[^"]*:', page), "nothing is loaded from elsewhere"
+    assert not re.findall(r"url\(\s*[\"']?(?!data:)", page) and "@import" not in page
+    # The CSV has eval.py's numbers.
+    for row in csv.DictReader(first["score.csv"].decode().splitlines()):
+        evaluate.main([row["folder"]])
+        detail = json.loads(Path(row["folder"], "result_detail.json").read_text())["datasets"]["samsum"]
+        assert [float(row[key]) for key in ("score", "low", "high")] == [detail["score"], *detail["interval"]]
+    # The same again, to the byte; and what is no more is gone from the folder.
+    assert report.main(flags) == 0
+    assert files(Path("out/report")) == first
+    for path in root.glob("**/fidelity/run.json"):
+        path.unlink()
+    assert report.main(flags) == 0
+    after = files(Path("out/report"))
+    assert not any(name.startswith("kl") for name in after)
+    assert set(after) == set(json.loads(after["report.json"])["files"]) | {"report.json"}
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
+    make_run(tmp_path / "runs/full")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "index.html").write_text("mine")
+    flags = [str(tmp_path / "runs"), "--out", str(out)]
+    assert report.main(flags) == 2
+    assert "out holds index.html, which this command did not write" in capsys.readouterr().err
+    assert files(out) == {"index.html": b"mine"}
+    (out / "index.html").unlink()
+    assert report.main(flags) == 0
+    (out / "notes.txt").write_text("mine")
+    before = files(out)
+    assert report.main(flags) == 2
+    assert "out holds notes.txt, which" in capsys.readouterr().err
+    assert files(out) == before
+    # A list of files cannot reach out of the folder.
+    (out / "notes.txt").unlink()
+    (out / "report.json").write_text(
+        json.dumps({"made_by": "python -m squeeze.report", "files": [*before, "../runs/full/run.json"]})
+    )
+    assert report.main(flags) == 2 or (tmp_path / "runs/full/run.json").exists()
+    assert (tmp_path / "runs/full/run.json").exists()
+    assert report.main([str(tmp_path / "runs"), "--out", str(out / "index.html")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def test_names_are_text_and_not_markup(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = '<script>alert("x")</script>&$x_{1}$'
+    make_run(Path("runs<b>/full"), model=name)
+    make_run(Path("runs<b>/0.4/20"), ini_size=0.4, KV_class3=0.2, model=name)
+    assert report.main(["runs<b>", "--out", "out"]) == 0
+    page = Path("out/index.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;&amp;$x_{1}$" in page
+    assert "runs&lt;b&gt;/0.4/20" in page
+    assert all(re.fullmatch(r"[\w.-]+", path.name) for path in Path("out").iterdir())
+    [score] = Path("out").glob("score-*.svg")
+    assert "&lt;script&gt;" in score.read_text() and "$x_{1}$" in score.read_text()
+
+
+def test_runs_without_similarities_say_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("runs/0.4/20"), ini_size=0.4, KV_class3=0.2, similarities=False)
+    assert report.main(["runs", "--out", "out"]) == 0
+    page = Path("out/index.html").read_text()
+    assert "that did not keep the similarities, so there is no map of them" in page
+    assert not list(Path("out").glob("similarity*")) and list(Path("out").glob("budgets*"))
+    assert "No run of the full cache on the same samples." in page
+    assert "no run of the full cache" in Path("out/cheapest.csv").read_text()
+    (Path("runs/0.4/20/samples/samsum.jsonl")).write_text("{\n")
+    assert report.main(["runs", "--out", "out"]) == 0
+    assert "its layers are not drawn" in Path("out/index.html").read_text()

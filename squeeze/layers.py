@@ -1,0 +1,51 @@
+"""Which runs' layers are shown, and what a run measured on each of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from squeeze.config import InputError
+from squeeze.files import parse_jsonl, read_bytes
+from squeeze.results import GROUP
+
+
+def chosen(runs: pd.DataFrame) -> pd.DataFrame:
+    """A squeezed run of each model, data set and allocation: at the median `ini_size`, then the median `KV_class3`."""
+    rows = []
+    squeezed = runs[~runs["allocation"].isin(["full", "uniform"])]
+    for _, group in squeezed.groupby([*GROUP, "allocation"], sort=False):
+        for size in ("ini_size", "KV_class3"):
+            there = sorted(set(group[size]))
+            group = group[group[size] == there[(len(there) - 1) // 2]]
+        rows.append(group.iloc[0])
+    return pd.DataFrame(rows, columns=runs.columns)
+
+
+def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
+    """What a squeezed run measured on each prompt and layer.
+
+    Returns:
+        A row for each prompt and layer, in order: `prompt` and `layer` from 0, `similarity` (NaN in runs that did not
+        keep it), `layer_class` 1 to 3, `budget` in tokens, and `share`, the budget as a fraction of the prompt.
+    Raises:
+        InputError: the run's samples are damaged or have no budgets.
+    """
+    path = folder / "samples" / f"{dataset}.jsonl"
+    rows = []
+    for number, record in parse_jsonl(read_bytes(path), path, ("index", "stats")):
+        stats = record["stats"]
+        try:
+            classes, budgets, tokens = stats["classes"], stats["budgets"], int(stats["prompt_tokens"])
+            similarities = stats.get("similarities") or [None] * len(budgets)
+            for layer, (similarity, one, budget) in enumerate(zip(similarities, classes, budgets, strict=True)):
+                row = {"prompt": int(record["index"]), "layer": layer, "similarity": similarity}
+                rows.append(row | {"layer_class": int(one), "budget": int(budget), "share": budget / tokens})
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            said = "has no usable classes and budgets of every layer"
+            raise InputError(f"{path} line {number} {said}: {json.dumps(stats)[:60]}") from None
+    found = pd.DataFrame(rows)
+    found["similarity"] = found["similarity"].astype(float)
+    return found

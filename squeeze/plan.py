@@ -1,0 +1,115 @@
+"""What a sweep is going to cost, before it starts: tokens to prefill and to decode, and bytes of keys and values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from squeeze.distributed import ALONE
+from squeeze.tables import table
+
+if TYPE_CHECKING:
+    from squeeze.jobs import Job, OpenJob
+    from squeeze.predict import Prompt
+
+COLUMNS = ("run", "data set", "samples", "to do", "prompt tokens", "new tokens", "KV MB kept", "KV MB in prefill")
+
+
+@dataclass
+class Total:
+    """What all runs come to.
+
+    Attributes:
+        samples: to do, counted once a run.
+        prompt_tokens: of those samples.
+        prefilled: those tokens where prompts that runs share are counted once.
+        new_tokens: the most that can come out.
+        prefill_bytes: the most keys and values that a prefill holds.
+    """
+
+    samples: int = 0
+    prompt_tokens: int = 0
+    prefilled: int = 0
+    new_tokens: int = 0
+    prefill_bytes: int = 0
+
+
+def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
+    """The plan as a table and a few sentences.
+
+    Args:
+        groups: runs that share a model and data.
+    """
+    total = Total()
+    lines = [line for group in groups for line in _group(group, total)]
+    said = [
+        table(COLUMNS, lines),
+        "New tokens are the most there can be; KV MB kept is the most that a batch holds while it decodes.",
+        f"In all {_count(len(lines), 'point')} with {_count(total.samples, 'sample')} to do: {total.prompt_tokens:,} "
+        f"prompt tokens, of which {total.prefilled:,} are prefilled, the others shared between runs; "
+        f"at most {total.new_tokens:,} new tokens; {total.prefill_bytes / 1e6:,.1f} MB of keys and values in the largest prefill.",
+    ]
+    return "\n".join(said)
+
+
+def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
+    """The lines of runs on one model and the same data; what they come to is added to `total`."""
+    from squeeze import loading, predict
+
+    job = group[0].job
+    lines = []
+    tokenizer = loading.load_tokenizer(job.model)
+    for index, data in enumerate(job.data):
+        prompts = predict.encode(tokenizer, data, max(one.samples[index].total for one in group), job.how)
+        shared: dict[Any, set[int]] = {}
+        for one in group:
+            samples = one.samples[index]
+            missing = samples.missing
+            for way in _prefills(one.job):
+                shared.setdefault(way, set()).update(missing)
+            tokens = sum(len(prompts[index].tokens) for index in missing) * len(_prefills(one.job))
+            new = sum(prompts[index].settings["max_new_tokens"] for index in missing)
+            kept, full = _most_bytes(one.job, prompts[: samples.total])
+            total.samples += len(missing)
+            total.prompt_tokens += tokens
+            total.new_tokens += new
+            if missing:
+                total.prefill_bytes = max(total.prefill_bytes, full)
+            cells = (one.job.place, samples.dataset, samples.total, len(missing), f"{tokens:,}", f"{new:,}")
+            memory = (f"{kept / 1e6:,.1f}", f"{full / 1e6:,.1f}")
+            lines.append(dict(zip(COLUMNS, map(str, (*cells, *memory)), strict=True)))
+        total.prefilled += sum(len(prompts[index].tokens) for missing in shared.values() for index in missing)
+    return lines
+
+
+def _prefills(job: Job) -> list[Any]:
+    """The ways in which a run prefills a prompt; runs share those that are equal."""
+    if job.config is None:
+        return [job.place]  # transformers' own, which is not shared
+    squeezed = ("squeezed", job.config.algorithm == "h2o", job.config.attn)
+    return [squeezed, job.place] if job.args.fidelity else [squeezed]
+
+
+def _most_bytes(job: Job, prompts: Sequence[Prompt]) -> tuple[int, int]:
+    """The most bytes of keys and values that a batch holds while it decodes, and in its prefill."""
+    from transformers import AutoConfig
+
+    from squeeze.batching import share
+    from squeeze.predict import full_cache_bytes
+
+    config = AutoConfig.from_pretrained(job.model)
+    token = full_cache_bytes(config, 1, job.dtype)
+    kept = full = 0
+    for batch in share(prompts, job.how.batch_size, ALONE):
+        length = max(len(prompts[index].tokens) for index in batch)
+        held = full_cache_bytes(config, length + prompts[batch[0]].settings["max_new_tokens"], job.dtype)
+        if job.config is not None:
+            held = min(held, math.ceil(job.config.fractions[0] * length) * token)
+        kept, full = max(kept, len(batch) * held), max(full, len(batch) * length * token)
+    return kept, full
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -1,0 +1,63 @@
+"""The folder of a report: what the command wrote there it may replace, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from squeeze.config import InputError
+from squeeze.files import read_object, write_json
+
+#: Lists what an earlier report wrote; a folder without it is someone else's.
+MARK = "report.json"
+MADE_BY = "python -m squeeze.report"
+
+
+def check_folder(folder: Path) -> list[str]:
+    """The files of the earlier report in the folder.
+
+    Raises:
+        InputError: the folder holds anything else, or is none.
+    """
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise InputError(f"--out {folder} is there and is not a folder")
+    there = sorted(path.name for path in folder.iterdir())
+    known: list[str] = []
+    if MARK in there:
+        try:
+            mark = read_object(folder / MARK)
+        except InputError:
+            mark = {}
+        if mark.get("made_by") == MADE_BY and isinstance(mark.get("files"), list):
+            known = [name for name in mark["files"] if isinstance(name, str) and Path(name).name == name]
+            known.append(MARK)
+    foreign = [name for name in there if name not in known or not (folder / name).is_file()]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise InputError(
+            f"--out {folder} holds {foreign[0]}{more}, which this command did not write: give a new folder"
+        )
+    return [name for name in known if name in there]
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """Write a report's files, `index.html` among them, and remove those of an earlier one that are no more.
+
+    Raises:
+        InputError: the folder is not the command's own, or cannot be written.
+    """
+    stale = [name for name in check_folder(folder) if name not in files and name != MARK]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Both reports' files, until it is done: a report that is cut short can be made again.
+        write_json(folder / MARK, {"made_by": MADE_BY, "files": sorted({*files, *stale})})
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        for name in stale:
+            (folder / name).unlink()
+        write_json(folder / MARK, {"made_by": MADE_BY, "files": sorted(files)})
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}") from None
+    return folder / "index.html"

@@ -1,0 +1,283 @@
+"""Run folders → tables of numbers (pandas): scores with their intervals, fidelity, speed, and what follows from them.
+
+Scores are computed from the predictions by what `eval.py` uses, each time anew; HELM's are what HELM wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from squeeze import scoring
+from squeeze.bench import speed
+from squeeze.config import ALLOCATIONS, InputError
+from squeeze.files import parse_jsonl, read_bytes, read_object
+from squeeze.flags import TASKS
+from squeeze.inventory import Entry, Inventory, describe
+from squeeze.metrics import METRICS
+from squeeze.request_files import HELM_TASKS
+from squeeze.request_files import PUBLISHED as HELM_FIELDS
+from squeeze.runs import check_count
+
+#: HELM's main metric of its summarization tasks, and the others that `script/helm.sh` writes.
+HELM_SCORE, HELM_SCORES = "ROUGE-2", ("ROUGE-1", "ROUGE-2", "ROUGE-L")
+#: What runs must have in common to be compared.
+GROUP = ["model", "benchmark", "dataset"]
+WITHIN = (1, 3, 5)
+COMMON = [*GROUP, "algorithm", "allocation", "ini_size", "KV_class3", "seed", "samples"]
+RUN_COLUMNS = [
+    *COMMON,
+    *("score", "low", "high", "kept", "kv_bytes", "tokens_per_second", "layers_per_class"),
+    *(*scoring.BUCKETS, *HELM_SCORES, "device", "settings", "versions", "command", "data", "folder"),
+]
+FIDELITY_COLUMNS = [
+    *COMMON,
+    *("kl", "low", "high", "agreement", "agreement_low", "agreement_high", "kept", "compared", "tokens"),
+    *("device", "settings", "versions", "command", "data", "folder"),
+]
+BENCH_COLUMNS = [
+    *("file", "machine", "model", "device", "prompt_length", "engine", "cache", "dtype", "batch_size"),
+    *("tokens_per_second", "low", "high", "prefill_seconds", "kv_bytes", "peak_bytes"),
+]
+#: Settings that have columns of their own, or say too much.
+OWN = {"model", "cache", "algorithm", "allocation", "ini_size", "KV_class3", "seed", "measure"}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Args:
+    runs: a row for each run and data set of predictions (`RUN_COLUMNS`); scores in percent, NaN where HELM has not
+        scored yet; `kept` a fraction of the full cache; `allocation` is `full` or `uniform` for those.
+    fidelity: the same of runs with `--fidelity` (`FIDELITY_COLUMNS`); KL in nats a token.
+    bench: a row for each measurement of `squeeze.bench` (`BENCH_COLUMNS`).
+    problems: a sentence for each thing that was left out.
+    unscored: the command that scores it, for each run that HELM has not scored.
+    """
+
+    runs: pd.DataFrame
+    fidelity: pd.DataFrame
+    bench: pd.DataFrame
+    problems: list[str]
+    unscored: list[str]
+
+
+def read(found: Inventory) -> Results:
+    """Score and tabulate what is there; what is damaged is named in `problems` and left out."""
+    runs, compared, benches, problems = [], [], [], list(found.problems)
+    for entry in found.entries:
+        try:
+            if entry.fidelity:
+                compared.append(_fidelity(entry))
+            else:
+                runs.append(_run(entry))
+        except InputError as error:
+            problems.append(str(error))
+    for path in found.benches:
+        try:
+            benches += _bench(path)
+        except (InputError, KeyError, TypeError, ZeroDivisionError) as error:
+            said = str(error) if isinstance(error, InputError) else f"{path} is not a file of squeeze.bench"
+            problems.append(said)
+    return Results(
+        _sorted(pd.DataFrame(runs, columns=RUN_COLUMNS)),
+        _sorted(pd.DataFrame(compared, columns=FIDELITY_COLUMNS)),
+        pd.DataFrame(benches, columns=BENCH_COLUMNS),
+        problems,
+        [entry.unscored for entry in found.entries if entry.unscored],
+    )
+
+
+def _sorted(frame: pd.DataFrame) -> pd.DataFrame:
+    """Data sets together, of each the full cache first, whatever the order of the folders."""
+    order = {name: number for number, name in enumerate(("full", "uniform", *ALLOCATIONS))}
+    rank = frame["allocation"].map(order)
+    columns = [*GROUP, "algorithm", "rank", "ini_size", "KV_class3", "seed", "folder"]
+    return frame.assign(rank=rank).sort_values(columns).drop(columns="rank").reset_index(drop=True)
+
+
+def _common(entry: Entry) -> dict[str, Any]:
+    """What `run.json` says about predictions and about fidelity alike."""
+    settings, summary, start = entry.settings, entry.summary, entry.start
+    named = describe(settings, summary)
+    full = settings["cache"] == "full"
+    task = entry.dataset if entry.dataset in HELM_TASKS else scoring.task_of(entry.folder)
+    data = summary.get("data")
+    versions = start.get("versions")
+    return {
+        "model": start["model"]["name"],
+        "benchmark": TASKS[task],
+        "dataset": entry.dataset,
+        "algorithm": "-" if full else named["algorithm"],
+        "allocation": "full" if full else named["allocation"],
+        "ini_size": None if full else settings["ini_size"],
+        "KV_class3": None if full else settings["KV_class3"],
+        "seed": settings.get("seed", 42),
+        "samples": summary["samples"],
+        "kept": summary["kept"],
+        "layers_per_class": named["classes"],
+        "device": str(start.get("device", "")),
+        "settings": ", ".join(f"{key} {value}" for key, value in settings.items() if key not in OWN),
+        "versions": _words(versions) if isinstance(versions, dict) else "",
+        "command": str(start.get("command", "")),
+        "data": str(data.get("sha256", "")) if isinstance(data, dict) else "",
+        "folder": str(entry.folder),
+    }
+
+
+def _words(found: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in found.items() if value is not None)
+
+
+def _run(entry: Entry) -> dict[str, Any]:
+    """A row of `Results.runs`; InputError if the predictions are damaged."""
+    path = entry.folder / f"{entry.dataset}.jsonl"
+    row = _common(entry) | {key: entry.summary[key] for key in ("kv_bytes", "tokens_per_second")}
+    if entry.dataset in HELM_TASKS:
+        check_count(entry.folder, entry.dataset, len(parse_jsonl(read_bytes(path), path, HELM_FIELDS)))
+        if entry.unscored:
+            return row
+        said = read_object(entry.folder / "result.json").get(entry.dataset)
+        if not isinstance(said, dict) or not all(isinstance(said.get(name), int | float) for name in HELM_SCORES):
+            raise InputError(f"{entry.folder / 'result.json'} has no ROUGE of {entry.dataset}: sh script/helm.sh")
+        return row | said | {"score": said[HELM_SCORE]}
+    if entry.dataset not in METRICS:
+        raise InputError(f"{path} is named after none of the data sets")
+    task = scoring.task_of(entry.folder)
+    found = scoring.score_file(entry.folder, path, task, rouge=False)
+    low, high = found["interval"]
+    return row | {"score": found["score"], "low": low, "high": high} | found.get("buckets", {})
+
+
+def _fidelity(entry: Entry) -> dict[str, Any]:
+    """A row of `Results.fidelity`; InputError if the comparisons are damaged."""
+    path, summary = entry.folder / f"{entry.dataset}.jsonl", entry.summary
+    check_count(entry.folder, entry.dataset, len(parse_jsonl(read_bytes(path), path, ("kl",))))
+    row = _common(entry) | {"compared": summary.get("compared"), "tokens": summary.get("tokens")}
+    if "kl" not in summary:
+        raise InputError(f"{entry.folder}: {entry.dataset} has no tokens to compare: the answers are one token long")
+    try:
+        kl, same = ([summary[key][part] for part in ("mean", "low", "high")] for key in ("kl", "agreement"))
+    except (KeyError, TypeError):
+        raise InputError(f"{entry.folder / 'run.json'} has no usable kl of {entry.dataset}") from None
+    row |= dict(zip(("kl", "low", "high"), kl, strict=True))
+    return row | dict(zip(("agreement", "agreement_low", "agreement_high"), same, strict=True))
+
+
+def _bench(path: Path) -> list[dict[str, Any]]:
+    """Rows of `Results.bench`, without the measurements that failed."""
+    content = read_object(path)
+    rows = []
+    for record in content["runs"]:
+        spec, found = record["spec"], record["result"]
+        if "error" in found:
+            continue
+        row = {key: spec[key] for key in ("device", "prompt_length", "engine", "cache", "dtype", "batch_size")}
+        row |= {"file": str(path), "machine": content.get("machine", ""), "model": Path(spec["model"]).name}
+        step = found["step_seconds"]
+        row |= {"tokens_per_second": speed(record), "prefill_seconds": found["prefill_seconds"]["median"]}
+        row |= {"low": spec["batch_size"] / step["high"], "high": spec["batch_size"] / step["low"]}
+        rows.append(row | {key: found[key] for key in ("kv_bytes", "peak_bytes")})
+    return rows
+
+
+def full_of(runs: pd.DataFrame, one: Any) -> Any | None:
+    """The full cache's run on the same samples as the run `one`, with its seed if there is such; None if none is."""
+    same = runs[(runs["allocation"] == "full") & runs["score"].notna()]
+    for key in (*GROUP, "samples", "data"):
+        same = same[same[key] == getattr(one, key)]
+    seeded = same[same["seed"] == one.seed]
+    return next((seeded if len(seeded) else same).itertuples(), None)
+
+
+def cheapest(runs: pd.DataFrame) -> pd.DataFrame:
+    """The least KV that still scores within 1, 3 and 5% of the full cache, uniform and squeezed.
+
+    Relative to the full cache: within 3% is `score >= 0.97 * full`. Of equal KV the highest score counts.
+
+    Returns:
+        A row for each model, benchmark, data set, algorithm, `kind` (uniform or squeezed) and `within` (percent);
+        where no run is within, `kept` is NaN and `reason` says why.
+    """
+    rows = []
+    bounded = runs[(runs["allocation"] != "full") & runs["score"].notna()]
+    for key, group in bounded.groupby([*GROUP, "algorithm"], sort=False):
+        for kind in ("uniform", "squeezed"):
+            tried = [one for one in group.itertuples() if (one.allocation == "uniform") == (kind == "uniform")]
+            pairs = [(one, full_of(runs, one)) for one in tried]
+            compared = [(one, full) for one, full in pairs if full is not None]
+            for within in WITHIN:
+                row: dict[Hashable, Any] = {**dict(zip([*GROUP, "algorithm"], key, strict=True)), "kind": kind}
+                row |= {"within": within, "full": compared[0][1].score if compared else None}
+                good = [(one, full) for one, full in compared if _is_within(one.score, full.score, within)]
+                if good:
+                    best, full = min(good, key=lambda pair: (pair[0].kept, -pair[0].score, pair[0].folder))
+                    row |= {"full": full.score, "reason": ""}
+                    names = ("kept", "score", "allocation", "ini_size", "KV_class3", "folder")
+                    row |= {name: getattr(best, name) for name in names}
+                else:
+                    row["reason"] = _reason(runs, group, kind, tried, compared)
+                rows.append(row)
+    columns = [*GROUP, "algorithm", "kind", "within", "kept", "score", "full", "allocation", "ini_size", "KV_class3"]
+    return pd.DataFrame(rows, columns=[*columns, "reason", "folder"])
+
+
+def _is_within(score: float, full: float, within: int) -> bool:
+    return 100 * score >= (100 - within) * full - 1e-7  # scores have two decimals
+
+
+def _reason(runs: pd.DataFrame, group: pd.DataFrame, kind: str, tried: list[Any], compared: list[Any]) -> str:
+    if not tried:
+        return f"no {kind} run"
+    if compared:
+        return "none"
+    same = runs[runs["allocation"] == "full"]
+    for key in GROUP:
+        same = same[same[key] == group[key].iloc[0]]
+    if same["score"].notna().any():
+        counts = "/".join(sorted({str(value) for value in same["samples"]}))
+        return f"the full cache's run ({counts} samples) answered other samples"
+    return "the full cache's run is not scored yet" if len(same) else "no run of the full cache"
+
+
+def sensitivity(runs: pd.DataFrame) -> pd.DataFrame:
+    """Scores over `ratio = KV_class3 / ini_size`, where an `ini_size` has two ratios or more on the same samples.
+
+    A uniform run is ratio 1 of every allocation.
+    """
+    bounded = runs[(runs["allocation"] != "full") & runs["score"].notna()]
+    bounded = bounded.assign(ratio=(bounded["KV_class3"] / bounded["ini_size"]).astype(float).round(6))
+    parts = []
+    for _, group in bounded.groupby([*GROUP, "algorithm", "samples", "data"], sort=False):
+        uniform = group[group["allocation"] == "uniform"]
+        for allocation, squeezed in group[group["allocation"] != "uniform"].groupby("allocation", sort=False):
+            both = pd.concat([squeezed, uniform.assign(allocation=allocation)])
+            for _, line in both.groupby("ini_size"):
+                if line["ratio"].nunique() > 1 and (line["ratio"] < 1).any():
+                    parts.append(line.sort_values(["ratio", "folder"]))
+    columns = [*GROUP, "algorithm", "allocation", "ini_size", "KV_class3", "ratio", "score", "low", "high"]
+    columns += ["kept", "samples", "data", "folder"]
+    return pd.concat(parts)[columns].reset_index(drop=True) if parts else pd.DataFrame(columns=columns)
+
+
+def shown_score(row: dict[Hashable, Any]) -> Any:
+    """What a table of text shows of a row of `Results.runs`: its score, LongBench-E's by length, HELM's ROUGE by name.
+
+    None where there is none.
+    """
+
+    def pick(*names: str) -> dict[str, float | None]:
+        return {name: None if pd.isna(row[name]) else float(row[name]) for name in names}
+
+    score = pick("score")["score"]
+    if score is not None and row["benchmark"] == TASKS["e"]:
+        return pick(*scoring.BUCKETS)
+    return pick(*HELM_SCORES) if score is not None and row["dataset"] in HELM_TASKS else score
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """A table as CSV, the same for the same table."""
+    return frame.to_csv(index=False, lineterminator="\n")

@@ -1,0 +1,176 @@
+"""A grid of runs of `pred.py`, done together: `python -m squeeze.sweep --help`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from squeeze.config import InputError
+from squeeze.distributed import ALONE
+from squeeze.flags import Parser, run_command
+from squeeze.grid import read_grid
+from squeeze.jobs import Inputs, OpenJob, Worker, do, here, prepare
+
+EXAMPLES = """examples
+  what would be run, and what it costs in tokens and KV memory:
+    python -m squeeze.sweep config/sweep_demo.yaml --dry_run
+  run it; an interrupted sweep goes on when it is started again, and runs that are there already count:
+    python -m squeeze.sweep config/sweep_demo.yaml
+  on all GPUs of a Ray cluster (pip install -r requirements-ray.txt) that share this directory:
+    python -m squeeze.sweep config/sweep_demo.yaml --engine ray --address auto
+  what came out:
+    python -m squeeze.report pred_Long --out report
+
+the file
+  Keys are the flags of pred.py, without the dashes. A list of values makes an axis of the grid: model, seed, fidelity,
+  algorithm, allocation, ini_size and KV_class3 may have several; all data sets go into each run.
+
+    model: [Mistral, llama2-7b-32k]
+    datasets: [samsum, qasper]
+    algorithm: [streaming, h2o]
+    ini_size: [0.1, 0.2, 0.4]
+    KV_class3: [0.6x, 0.05]        # a multiple of ini_size, or a fraction of the prompt
+    allocation: [squeeze, squeeze-log]
+    fidelity: [false, true]        # predictions, and the KL divergence from the full cache
+    batch_size: 8
+
+  The full cache and a uniform budget of every ini_size are added by themselves. Every point is a run of pred.py in its
+  own folder. Runs on one model load it once, and prompts are prefilled once for all that keep the same from it.
+"""
+
+#: Makes the worker of runs on one model and the same data, which moves the bar on.
+Engine = Callable[[Sequence[OpenJob], tqdm], AbstractContextManager[Worker]]
+
+
+def parser() -> Parser:
+    """The flags of `python -m squeeze.sweep`."""
+    made = Parser(
+        prog="python -m squeeze.sweep",
+        description="Run a grid of models, data sets, algorithms, sizes and seeds; every point is a run of pred.py.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("grid", type=Path, metavar="FILE", help="the grid, in YAML; see below")
+    made.add_argument("--dry_run", action="store_true", help="print the plan and what it costs, and run nothing")
+    made.add_argument("--engine", default="local", help="local (default: this process) or ray")
+    made.add_argument(
+        "--address", help="of the Ray cluster: auto (the one of this machine) or host:port (default: one of its own)"
+    )
+    made.add_argument("--num_gpus", type=float, help="GPUs of a Ray task (default: 1 if the cluster has any, else 0)")
+    made.add_argument("--num_cpus", type=float, default=1, help="CPUs of a Ray task (default: 1)")
+    made.add_argument("--max_retries", type=int, default=3, help="of a Ray task whose worker dies (default: 3)")
+    return made
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError for flags that do not go together."""
+    if args.engine not in ("local", "ray"):
+        raise InputError(f"--engine must be local or ray, got {args.engine}")
+    if args.engine == "local":
+        defaults = parser().parse_args([str(args.grid)])
+        for flag in ("address", "num_gpus", "num_cpus", "max_retries"):
+            if getattr(args, flag) != getattr(defaults, flag):
+                raise InputError(f"--{flag} is for --engine ray")
+
+
+def open_runs(runs: Sequence[Sequence[str]], inputs: Inputs) -> tuple[list[list[OpenJob]], list[str]]:
+    """Look into the folder of every run.
+
+    Args:
+        runs: the flags of each.
+        inputs: models and data that were read so far.
+    Returns:
+        Runs that share a model and data, together; and what is wrong with the others.
+    Raises:
+        InputError: no run is possible.
+    """
+    opened: dict[Path, OpenJob] = {}
+    wrong: dict[str, None] = {}
+    for flags in runs:
+        try:
+            job = prepare(flags, ALONE, inputs)
+            if job.place in opened:
+                first = opened[job.place].job.info["command"]
+                raise InputError(f"{job.place} would be the folder of two runs, {first} and {job.info['command']}")
+            opened[job.place] = OpenJob(job, ALONE)
+        except InputError as error:
+            wrong[str(error)] = None
+    if not opened:
+        raise InputError("no run of the grid is possible: " + "; ".join(wrong))
+    groups: dict[object, list[OpenJob]] = {}
+    for one in opened.values():
+        groups.setdefault(one.job.loads, []).append(one)
+    return list(groups.values()), list(wrong)
+
+
+def run(groups: Sequence[Sequence[OpenJob]], engine: Engine) -> list[str]:
+    """Do all runs, with a bar over their samples; what went wrong."""
+    wrong = []
+    samples = [one for group in groups for job in group for one in job.samples]
+    total, missing = sum(one.total for one in samples), sum(len(one.missing) for one in samples)
+    done = 0
+    with tqdm(total=total, initial=total - missing, unit="sample", desc=f"0/{len(samples)} points") as bar:
+        for group in groups:
+            try:
+                with engine(group, bar) as worker:
+                    for one, index in do(group, worker):
+                        bar.write(one.report(index))
+                        done += 1
+                        bar.set_description(f"{done}/{len(samples)} points")
+            except InputError as error:
+                bar.write(f"error: {error}")
+                wrong.append(str(error))
+    return wrong
+
+
+def engine_of(args: argparse.Namespace) -> Engine:
+    """What the flags want the runs to be done by."""
+    if args.engine == "local":
+        return lambda group, bar: here(group, ALONE, bar)
+    from squeeze import ray_engine
+
+    return ray_engine.connect(args.address, args.num_cpus, args.num_gpus, args.max_retries)
+
+
+def sweep(argv: Sequence[str] | None = None) -> None:
+    """Run a grid.
+
+    Raises:
+        InputError: the file, or a run of the grid, is wrong; the other runs were done before.
+    """
+    args = parser().parse_args(argv)
+    check(args)
+    grid = read_grid(args.grid)
+    for reason in grid.left_out:
+        print(f"left out: {reason}")
+    groups, wrong = open_runs(grid.runs, Inputs())
+    for problem in wrong:
+        print(f"left out: {problem}")
+    if args.dry_run:
+        from squeeze import plan
+
+        print(plan.describe(groups))
+    else:
+        for note in dict.fromkeys(one.job.note for group in groups for one in group if one.job.note):
+            print(f"note: {note}")
+        wrong += run(groups, engine_of(args))
+        tasks = sorted({one.job.place.parts[0] for group in groups for one in group})
+        print("What came out: python -m squeeze.report " + shlex.join([*tasks, "--out", "report"]))
+    if wrong:
+        raise InputError(f"not all runs of {args.grid} are possible: " + "; ".join(wrong))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 2 and a sentence where something is wrong."""
+    return run_command(lambda _: sweep(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
