@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 # Each file of requirements includes those before it.
 files=(requirements.txt)
 [ "${1:-}" = helm ] && files=(requirements.txt requirements-helm.txt)
-[ "${1:-}" = dev ] && files=(requirements.txt requirements-helm.txt requirements-dev.txt)
+[ "${1:-}" = dev ] && files=(requirements.txt requirements-{helm,ray,dev}.txt)
 requirements=${files[-1]}
 
 if ! .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then

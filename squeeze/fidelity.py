@@ -6,12 +6,13 @@ a small model or few samples this tells configurations apart where a score of an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from squeeze.batching import Work
 from squeeze.longbench import Data
@@ -25,96 +26,147 @@ from squeeze.stopping import StopStrings
 PUBLISHED = ("kl", "agreement", "tokens")
 
 
+@dataclass
+class Answer:
+    """The full cache's greedy answer to a batch of prompts.
+
+    Args:
+        tokens: `(batch, steps)`.
+        logprobs: of all tokens at each step, `(batch, vocabulary)`, float32.
+        running: which prompts' answers had not ended before each step, `(batch,)`.
+    """
+
+    tokens: torch.Tensor
+    logprobs: list[torch.Tensor]
+    running: list[torch.Tensor]
+
+
 @torch.inference_mode()
-def compare(
+def answer(
     model: PreTrainedModel,
     prompts: Sequence[torch.Tensor],
     settings: dict[str, Any],
-    run: SqueezedModel,
     stops: StopStrings | None = None,
+) -> Answer:
+    """Let the full cache answer greedily.
+
+    Args:
+        prompts: token ids of each, (tokens,).
+        settings: for `generate`: its `max_new_tokens`, `min_new_tokens` and `eos_token_id` are kept to.
+        stops: strings that end an answer; its `start` is 0.
+    """
+    ends = stop_tokens(model, settings).to(model.get_input_embeddings().weight.device)
+    found = Answer(torch.empty(len(prompts), 0, dtype=torch.long, device=ends.device), [], [])
+    running = torch.ones(len(prompts), dtype=torch.bool, device=ends.device)
+    steps = _steps(model, prompts, DynamicCache(config=model.config))
+    logprobs = next(steps)
+    for step in range(settings["max_new_tokens"]):
+        found.logprobs.append(logprobs)
+        found.running.append(running)
+        allowed = logprobs.clone()
+        if step < settings.get("min_new_tokens", 0):
+            allowed[:, ends] = -torch.inf
+        tokens = allowed.argmax(dim=-1, keepdim=True)
+        found.tokens = torch.cat([found.tokens, tokens], dim=1)
+        running = running & ~torch.isin(tokens[:, 0], ends)
+        if stops is not None:
+            running = running & ~stops(found.tokens, None)
+        if not running.any() or step + 1 == settings["max_new_tokens"]:
+            break
+        logprobs = steps.send(tokens)
+    return found
+
+
+@torch.inference_mode()
+def compare(
+    model: PreTrainedModel, prompts: Sequence[torch.Tensor], full: Answer, run: SqueezedModel, max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Compare the caches on a batch of prompts.
+    """Feed the full cache's answer to a squeezed one.
 
     The first token is left out: it follows from the prefill, which is the same with both.
 
     Args:
         prompts: token ids of each, (tokens,).
-        settings: for `generate`: its `max_new_tokens`, `min_new_tokens` and `eos_token_id` are kept to.
+        full: the answer to them.
         run: what `squeezed` gave.
-        stops: strings that end an answer; its `start` is 0.
+        max_new_tokens: that the budgets count on.
     Returns:
         For each prompt `kl`, the mean over tokens of KL(full || squeezed) in nats, `agreement`, the share of tokens
         where both have the same largest logit (both None where nothing was compared), and `tokens`.
     """
-    inputs, mask = pad_left(model, prompts)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    ends = stop_tokens(model, settings).to(inputs.device)
-    answer = inputs[:, :0]
-    caches = (DynamicCache(config=model.config), run.cache(settings["max_new_tokens"]))
-    running = torch.ones(len(prompts), dtype=torch.bool, device=inputs.device)
+    steps = _steps(model, prompts, run.cache(max_new_tokens))
     divergences: list[list[float]] = [[] for _ in prompts]
     agreements: list[list[bool]] = [[] for _ in prompts]
-    for step in range(settings["max_new_tokens"]):
-        full, squeezed = (
-            model(
-                inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
-            .log_softmax(dim=-1)
-            for cache in caches
-        )
-        if step:
-            kl = (full.exp() * (full - squeezed)).sum(dim=-1)
-            same = full.argmax(dim=-1) == squeezed.argmax(dim=-1)
-            for row in running.nonzero().flatten().tolist():
-                divergences[row].append(kl[row].item())
-                agreements[row].append(bool(same[row]))
-        if step < settings.get("min_new_tokens", 0):
-            full[:, ends] = -torch.inf
-        inputs = full.argmax(dim=-1, keepdim=True)
-        answer = torch.cat([answer, inputs], dim=1)
-        running &= ~torch.isin(inputs[:, 0], ends)
-        if stops is not None:
-            running &= ~stops(answer, None)
-        if not running.any():
-            break
-        mask = torch.cat([mask, torch.ones_like(inputs)], dim=1)
-        positions = positions[:, -1:] + 1
+    next(steps)
+    for step in range(1, len(full.logprobs)):
+        expected, found = full.logprobs[step], steps.send(full.tokens[:, step - 1 : step])
+        kl = (expected.exp() * (expected - found)).sum(dim=-1)
+        same = expected.argmax(dim=-1) == found.argmax(dim=-1)
+        for row in full.running[step].nonzero().flatten().tolist():
+            divergences[row].append(kl[row].item())
+            agreements[row].append(bool(same[row]))
     return [
         {"kl": fmean(kl) if kl else None, "agreement": fmean(same) if kl else None, "tokens": len(kl)}
         for kl, same in zip(divergences, agreements, strict=True)
     ]
 
 
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Data | Requests,
-    prompts: Sequence[Prompt],
-    run: SqueezedModel | None,
-    how: Options,
-) -> Work:
-    """The work of `--fidelity`: prompts to what the squeezed cache costs."""
-    assert run is not None, "the full cache is what is compared with"
+def _steps(
+    model: PreTrainedModel, prompts: Sequence[torch.Tensor], cache: Cache
+) -> Generator[torch.Tensor, torch.Tensor, None]:
+    """Log-probabilities of the token after the prompts, `(batch, vocabulary)`, and after each that is sent in."""
+    inputs, mask = pad_left(model, prompts)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    while True:
+        output = model(
+            inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        inputs = yield output.logits[:, -1].float().log_softmax(dim=-1)
+        mask = torch.cat([mask, torch.ones_like(inputs)], dim=1)
+        positions = positions[:, -1:] + 1
 
-    def work(batch: list[int]) -> list[dict[str, Any]]:
-        chosen = [prompts[index] for index in batch]
-        stops = StopStrings(tokenizer, chosen[0].stop, len(batch), start=0)
-        found = compare(model, [one.tokens for one in chosen], chosen[0].settings, run, stops)
-        records = []
-        for row, (index, one) in enumerate(zip(batch, found, strict=True)):
-            full_bytes = full_cache_bytes(model.config, len(chosen[row].tokens), model.dtype)
-            held = {"kv_bytes": run.kv_bytes / len(batch), "full_kv_bytes": full_bytes}
-            records.append({"index": index, **one, "stats": {**one, **held, "notes": run.notes[row]}})
-        return records
 
-    return work
+class Comparison:
+    """The work of `--fidelity`. Configurations that are compared on the same batch share the full cache's answer."""
+
+    def __init__(self) -> None:
+        self._batch: list[int] | None = None
+        self._answer: Answer | None = None
+
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: Data | Requests,
+        prompts: Sequence[Prompt],
+        run: SqueezedModel | None,
+        how: Options,
+    ) -> Work:
+        """Prompts to what the squeezed cache costs."""
+        assert run is not None, "the full cache is what is compared with"
+
+        def work(batch: list[int]) -> list[dict[str, Any]]:
+            chosen = [prompts[index].tokens for index in batch]
+            settings = prompts[batch[0]].settings
+            if self._answer is None or self._batch != batch:
+                self._answer = None  # let go of the old one first
+                stops = StopStrings(tokenizer, prompts[batch[0]].stop, len(batch), start=0)
+                self._answer = answer(model, chosen, settings, stops)
+                self._batch = batch
+            found = compare(model, chosen, self._answer, run, settings["max_new_tokens"])
+            records = []
+            for row, (index, one) in enumerate(zip(batch, found, strict=True)):
+                full_bytes = full_cache_bytes(model.config, len(chosen[row]), model.dtype)
+                held = {"kv_bytes": run.kv_bytes / len(batch), "full_kv_bytes": full_bytes}
+                records.append({"index": index, **one, "stats": {**one, **held, "notes": run.notes[row]}})
+            return records
+
+        return work
 
 
 def describe(stats: Sequence[dict[str, Any]]) -> str:

@@ -7,7 +7,7 @@ uniform budget of every `ini_size` are added as baselines.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -40,20 +40,31 @@ class Grid:
     left_out: list[str]
 
 
-def read_grid(path: Path) -> Grid:
+def read_grid(path: Path, changes: Sequence[str] = ()) -> Grid:
     """Read a sweep's file.
 
+    Args:
+        changes: `key=value`, in place of what the file says.
     Raises:
         InputError: it is no YAML file of known keys, a size is no number, or the grid is empty.
     """
-    try:
-        # All values stay text, so that 0.03 is 3/100 and not the nearest binary number.
-        found = yaml.load(read_bytes(path).decode("utf-8"), Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    found = _yaml(read_bytes(path), str(path))
     if not isinstance(found, dict):
         raise InputError(f"{path} is no sweep: it has no keys such as model, datasets, ini_size and KV_class3")
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise InputError(f"{change} is no change of {path}: write key=value, such as model=Mistral")
+        found[key] = _yaml(value.encode(), change) or ""
     return expand({str(key): _values(path, str(key), value) for key, value in found.items()}, str(path))
+
+
+def _yaml(text: bytes, where: str) -> Any:
+    """What YAML says, all values as text, so that 0.03 is 3/100 and not the nearest binary number."""
+    try:
+        return yaml.load(text.decode("utf-8"), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def _values(path: Path, key: str, value: Any) -> list[str]:
@@ -68,13 +79,14 @@ def _values(path: Path, key: str, value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(one, str) for one in values):
         raise InputError(f"{path}: {key} must be a value or a list of values")
+    values = [one for one in values if one]
     if key == "datasets":
-        return [",".join(values)]
+        return [",".join(values)] if values else []
     if len(values) > 1 and key not in AXES:
         raise InputError(f"{path}: {key} must be one value; lists are for {', '.join(('datasets', *AXES))}")
     if flags[key] and not {one.lower() for one in values} <= {"true", "false"}:
         raise InputError(f"{path}: {key} must be true or false, got {', '.join(values)}")
-    return [one.lower() if flags[key] else one for one in dict.fromkeys(values) if one]
+    return [one.lower() if flags[key] else one for one in dict.fromkeys(values)]
 
 
 def known_flags() -> dict[str, bool]:

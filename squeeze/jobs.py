@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from squeeze import models, request_files
 from squeeze.config import InputError, SqueezeConfig
-from squeeze.distributed import Ranks
+from squeeze.distributed import ALONE, Ranks
 from squeeze.flags import check_flags, check_task_flags, config_from_flags, for_model, pred_parser
 from squeeze.longbench import Data, dataset_names, load_data
 from squeeze.request_files import HELM_TASKS, Requests, read_requests
@@ -33,7 +33,7 @@ class Job:
     """One run of `pred.py`, checked, before its model is loaded.
 
     Args:
-        args: the flags.
+        argv, args: the flags.
         config: of the cache; None for the full one.
         source, model: the model's name, and its folder.
         note: a sentence for the user, or None.
@@ -42,6 +42,7 @@ class Job:
         how: prompts are made and run.
     """
 
+    argv: Sequence[str]
     args: argparse.Namespace
     config: SqueezeConfig | None
     source: models.ModelSource
@@ -120,6 +121,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     settings |= {"attn": "sdpa" if args.attn == "auto" else args.attn, "seed": args.seed, **cache_settings(config)}
     place = run_folder(args.pred, source.name, config, model_type, args.seed)
     return Job(
+        argv=argv,
         args=args,
         config=config,
         source=source,
@@ -151,6 +153,19 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     )
 
 
+def prepare_all(commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
+    """Read and check command lines of `pred.py` for this process alone; what is wrong stands in a job's place."""
+    inputs = Inputs()
+
+    def attempt(argv: Sequence[str]) -> Job | InputError:
+        try:
+            return prepare(argv, ALONE, inputs)
+        except InputError as error:
+            return error
+
+    return [attempt(argv) for argv in commands]
+
+
 def _asked_for(args: argparse.Namespace) -> dict[str, Any]:
     """Settings that change results and are named in a run's settings only where they are not the default."""
     found: dict[str, Any] = {"chat": True} if args.chat else {}
@@ -179,7 +194,7 @@ def kind_of(args: argparse.Namespace) -> Kind:
     from squeeze import completions, fidelity, predict, stats
 
     if args.fidelity:
-        return Kind(fidelity.PUBLISHED, fidelity.measure, fidelity.summarize, fidelity.describe)
+        return Kind(fidelity.PUBLISHED, fidelity.Comparison().measure, fidelity.summarize, fidelity.describe)
     if args.pred in HELM_TASKS:
         return Kind(request_files.PUBLISHED, completions.answer, stats.summarize, stats.progress)
     return Kind(PUBLISHED, predict.predict, stats.summarize, stats.progress)
@@ -316,9 +331,10 @@ def work_on(
     jobs = sorted(jobs, key=lambda one: one[0].config is not None and one[0].config.algorithm == "h2o")
     how, data = jobs[0][0].how, jobs[0][0].data[index]
     prompts = predict.encode(engine.tokenizer, data, max(samples.total for _, samples in jobs), how)
-    points = []
+    points: list[Point] = []
+    kinds: dict[bool, Kind] = {}
     for job, samples in jobs:
-        kind = kind_of(job.args)
+        kind = kinds.setdefault(job.args.fidelity, kind_of(job.args))  # one, since comparisons share what they can
         points.append(Point(samples, _work(job, kind, data, prompts, engine), kind.describe))
     if bar is not None:
         return run_batches(points, prompts, how.batch_size, process, bar)

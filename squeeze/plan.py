@@ -49,7 +49,8 @@ def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
         "New tokens are the most there can be; KV MB kept is the most that a batch holds while it decodes.",
         f"In all {_count(len(lines), 'point')} with {_count(total.samples, 'sample')} to do: {total.prompt_tokens:,} "
         f"prompt tokens, of which {total.prefilled:,} are prefilled, the others shared between runs; "
-        f"at most {total.new_tokens:,} new tokens; {total.prefill_bytes / 1e6:,.1f} MB of keys and values in the largest prefill.",
+        f"at most {total.new_tokens:,} new tokens; {total.prefill_bytes / 1e6:,.1f} MB of keys and values in the "
+        "largest prefill.",
     ]
     return "\n".join(said)
 

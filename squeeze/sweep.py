@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 from tqdm import tqdm
 
@@ -15,11 +16,13 @@ from squeeze.config import InputError
 from squeeze.distributed import ALONE
 from squeeze.flags import Parser, run_command
 from squeeze.grid import read_grid
-from squeeze.jobs import Inputs, OpenJob, Worker, do, here, prepare
+from squeeze.jobs import Job, OpenJob, Worker, do, here, prepare_all
 
 EXAMPLES = """examples
   what would be run, and what it costs in tokens and KV memory:
     python -m squeeze.sweep config/sweep_demo.yaml --dry_run
+  the same grid for another model:
+    python -m squeeze.sweep config/sweep_demo.yaml model=Mistral device=cuda:0
   run it; an interrupted sweep goes on when it is started again, and runs that are there already count:
     python -m squeeze.sweep config/sweep_demo.yaml
   on all GPUs of a Ray cluster (pip install -r requirements-ray.txt) that share this directory:
@@ -44,8 +47,25 @@ the file
   own folder. Runs on one model load it once, and prompts are prefilled once for all that keep the same from it.
 """
 
-#: Makes the worker of runs on one model and the same data, which moves the bar on.
-Engine = Callable[[Sequence[OpenJob], tqdm], AbstractContextManager[Worker]]
+
+class Engine(Protocol):
+    """Where runs are done."""
+
+    def prepare(self, commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
+        """Read and check command lines of `pred.py`, as they are where they will be run."""
+
+    def worker(self, group: Sequence[OpenJob], bar: tqdm) -> AbstractContextManager[Worker]:
+        """What does runs on one model and the same data, and moves the bar on."""
+
+
+class Local:
+    """This process."""
+
+    def prepare(self, commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
+        return prepare_all(commands)
+
+    def worker(self, group: Sequence[OpenJob], bar: tqdm) -> AbstractContextManager[Worker]:
+        return here(group, ALONE, bar)
 
 
 def parser() -> Parser:
@@ -58,6 +78,9 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     made.add_argument("grid", type=Path, metavar="FILE", help="the grid, in YAML; see below")
+    made.add_argument(
+        "changes", nargs="*", metavar="KEY=VALUE", help="in place of what the file says: model=Mistral 'seed=[1, 2]'"
+    )
     made.add_argument("--dry_run", action="store_true", help="print the plan and what it costs, and run nothing")
     made.add_argument("--engine", default="local", help="local (default: this process) or ray")
     made.add_argument(
@@ -80,12 +103,9 @@ def check(args: argparse.Namespace) -> None:
                 raise InputError(f"--{flag} is for --engine ray")
 
 
-def open_runs(runs: Sequence[Sequence[str]], inputs: Inputs) -> tuple[list[list[OpenJob]], list[str]]:
+def open_runs(prepared: Sequence[Job | InputError]) -> tuple[list[list[OpenJob]], list[str]]:
     """Look into the folder of every run.
 
-    Args:
-        runs: the flags of each.
-        inputs: models and data that were read so far.
     Returns:
         Runs that share a model and data, together; and what is wrong with the others.
     Raises:
@@ -93,9 +113,10 @@ def open_runs(runs: Sequence[Sequence[str]], inputs: Inputs) -> tuple[list[list[
     """
     opened: dict[Path, OpenJob] = {}
     wrong: dict[str, None] = {}
-    for flags in runs:
+    for job in prepared:
         try:
-            job = prepare(flags, ALONE, inputs)
+            if isinstance(job, InputError):
+                raise job
             if job.place in opened:
                 first = opened[job.place].job.info["command"]
                 raise InputError(f"{job.place} would be the folder of two runs, {first} and {job.info['command']}")
@@ -119,7 +140,7 @@ def run(groups: Sequence[Sequence[OpenJob]], engine: Engine) -> list[str]:
     with tqdm(total=total, initial=total - missing, unit="sample", desc=f"0/{len(samples)} points") as bar:
         for group in groups:
             try:
-                with engine(group, bar) as worker:
+                with engine.worker(group, bar) as worker:
                     for one, index in do(group, worker):
                         bar.write(one.report(index))
                         done += 1
@@ -131,12 +152,12 @@ def run(groups: Sequence[Sequence[OpenJob]], engine: Engine) -> list[str]:
 
 
 def engine_of(args: argparse.Namespace) -> Engine:
-    """What the flags want the runs to be done by."""
+    """Where the flags want the runs to be done."""
     if args.engine == "local":
-        return lambda group, bar: here(group, ALONE, bar)
-    from squeeze import ray_engine
+        return Local()
+    from squeeze.ray_engine import Cluster
 
-    return ray_engine.connect(args.address, args.num_cpus, args.num_gpus, args.max_retries)
+    return Cluster(args.address, args.num_cpus, args.num_gpus, args.max_retries)
 
 
 def sweep(argv: Sequence[str] | None = None) -> None:
@@ -147,10 +168,11 @@ def sweep(argv: Sequence[str] | None = None) -> None:
     """
     args = parser().parse_args(argv)
     check(args)
-    grid = read_grid(args.grid)
+    grid = read_grid(args.grid, args.changes)
     for reason in grid.left_out:
         print(f"left out: {reason}")
-    groups, wrong = open_runs(grid.runs, Inputs())
+    engine = engine_of(args)
+    groups, wrong = open_runs(engine.prepare(grid.runs))
     for problem in wrong:
         print(f"left out: {problem}")
     if args.dry_run:
@@ -160,7 +182,7 @@ def sweep(argv: Sequence[str] | None = None) -> None:
     else:
         for note in dict.fromkeys(one.job.note for group in groups for one in group if one.job.note):
             print(f"note: {note}")
-        wrong += run(groups, engine_of(args))
+        wrong += run(groups, engine)
         tasks = sorted({one.job.place.parts[0] for group in groups for one in group})
         print("What came out: python -m squeeze.report " + shlex.join([*tasks, "--out", "report"]))
     if wrong:

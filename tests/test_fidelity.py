@@ -16,6 +16,11 @@ PROMPTS = [torch.arange(3, 40), torch.arange(20, 90), torch.arange(5, 70)]
 SETTINGS = {"max_new_tokens": 9, "eos_token_id": [198]}
 
 
+def measured(model, prompts, settings, run):
+    """What is found on a batch."""
+    return fidelity.compare(model, prompts, fidelity.answer(model, prompts, settings), run, settings["max_new_tokens"])
+
+
 def slow(model, prompt, run, steps):
     """One prompt: the full model runs over the whole text again for every token, the squeezed one step by step."""
     text, cache, kl, same = prompt[None], run.cache(steps), [], []
@@ -40,7 +45,7 @@ def slow(model, prompt, run, steps):
 def test_a_batch_is_compared_as_a_slow_loop_does(algorithm):
     model = random_model("llama")
     with squeezed(model, SqueezeConfig(algorithm=algorithm, ini_size="0.3", kv_class3="0.1")) as run:
-        found = fidelity.compare(model, PROMPTS, SETTINGS, run)
+        found = measured(model, PROMPTS, SETTINGS, run)
         for one, prompt in zip(found, PROMPTS, strict=True):
             kl, same = slow(model, prompt, run, SETTINGS["max_new_tokens"])
             assert one["tokens"] == len(kl) > 3
@@ -52,7 +57,7 @@ def test_a_batch_is_compared_as_a_slow_loop_does(algorithm):
 def test_the_whole_cache_agrees_with_itself():
     model = random_model("mistral")
     with squeezed(model, SqueezeConfig(budgets=[999] * 5)) as run:
-        for one in fidelity.compare(model, PROMPTS, SETTINGS, run):
+        for one in measured(model, PROMPTS, SETTINGS, run):
             assert one["kl"] == pytest.approx(0, abs=1e-5)
             assert one["agreement"] == 1.0
 
@@ -62,9 +67,9 @@ def test_an_answer_ends_at_its_stop_token():
     model.lm_head.weight.data.zero_()  # gives the token 0 wherever it may
     with squeezed(model, SqueezeConfig(ini_size="0.5", kv_class3="0.2")) as run:
         stops = {"max_new_tokens": 9, "eos_token_id": [0]}
-        [one] = fidelity.compare(model, PROMPTS[:1], stops, run)
+        [one] = measured(model, PROMPTS[:1], stops, run)
         assert one == {"kl": None, "agreement": None, "tokens": 0}
-        [one] = fidelity.compare(model, PROMPTS[:1], stops | {"min_new_tokens": 1}, run)
+        [one] = measured(model, PROMPTS[:1], stops | {"min_new_tokens": 1}, run)
         assert one["tokens"] == 1, "another token came first"
 
 

@@ -84,6 +84,21 @@ def test_a_point_that_cannot_be_is_listed_with_its_reason(tmp_path):
     assert sum("--KV_class3 0.2" in line for line in lines(found)) == 2
 
 
+def test_the_command_line_can_change_the_file(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("{model: A, ini_size: 0.2, KV_class3: [0.1], seed: 3}", encoding="utf-8")
+    found = read_grid(path, ["model=[B, C]", "ini_size=0.5", "device=cuda:0", "seed="])
+    assert lines(found)[:2] == [
+        "--model B --device cuda:0",
+        "--model B --enable_squeeze --ini_size 0.5 --KV_class3 0.5 --device cuda:0",
+    ]
+    assert len(found.runs) == 6
+    with pytest.raises(InputError, match=r"modle is no change of .*: write key=value"):
+        read_grid(path, ["modle"])
+    with pytest.raises(InputError, match="there is no modle: did you mean model"):
+        read_grid(path, ["modle=A"])
+
+
 @pytest.mark.parametrize(
     "text, said",
     [

@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import random_model
 from tiny import save_rows, save_tiny
 
 import pred
@@ -26,6 +28,10 @@ ini_size: 0.3
 KV_class3: [0.4x]
 fidelity: [false, true]
 """
+SMALL = """
+{model: tiny, datasets: qasper, data_dir: data, device: cpu, dtype: float32, ini_size: 0.3, KV_class3: [0.4x]}
+"""
+COMMON = ["--model", "tiny", "--data_dir", "data", "--device", "cpu"]
 POINTS = {"full", "0.3/30", "0.3/12", "h2o/0.3/30", "h2o/0.3/12"}
 
 
@@ -38,6 +44,7 @@ def place(tmp_path, monkeypatch):
     save_rows(tmp_path / "data", count=5)
     save_rows(tmp_path / "data", dataset="qasper", count=3)
     (tmp_path / "grid.yaml").write_text(GRID, encoding="utf-8")
+    (tmp_path / "small.yaml").write_text(SMALL, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -92,8 +99,8 @@ def test_prompts_are_prefilled_once_for_all_that_share_them(place, monkeypatch):
 
 
 def test_runs_that_are_there_are_not_run_again(place, monkeypatch, capsys):
-    common = ["--model", "tiny", "--data_dir", "data", "--device", "cpu", "--dtype", "float32", "--batch_size", "2"]
-    pred.main([*common, "--datasets", "samsum", "--enable_squeeze", "--ini_size", "0.3", "--KV_class3", "0.12"])
+    flags = ["--dtype", "float32", "--batch_size", "2", "--datasets", "samsum", "--enable_squeeze"]
+    pred.main([*COMMON, *flags, "--ini_size", "0.3", "--KV_class3", "0.12"])
     by_hand = Path("pred_Long/tiny/0.3/12/samples/samsum.jsonl").read_bytes()
     sweep.sweep(["grid.yaml"])
     assert Path("pred_Long/tiny/0.3/12/samples/samsum.jsonl").read_bytes() == by_hand
@@ -141,15 +148,17 @@ def test_the_plan_counts_what_is_missing_and_writes_nothing(place, capsys):
 
 
 def test_what_cannot_be_is_named_and_the_rest_is_done(place, capsys):
-    Path("grid.yaml").write_text(GRID.replace("[0.4x]", "[0.4x, 0.35]"), encoding="utf-8")
-    pred.main([*"--model tiny --data_dir data --device cpu --dtype bfloat16 --datasets qasper".split()])
+    Path("small.yaml").write_text(SMALL.replace("[0.4x]", "[0.4x, 0.35]"), encoding="utf-8")
+    pred.main([*COMMON, "--dtype", "bfloat16", "--datasets", "qasper"])
     capsys.readouterr()
-    assert run_command(lambda _: sweep.sweep(["grid.yaml"])) == 2
+    assert run_command(lambda _: sweep.sweep(["small.yaml"])) == 2
     said = capsys.readouterr()
-    assert said.out.startswith("left out: KV_class3 0.35 is more than ini_size 0.3\nleft out: pred_Long/tiny/full holds a")
-    assert "error: not all runs of grid.yaml are possible: pred_Long/tiny/full holds a run with dtype" in said.err
+    assert said.out.startswith(
+        "left out: KV_class3 0.35 is more than ini_size 0.3\nleft out: pred_Long/tiny/full holds a"
+    )
+    assert "error: not all runs of small.yaml are possible: pred_Long/tiny/full holds a run with dtype" in said.err
     assert "--overwrite replaces it" in said.err and "Traceback" not in said.err
-    assert len(published()) == 16 + 1
+    assert len(published()) == 2 + 1
 
 
 def test_another_process_in_a_folder_is_named(place, capsys):
@@ -160,9 +169,9 @@ def test_another_process_in_a_folder_is_named(place, capsys):
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="full is being written by another process: wait for it, or end it"):
-            sweep.sweep(["grid.yaml"])
-    sweep.sweep(["grid.yaml"])
-    assert len(published()) == 18
+            sweep.sweep(["small.yaml"])
+    sweep.sweep(["small.yaml"])
+    assert len(published()) == 3
 
 
 @pytest.mark.parametrize(
@@ -181,25 +190,27 @@ def test_bad_flags_are_a_sentence(place, flags, said):
 
 
 def test_a_grid_of_which_nothing_is_possible_is_one_sentence(place):
-    Path("grid.yaml").write_text(GRID.replace("model: tiny", "model: none"), encoding="utf-8")
+    Path("small.yaml").write_text(SMALL.replace("model: tiny", "model: none"), encoding="utf-8")
     with pytest.raises(InputError, match="no run of the grid is possible: ") as error:
-        sweep.sweep(["grid.yaml"])
+        sweep.sweep(["small.yaml"])
     assert str(error.value).count("none") < 4, "the same reason is given once"
 
 
 def test_two_names_of_one_folder_are_named(place):
-    text = GRID.replace("model: tiny", f"model: [tiny, {place / 'tiny'}]")
-    Path("grid.yaml").write_text(text, encoding="utf-8")
+    text = SMALL.replace("model: tiny", f"model: [tiny, {place / 'tiny'}]")
+    Path("small.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match="would be the folder of two runs"):
-        sweep.sweep(["grid.yaml"])
-    assert len(published()) == 18
+        sweep.sweep(["small.yaml"])
+    assert len(published()) == 3
 
 
 def test_a_squeezed_model_keeps_its_way_of_compiling(place):
-    model, _ = loading.load(place / "tiny", loading.pick_device("cpu"), loading.pick_dtype("float32", "cpu"))
-    with squeezed(model, SqueezeConfig(ini_size=0.3, kv_class3=0.3)) as run:
-        with pytest.raises(ValueError, match="compiling is decided on when the model is squeezed"):
-            run.use(SqueezeConfig(ini_size=0.3, kv_class3=0.3, compile=True))
+    config = SqueezeConfig(ini_size=0.3, kv_class3=0.3)
+    with (
+        squeezed(random_model("llama"), config) as run,
+        pytest.raises(ValueError, match="compiling is decided on when the model is squeezed"),
+    ):
+        run.use(replace(config, compile=True))
 
 
 def sweep_in(folder):
