@@ -96,7 +96,7 @@ def test_a_task_that_always_dies_or_wants_too_much_is_a_sentence(workers):
     cluster = Cluster(None, num_cpus=1, num_gpus=None, max_retries=0)
     assert cluster.workers == 2
     with pytest.raises(InputError, match="a Ray task was given up, and no sample is lost"):
-        cluster._results([cluster._submit(os._exit, 1)])
+        cluster._results([cluster._submit(lambda: os._exit(1))])
     with pytest.raises(InputError, match="a task wants 1 GPUs and the Ray cluster has 0"):
         Cluster(None, num_cpus=1, num_gpus=1, max_retries=0)
     with pytest.raises(InputError, match="a task wants 3 CPUs and the Ray cluster has 2"):

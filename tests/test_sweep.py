@@ -222,7 +222,7 @@ def sweep_in(folder):
     torch.set_num_threads(1)
     os.chdir(folder)
     for dataset in ("samsum", "qasper"):
-        generation_lengths()[dataset] = 96
+        generation_lengths()[dataset] = 24
     sweep.sweep(["grid.yaml"])
 
 
@@ -230,19 +230,24 @@ def sweep_in(folder):
 def forks():
     """Processes that start with everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "squeeze.sweep", "squeeze.predict", "test_sweep"])
+    context.set_forkserver_preload(["squeeze.completions", "squeeze.fidelity", "test_sweep"])
+    first = context.Process(target=time.sleep, args=(0,))  # starts the server, here: the model `tiny` is also a module
+    first.start()
+    first.join()
     return context
 
 
-def test_a_sweep_that_is_killed_ten_times_ends_in_the_same_bytes(place, forks):
+def test_a_sweep_that_is_killed_ten_times_ends_in_the_same_bytes(forks, place):
+    Path("grid.yaml").write_text(GRID.replace("datasets: [samsum, qasper]", "datasets: samsum"), encoding="utf-8")
+
     def start():
         process = forks.Process(target=sweep_in, args=(str(place),))
         process.start()
         return process
 
-    start().join()  # imports everything
+    start().join()
     expected = published()
-    assert len(expected) == 18
+    assert len(expected) == 9
     Path("pred_Long").rename("whole-0")
     began = time.perf_counter()
     start().join()
