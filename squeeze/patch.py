@@ -7,7 +7,7 @@ forward pass without a SqueezeCache runs the model's own code.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -136,6 +136,30 @@ class SqueezedModel:
         """An empty cache for one prompt or batch and up to `max_new_tokens` tokens after it."""
         inv_freq = self.model.model.rotary_emb.inv_freq
         return SqueezeCache(self.evictor, self.model.config.num_hidden_layers, max_new_tokens, inv_freq)
+
+    def prefill(self, tokens: torch.Tensor) -> Prefill:
+        """Prefill prompts of one length, `(batch, tokens)`, and keep all of it for `fork`."""
+        share, self.share_prefills = self.share_prefills, True
+        inputs = tokens.to(self.model.get_input_embeddings().weight.device)
+        self.model.model(input_ids=inputs, past_key_values=self.cache(1), use_cache=True)
+        self.share_prefills = share
+        assert self._prefill is not None
+        return self._prefill
+
+    def fork(self, prefill: Prefill, budgets: Sequence[Sequence[int]], max_new_tokens: int) -> SqueezeCache:
+        """A cache that goes on after one prompt's prefill in several ways, one a sequence of its batch.
+
+        Args:
+            prefill: of a batch of one.
+            budgets: `(sequences, layers)` tokens.
+            max_new_tokens: that can be decoded.
+        """
+        cache = self.cache(max_new_tokens)
+        cache.begin(prefill.inputs.shape[1], len(budgets), None)
+        for layer, held in zip(cache.layers, prefill.layers, strict=True):
+            layer.fill(*(part.expand(len(budgets), -1, *part.shape[2:]) if part.numel() else part for part in held))
+        cache.compress(budgets)
+        return cache
 
     def finish_prefill(self, cache: SqueezeCache) -> None:
         """Turn what was measured into budgets, sequence by sequence, and cut the cache to them."""

@@ -1,0 +1,158 @@
+"""Measure a model's loss curves for `--allocation calibrated`: `python -m squeeze.calibrate --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from squeeze import calibration
+from squeeze.config import InputError, parse_fraction
+from squeeze.distributed import ALONE
+from squeeze.files import write_json
+from squeeze.flags import Parser, run_command
+from squeeze.jobs import Job, load, prepare
+from squeeze.runs import Run, versions
+from squeeze.samples import Samples
+
+EXAMPLES = """examples
+  the embedded model under H2O, on prompts that the project ships:
+    python -m squeeze.calibrate --model SmolLM2-135M --algorithm h2o
+  your model, on prompts of your own kind:
+    python -m squeeze.calibrate --model Mistral --algorithm sliding_window --device cuda:0 \\
+        --data_dir my_rows --datasets samsum,qasper --sample_num 4
+  what it is for:
+    python pred.py --model Mistral --enable_squeeze --ini_size 0.2 --allocation calibrated
+
+It is done once for a model and an eviction method. An interrupted calibration goes on when it is started again.
+"""
+#: Of the embedded rows: dialogues, code, retrieval, a paper, in two languages.
+DATASETS = "samsum,lcc,passage_retrieval_en,dureader"
+
+#: A line of the file of samples.
+FIELDS = ("dataset", "row", "prompt_tokens", "loss")
+
+
+def parser() -> Parser:
+    """The flags of `python -m squeeze.calibrate`."""
+    made = Parser(
+        prog="python -m squeeze.calibrate",
+        description="Measure how much the output loses when a layer's cache is cut, for --allocation calibrated.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--model", help="as in pred.py")
+    made.add_argument("--model_path", help="as in pred.py")
+    made.add_argument("--algorithm", help="sliding_window, streaming or h2o (default: the architecture's)")
+    made.add_argument("--start_size", default="4", help="as in pred.py (default: 4)")
+    made.add_argument(
+        "--ini_size", nargs="+", default=["0.1", "0.2", "0.4"], help="sizes to measure at (default: 0.1 0.2 0.4)"
+    )
+    made.add_argument("--data_dir", help="rows in LongBench's format (default: those that the project ships)")
+    made.add_argument("--datasets", default=DATASETS, help=f"which of them (default: {DATASETS})")
+    made.add_argument("--sample_num", default="1", help="prompts of each data set (default: 1)")
+    made.add_argument("--device", help="as in pred.py")
+    made.add_argument("--dtype", default="auto", help="as in pred.py")
+    made.add_argument("--overwrite", action="store_true", help="measure anew what is there")
+    made.add_argument("--out", type=Path, help="the file to write (default: config/calibration/MODEL-ALGORITHM.json)")
+    return made
+
+
+def job_of(args: argparse.Namespace) -> Job:
+    """The model, data and eviction method that the flags name, checked as `pred.py` checks them."""
+    argv = ["--enable_squeeze", "--ini_size", "1", "--KV_class3", "1"]
+    for name in ("model", "model_path", "algorithm", "start_size", "datasets", "sample_num", "device", "dtype"):
+        if getattr(args, name) is not None:
+            argv += [f"--{name}", getattr(args, name)]
+    return prepare([*argv, "--data_dir", args.data_dir or str(calibration.ROOT / "data/longbench")], ALONE)
+
+
+def calibrate(argv: Sequence[str] | None = None) -> None:
+    """Measure and write a file of loss curves.
+
+    Raises:
+        InputError: a flag, the model or a prompt is wrong.
+    """
+    args = parser().parse_args(argv)
+    shares = sorted({parse_fraction("ini_size", one) for one in args.ini_size})
+    if not all(0 < share <= 1 for share in shares):
+        raise InputError(f"--ini_size must be in (0, 1], got {', '.join(args.ini_size)}")
+    job = job_of(args)
+    from squeeze import loss_curves
+
+    assert job.config is not None and job.config.algorithm is not None
+    algorithm, name = job.config.algorithm, job.source.name
+    out = args.out or calibration.place(name, algorithm)
+    how = {
+        "algorithm": algorithm,
+        "start_size": job.config.start_size if algorithm == "streaming" else None,
+        "shares": [str(share) for share in shares],
+        "multiples": [str(multiple) for multiple in loss_curves.MULTIPLES],
+        "tail": loss_curves.TAIL,
+    }
+    data = [{"dataset": one.dataset, **one.origin} for one in job.data]
+    rows = [(one, row) for one in job.data for row in range(one.count(job.args.sample_num))]
+    settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | how
+    folder = Path("calibration") / name / algorithm
+    with Run(folder, settings, job.info, args.overwrite, FIELDS) as run:
+        samples = run.open("curves", {"data": data, "rows": [[one.dataset, row] for one, row in rows]}, len(rows))
+        run.start(samples)
+        if samples.missing:
+            measure(job, samples, rows, shares)
+        run.finish(samples, lambda stats: {"samples": len(stats)})
+    losses = np.array([record["loss"] for record in samples.records])
+    content = {
+        "version": calibration.VERSION,
+        **how,
+        "model": job.settings["model"],
+        "name": name,
+        "dtype": job.settings["dtype"],
+        "prompts": [{key: record[key] for key in FIELDS[:3]} for record in samples.records],
+        "data": data,
+        "versions": versions(),
+        "loss": np.round(losses.mean(axis=0), 7).tolist(),
+        "spread": np.round(losses.std(axis=0), 7).tolist(),
+    }
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, content)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}; what was measured is in {folder}") from None
+    print(f"{out}: loss curves of {losses.shape[2]} layers at {len(shares)} sizes, {len(losses)} prompts")
+
+
+def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares: Sequence[Fraction]) -> None:
+    """Measure the prompts that are missing, and say before what it costs."""
+    from squeeze import loss_curves, predict
+
+    with load([job]) as engine:
+        assert engine.squeezed is not None
+        tokenizer, layers = engine.tokenizer, engine.model.config.num_hidden_layers
+        prompts = {
+            index: predict.encode(tokenizer, rows[index][0], rows[index][1] + 1, job.how)[-1].tokens
+            for index in samples.missing
+        }
+        total = sum(loss_curves.cost(len(tokens), len(shares), layers) for tokens in prompts.values())
+        print(f"{len(prompts)} prompts, {total:,} tokens to run")
+        with tqdm(total=total, unit="token", unit_scale=True, desc=job.config.algorithm if job.config else "") as bar:
+            for index, tokens in prompts.items():
+                loss = loss_curves.measure(engine.squeezed, tokens, shares, bar.update)
+                data, row = rows[index]
+                made = {"dataset": data.dataset, "row": row, "prompt_tokens": len(tokens)}
+                samples.append([{"index": index, **made, "loss": loss, "stats": {}}])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 2 and a sentence where something is wrong."""
+    return run_command(lambda _: calibrate(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

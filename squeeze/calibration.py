@@ -1,0 +1,105 @@
+"""The file of a model's loss curves under an eviction method, which `--allocation calibrated` makes budgets from."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from squeeze import curves
+from squeeze.config import InputError
+from squeeze.files import read_bytes, read_object
+
+ROOT = Path(__file__).parent.parent
+
+#: Of the file's format.
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Loss curves of all layers.
+
+    Args:
+        algorithm: that evicted.
+        start_size: sink tokens, of `streaming`; else None.
+        shares: what every layer kept while one of them was cut, as fractions of the prompt, ascending.
+        multiples: sizes of the layer that was cut, as multiples of the share, ascending.
+        losses: mean KL divergence from the full cache in nats a token, `(shares, layers, multiples)`.
+        model: what tells the model from another, see `squeeze.models.identity`.
+        source: the file, for errors.
+        sha256: of the file.
+    """
+
+    algorithm: str
+    start_size: int | None
+    shares: tuple[Fraction, ...]
+    multiples: tuple[Fraction, ...]
+    losses: np.ndarray
+    model: dict[str, Any]
+    source: str
+    sha256: str
+
+    def budgets(self, ini_size: Fraction, length: int, cap: int, minimum: int) -> list[int]:
+        """Budgets of one prompt of `length` tokens, see `squeeze.curves.budgets`."""
+        found = curves.between([float(share) for share in self.shares], self.losses, ini_size)
+        return curves.budgets(self.multiples, found, ini_size, length, cap, minimum)
+
+    def check(self, algorithm: str, start_size: int, layers: int, model: dict[str, Any] | None = None) -> None:
+        """Raises InputError unless the curves are those of this eviction method and, where it is given, this model."""
+        again = "make it again with python -m squeeze.calibrate"
+        if self.algorithm != algorithm:
+            raise InputError(f"{self.source} was measured with {self.algorithm}, not with {algorithm}: {again}")
+        if self.start_size not in (None, start_size):
+            raise InputError(
+                f"{self.source} was measured with start_size {self.start_size}, not {start_size}: {again}"
+            )
+        if self.losses.shape[1] != layers or (model is not None and self.model != model):
+            raise InputError(f"{self.source} was measured on another model than this one: {again}")
+
+
+def place(name: str, algorithm: str) -> Path:
+    """Where the file of a model and an eviction method is."""
+    return ROOT / "config/calibration" / f"{name}-{algorithm}.json"
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read and check a file of loss curves.
+
+    Raises:
+        InputError: it is not there, of an unknown version, or not whole.
+    """
+    if not path.exists():
+        raise InputError(f"{path} is not there: python -m squeeze.calibrate makes it")
+    content = read_object(path)
+    if content.get("version") != VERSION:
+        raise InputError(f"{path} is of version {content.get('version')}, and {VERSION} is known here: make it again")
+    try:
+        shares, multiples = (tuple(Fraction(str(one)) for one in content[key]) for key in ("shares", "multiples"))
+        losses = np.array(content["loss"], dtype=np.float64)
+        found = Calibration(
+            algorithm=content["algorithm"],
+            start_size=content["start_size"],
+            shares=shares,
+            multiples=multiples,
+            losses=losses,
+            model=dict(content["model"]),
+            source=str(path),
+            sha256=hashlib.sha256(read_bytes(path)).hexdigest(),
+        )
+        whole = losses.ndim == 3 and losses.shape[::2] == (len(shares), len(multiples)) and losses.size > 0
+        ascending = all(list(some) == sorted(set(some)) and some[0] > 0 for some in (shares, multiples))
+    except (KeyError, TypeError, ValueError, IndexError):
+        whole = ascending = False
+    if not whole or not ascending:
+        raise InputError(
+            f"{path} is damaged, its curves are not whole: make it again with python -m squeeze.calibrate"
+        )
+    if not math.isfinite(losses.sum()):
+        raise InputError(f"{path} has losses that are not numbers: make it again with python -m squeeze.calibrate")
+    return found
