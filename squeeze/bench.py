@@ -72,7 +72,7 @@ def parser() -> Parser:
     made.add_argument("--algorithm", nargs="+", default=["streaming"], choices=ALGORITHMS, help="default: streaming")
     made.add_argument("--ini_size", default="0.2", help="as in pred.py (default: 0.2)")
     made.add_argument("--KV_class3", default="0.12", help="as in pred.py (default: 0.12)")
-    made.add_argument("--allocation", default="squeeze-log", choices=ALLOCATIONS, help="default: squeeze-log")
+    made.add_argument("--allocation", default="squeeze-log", choices=ALLOCATIONS[:3], help="default: squeeze-log")
     made.add_argument("--rounds", type=int, default=3, help="prefills and generations of each (default: 3)")
     made.add_argument(
         "--in_turns",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from squeeze import curves
-from squeeze.config import InputError
+from squeeze.config import InputError, SqueezeConfig
 from squeeze.files import read_bytes, read_object
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +61,28 @@ class Calibration:
             )
         if self.losses.shape[1] != layers or (model is not None and self.model != model):
             raise InputError(f"{self.source} was measured on another model than this one: {again}")
+
+
+def with_curves(config: SqueezeConfig | None, name: str, model: dict[str, Any]) -> SqueezeConfig | None:
+    """`config` with the loss curves of the model called `name`, where it needs them.
+
+    Args:
+        model: what tells it from another, see `squeeze.models.identity`.
+    Raises:
+        InputError: there are none, or they are another model's.
+    """
+    if config is None or config.allocation != "calibrated":
+        return config
+    assert config.algorithm is not None
+    path = place(name, config.algorithm)
+    if not path.exists():
+        raise InputError(
+            f"{path} is not there, from which the allocation calibrated makes budgets: "
+            f"python -m squeeze.calibrate --model {name} --algorithm {config.algorithm}"
+        )
+    found = read_calibration(path)
+    found.check(config.algorithm, config.start_size, found.losses.shape[1], model)
+    return replace(config, calibration=found)
 
 
 def place(name: str, algorithm: str) -> Path:

@@ -57,7 +57,7 @@ def _ranged(value: float, low: Any, high: Any, digits: int = 2) -> str:
 
 
 def _sizes(one: Any) -> str:
-    return f"{one.ini_size:g} / {one.KV_class3:g}"
+    return f"{one.ini_size:g} / " + ("-" if pd.isna(one.KV_class3) else f"{one.KV_class3:g}")
 
 
 def _samples(panel: pd.DataFrame) -> str:

@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from squeeze.calibration import Calibration
 
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
-ALLOCATIONS = ("squeeze", "squeeze-log", "paper")
+ALLOCATIONS = ("squeeze", "squeeze-log", "paper", "calibrated")
 ATTENTIONS = ("auto", "sdpa", "eager")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -51,12 +55,14 @@ class SqueezeConfig:
             (`DEFAULT_ALGORITHM`).
         ini_size: initial budget of every layer, as a fraction of the prompt's tokens, in (0, 1].
         kv_class3: budget of the layers in class 3, as a fraction of the prompt's tokens, in (0, `ini_size`].
-        allocation: how similarities become budgets: `squeeze`, `squeeze-log` or `paper` (see `squeeze.allocation`).
+        allocation: how similarities become budgets: `squeeze`, `squeeze-log` or `paper` (see `squeeze.allocation`); or
+            `calibrated`, by loss curves and without `kv_class3` (see `squeeze.calibration`).
         budgets: tokens, one entry a layer, in place of `ini_size` and `kv_class3`.
         start_size: sink tokens that StreamingLLM never evicts.
         attn: prefill attention; `auto` and `sdpa` use PyTorch's fused kernel, `eager` explicit blocks of queries
             with a float32 softmax. H2O always uses the latter, since it needs the probabilities.
         compile: compile the decode step with `torch.compile`; the first steps take some seconds then.
+        calibration: the loss curves of `calibrated`, from `squeeze.calibration.read_calibration`.
     Raises:
         InputError: a value is out of its range, or two exclude each other.
     """
@@ -69,6 +75,7 @@ class SqueezeConfig:
     start_size: int = 4
     attn: str = "auto"
     compile: bool = False
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         if self.algorithm is not None:
@@ -85,12 +92,17 @@ class SqueezeConfig:
                 raise InputError(f"budgets must be whole numbers of tokens, got {list(budgets)}")
             object.__setattr__(self, "budgets", tuple(int(tokens) for tokens in budgets))
             return
+        if self.allocation == "calibrated":
+            if self.kv_class3 is not None:
+                raise InputError("KV_class3 is not for the allocation calibrated, whose budgets come from loss curves")
+            if self.ini_size is None:
+                raise InputError("ini_size is missing: the allocation calibrated needs it")
+            object.__setattr__(self, "ini_size", _size(self.ini_size))
+            return
         if self.ini_size is None or self.kv_class3 is None:
             missing = "ini_size" if self.ini_size is None else "KV_class3"
             raise InputError(f"{missing} is missing: ini_size and KV_class3 are given together")
-        ini_size = parse_fraction("ini_size", self.ini_size)
-        if not 0 < ini_size <= 1:
-            raise InputError(f"ini_size must be in (0, 1], got {self.ini_size}")
+        ini_size = _size(self.ini_size)
         kv_class3 = parse_fraction("KV_class3", self.kv_class3)
         if not 0 < kv_class3 <= ini_size:
             raise InputError(f"KV_class3 must be in (0, ini_size = {float(ini_size):g}], got {self.kv_class3}")
@@ -99,10 +111,31 @@ class SqueezeConfig:
 
     @property
     def fractions(self) -> tuple[Fraction, Fraction]:
-        """`ini_size` and `kv_class3`, exactly; ValueError with explicit budgets, which have none."""
-        if self.ini_size is None or self.kv_class3 is None:
-            raise ValueError("this configuration has explicit budgets and no fractions")
-        return parse_fraction("ini_size", self.ini_size), parse_fraction("KV_class3", self.kv_class3)
+        """`ini_size` and `kv_class3`, exactly; ValueError where there are none."""
+        if self.kv_class3 is None:
+            raise ValueError("this configuration has no KV_class3")
+        return self.share, parse_fraction("KV_class3", self.kv_class3)
+
+    @property
+    def share(self) -> Fraction:
+        """`ini_size`, exactly; ValueError with explicit budgets, which have none."""
+        if self.ini_size is None:
+            raise ValueError("this configuration has explicit budgets and no ini_size")
+        return parse_fraction("ini_size", self.ini_size)
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """`ini_size` and `KV_class3`, as far as they are given."""
+        found = {"ini_size": self.ini_size, "KV_class3": self.kv_class3}
+        return {name: float(parse_fraction(name, value)) for name, value in found.items() if value is not None}
+
+
+def _size(value: Fraction | float | str) -> Fraction:
+    """Read `ini_size`."""
+    found = parse_fraction("ini_size", value)
+    if not 0 < found <= 1:
+        raise InputError(f"ini_size must be in (0, 1], got {value}")
+    return found
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ SERIES = {
     "squeeze": ("#0072B2", "s", "--"),
     "squeeze-log": ("#009E73", "^", "-."),
     "paper": ("#CC79A7", "D", ":"),
+    "calibrated": ("#D55E00", "v", "-"),
 }
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS, LINES = "os^Dv<>P", ("-", "--", "-.", ":")

@@ -199,7 +199,8 @@ def add_cache_flags(parser: Parser) -> None:
     parser.add_argument(
         "--allocation",
         help="how classes become budgets: squeeze (default; keeps the total to the token), squeeze-log (classes on a "
-        "log scale) or paper (the published formula to the letter, which can lose part of the total)",
+        "log scale), paper (the published formula to the letter, which can lose part of the total); or calibrated, "
+        "without --KV_class3, from the loss curves that python -m squeeze.calibrate measures once",
     )
     parser.add_argument(
         "--start_size",

@@ -132,6 +132,9 @@ def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[
                     for ini_size in (plain(number("ini_size", text)) for text in values["ini_size"]):
                         yield some | {"ini_size": ini_size, "KV_class3": ini_size}
                         for allocation in values.get("allocation") or ["squeeze"]:
+                            if allocation == "calibrated":
+                                yield some | {"allocation": allocation, "ini_size": ini_size}
+                                continue
                             more = {"allocation": allocation} if allocation != "squeeze" else {}
                             for text in values.get("KV_class3") or []:
                                 kv_class3 = class3(text, ini_size)

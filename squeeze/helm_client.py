@@ -118,6 +118,7 @@ class SqueezeClient(CachingClient):
     ) -> None:
         super().__init__(cache_config=cache_config)
         from squeeze import loading, models
+        from squeeze.calibration import with_curves
         from squeeze.flags import for_model
         from squeeze.runs import cache_settings
 
@@ -136,11 +137,12 @@ class SqueezeClient(CachingClient):
                 allocation=allocation,
                 start_size=start_size,
             )
-        self._squeeze = for_model(asked, config["model_type"])
+        identity = models.identity(source, self._folder)
+        self._squeeze = with_curves(for_model(asked, config["model_type"]), source.name, identity)
         self._seed = seed
         self._chat = chat
         self._settings = {
-            "model": models.identity(source, self._folder),
+            "model": identity,
             "dtype": str(self._dtype),
             "seed": seed,
             "chat": chat,

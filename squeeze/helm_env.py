@@ -178,6 +178,7 @@ def live(args: argparse.Namespace) -> Deployment:
     if squeeze is not None:
         cache = {"ini_size": args.ini_size, "KV_class3": args.KV_class3, "algorithm": squeeze.algorithm}
         cache |= {"allocation": squeeze.allocation, "start_size": squeeze.start_size}
+        cache = {key: value for key, value in cache.items() if value is not None}
     rest = {"device": args.device, "dtype": args.dtype, "seed": args.seed, "chat": args.chat}
     description = ", ".join(
         [name, *(f"{key} {value}" for key, value in cache.items())] if cache else [name, "full cache"]

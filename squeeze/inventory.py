@@ -128,7 +128,9 @@ def _missing(entry: Entry) -> str | None:
     if not entry.fidelity:
         names |= {"kv_bytes": int | float, "tokens_per_second": int | float}
     if entry.settings.get("cache") != "full":
-        names |= {"algorithm": str, "allocation": str, "ini_size": int | float, "KV_class3": int | float}
+        names |= {"algorithm": str, "allocation": str, "ini_size": int | float}
+        if entry.settings.get("allocation") != "calibrated":
+            names |= {"KV_class3": int | float}
     said = entry.summary | entry.settings
     for name, kind in names.items():
         if not isinstance(said.get(name), kind) or isinstance(said[name], bool):
@@ -143,12 +145,12 @@ def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str
     """What was asked of a run: its algorithm, allocation and sizes, and how its layers fell into classes."""
     if settings["cache"] == "full":
         return dict.fromkeys(COLUMNS, "-") | {"algorithm": "full cache"}
-    uniform = settings["ini_size"] == settings["KV_class3"]
+    uniform = settings["ini_size"] == settings.get("KV_class3")
     layers = summary.get("layers_per_class", [])
     return {
         "algorithm": settings["algorithm"],
         "allocation": "uniform" if uniform else settings["allocation"],
         "ini_size": f"{settings['ini_size']:g}",
-        "KV_class3": f"{settings['KV_class3']:g}",
+        "KV_class3": f"{settings['KV_class3']:g}" if "KV_class3" in settings else "-",
         "classes": "-" if uniform or not layers else "/".join(f"{count:g}" for count in layers),
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squeeze import models, request_files
+from squeeze.calibration import with_curves
 from squeeze.config import InputError, SqueezeConfig
 from squeeze.distributed import ALONE, Ranks
 from squeeze.flags import check_flags, check_task_flags, config_from_flags, for_model, pred_parser
@@ -112,11 +113,11 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     model_config = models.read_config(folder)
     model_type = model_config["model_type"]
     models.check_arch(args.model_arch, model_type)
-    config = for_model(config, model_type)
+    identity = inputs.once(models.identity, source, folder, args.allow_pickle)
+    config = with_curves(for_model(config, model_type), source.name, identity)
     max_length, note = models.positions(model_config), None
     if not helm:
         max_length, note = models.prompt_limit(source, model_config)
-    identity = inputs.once(models.identity, source, folder, args.allow_pickle)
     settings = {"model": identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"attn": "sdpa" if args.attn == "auto" else args.attn, "seed": args.seed, **cache_settings(config)}
     place = run_folder(args.pred, source.name, config, model_type, args.seed)

@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from squeeze import attention
-from squeeze.allocation import Budgets, allocate
+from squeeze.allocation import Budgets, allocate, classify
 from squeeze.cache import SqueezeCache, SqueezeLayer
 from squeeze.clock import now
 from squeeze.compatibility import check_transformers
@@ -122,6 +122,10 @@ class SqueezedModel:
                 f"{algorithm} needs {self.evictor.minimum_budget} tokens a layer, and the model's own "
                 f"sliding window is {self.window}"
             )
+        if config.allocation == "calibrated":
+            if config.calibration is None:
+                raise InputError("the allocation calibrated needs loss curves: calibration=read_calibration(FILE)")
+            config.calibration.check(algorithm, config.start_size, layers)
         rope = model.config.rope_parameters["rope_type"]
         if self.evictor.sinks and rope in ("dynamic", "longrope"):
             raise InputError(f"streaming moves sink tokens by fixed angles; the model's RoPE is of type {rope}")
@@ -184,6 +188,9 @@ class SqueezedModel:
             cap = min(cap, self.window)
         if similarities is None:
             return Budgets([min(tokens, cap) for tokens in self.config.budgets or ()])
+        if self.config.calibration is not None:
+            tokens = self.config.calibration.budgets(self.config.share, length, cap, self.evictor.minimum_budget)
+            return Budgets(tokens, classify(similarities))
         ini_size, kv_class3 = self.config.fractions
         return allocate(
             similarities,

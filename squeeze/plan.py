@@ -107,7 +107,7 @@ def _most_bytes(job: Job, prompts: Sequence[Prompt]) -> tuple[int, int]:
         length = max(len(prompts[index].tokens) for index in batch)
         held = full_cache_bytes(config, length + prompts[batch[0]].settings["max_new_tokens"], job.dtype)
         if job.config is not None:
-            held = min(held, math.ceil(job.config.fractions[0] * length) * token)
+            held = min(held, math.ceil(job.config.share * length) * token)
         kept, full = max(kept, len(batch) * held), max(full, len(batch) * length * token)
     return kept, full
 

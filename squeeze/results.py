@@ -114,7 +114,7 @@ def _common(entry: Entry) -> dict[str, Any]:
         "algorithm": "-" if full else named["algorithm"],
         "allocation": "full" if full else named["allocation"],
         "ini_size": None if full else settings["ini_size"],
-        "KV_class3": None if full else settings["KV_class3"],
+        "KV_class3": settings.get("KV_class3"),
         "seed": settings.get("seed", 42),
         "samples": summary["samples"],
         "kept": summary["kept"],
@@ -248,7 +248,7 @@ def sensitivity(runs: pd.DataFrame) -> pd.DataFrame:
 
     A uniform run is ratio 1 of every allocation.
     """
-    bounded = runs[(runs["allocation"] != "full") & runs["score"].notna()]
+    bounded = runs[runs["KV_class3"].notna() & runs["score"].notna()]
     bounded = bounded.assign(ratio=(bounded["KV_class3"] / bounded["ini_size"]).astype(float).round(6))
     parts = []
     for _, group in bounded.groupby([*GROUP, "algorithm", "samples", "data"], sort=False):

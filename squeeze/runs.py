@@ -41,22 +41,18 @@ def run_folder(task: str, name: str, config: SqueezeConfig | None, model_type: s
         folder /= f"seed-{seed}"
     if config is None:
         return folder / "full"
-    ini_size, kv_class3 = config.fractions
-    return folder / f"{float(ini_size):g}" / f"{float(100 * kv_class3):g}"
+    folder /= f"{float(config.share):g}"
+    return folder if config.kv_class3 is None else folder / f"{float(100 * config.fractions[1]):g}"
 
 
 def cache_settings(config: SqueezeConfig | None) -> dict[str, Any]:
     """The settings of the cache that change results, for `Run`."""
     if config is None:
         return {"cache": "full"}
-    ini_size, kv_class3 = config.fractions
-    settings = {
-        "cache": "squeezed",
-        "algorithm": config.algorithm,
-        "allocation": config.allocation,
-        "ini_size": float(ini_size),
-        "KV_class3": float(kv_class3),
-    }
+    settings: dict[str, Any] = {"cache": "squeezed", "algorithm": config.algorithm, "allocation": config.allocation}
+    settings |= config.sizes
+    if config.calibration is not None:
+        settings["calibration"] = config.calibration.sha256
     if config.compile:  # rounds in another way, so that a near tie can fall to another token
         settings["compile"] = True
     return settings | ({"start_size": config.start_size} if config.algorithm == "streaming" else {})

@@ -1,0 +1,208 @@
+"""Loss curves against a slow loop, the command that measures them, and runs whose budgets come from them."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from tiny import save_rows, save_tiny
+
+import pred
+from squeeze import InputError, SqueezeConfig, calibrate, calibration, loading, loss_curves, squeezed
+from squeeze.calibration import read_calibration
+from squeeze.longbench import generation_lengths
+
+ALGORITHMS = ("sliding_window", "streaming", "h2o")
+PROMPT = torch.arange(3, 190).repeat(2)[:230]
+
+
+@torch.inference_mode()
+def slow_loss(model, algorithm, budgets, context, tail):
+    """One configuration at a time, against the full model that reads everything again for every token."""
+    losses = []
+    with squeezed(model, SqueezeConfig(algorithm, budgets=budgets)) as run:
+        cache = run.cache(len(tail))
+        model(context[None], past_key_values=cache, use_cache=True)
+        for step, token in enumerate(tail):
+            text = torch.cat([context, tail[: step + 1]])
+            full = model(text[None], use_cache=False).logits[0, -1].double().softmax(dim=0)
+            position = torch.tensor([[len(text) - 1]])
+            cut = model(token[None, None], position_ids=position, past_key_values=cache, use_cache=True)
+            losses.append((full * (full / cut.logits[0, -1].double().softmax(dim=0)).log()).sum().item())
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_curve_is_what_a_slow_loop_measures(algorithm):
+    model, share, told = random_model("llama"), Fraction(3, 10), []
+    with squeezed(model, SqueezeConfig(algorithm, "0.3", kv_class3="0.3")) as run:
+        [curves] = loss_curves.measure(run, PROMPT, [share], told.append)
+    length = len(PROMPT) - loss_curves.TAIL
+    assert np.array(curves).shape == (5, len(loss_curves.MULTIPLES))
+    assert sum(told) == loss_curves.cost(len(PROMPT), 1, 5)
+    for layer, index in ((0, 0), (2, 1), (4, 3), (3, 2)):
+        budgets = [int(share * length)] * 5
+        budgets[layer] = int(loss_curves.MULTIPLES[index] * share * length)
+        expected = slow_loss(model, algorithm, budgets, PROMPT[:length], PROMPT[length:])
+        assert expected > 1e-3
+        assert curves[layer][index] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A tiny model, and rows of two data sets long enough to hold out a tail."""
+    monkeypatch.setattr(calibration, "ROOT", tmp_path)
+    for dataset in ("samsum", "qasper"):
+        monkeypatch.setitem(generation_lengths(), dataset, 8)
+    save_tiny(tmp_path / "tiny")
+    for dataset in ("samsum", "qasper"):
+        save_rows(tmp_path / "data", dataset=dataset, count=2, context="Ann: hey, did you get the tickets?\n" * 30)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+COMMON = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--data_dir", "data"]
+
+
+def measure(*flags):
+    calibrate.calibrate([*COMMON, "--datasets", "samsum,qasper", "--ini_size", "0.2", "0.4", *flags])
+
+
+def predict(*flags):
+    pred.main([*COMMON, "--enable_squeeze", "--allocation", "calibrated", "--ini_size", "0.3", *flags])
+
+
+def test_the_command_and_runs_with_its_budgets(place, capsys, monkeypatch):
+    measure()
+    path = Path("config/calibration/tiny-streaming.json")
+    said = capsys.readouterr().out
+    assert said.startswith("2 prompts, ") and "tokens to run" in said
+    assert f"{path}: loss curves of 5 layers at 2 sizes, 2 prompts" in said
+    content = json.loads(path.read_text())
+    assert np.array(content["loss"]).shape == np.array(content["spread"]).shape == (2, 5, 5)
+    assert [one["dataset"] for one in content["prompts"]] == ["samsum", "qasper"]
+    assert content["versions"]["torch"] and content["data"][0]["sha256"] and content["start_size"] == 4
+    before = path.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "load", lambda *_: pytest.fail("there is nothing to measure"))
+        measure()
+    assert path.read_bytes() == before
+
+    predict()
+    folder = Path("pred_Long/tiny/calibrated/0.3")
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    assert settings["allocation"] == "calibrated" and "KV_class3" not in settings
+    assert settings["calibration"] == read_calibration(path).sha256
+    for line in (folder / "samples/samsum.jsonl").read_text().splitlines():
+        stats = json.loads(line)["stats"]
+        assert sum(stats["budgets"]) == int(5 * Fraction(3, 10) * stats["prompt_tokens"])
+        assert len(set(stats["budgets"])) > 1
+        assert set(stats["classes"]) <= {1, 2, 3}
+    predict("--fidelity")
+    with pytest.raises(
+        InputError, match=r"tiny-h2o\.json is not there.*squeeze\.calibrate --model tiny --algorithm h2o"
+    ):
+        predict("--algorithm", "h2o")
+    with pytest.raises(InputError, match="KV_class3 is not for the allocation calibrated"):
+        predict("--KV_class3", "0.1")
+    with pytest.raises(InputError, match="was measured with start_size 4, not 2"):
+        predict("--start_size", "2")
+    save_tiny(place / "tiny", seed=1)
+    with pytest.raises(InputError, match="was measured on another model than this one"):
+        predict("--overwrite")
+
+
+def test_a_calibration_that_was_interrupted_goes_on(place, monkeypatch):
+    measured, original = [], loss_curves.measure
+
+    def once(run, prompt, *rest):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(len(prompt))
+        return original(run, prompt, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loss_curves, "measure", once)
+        with pytest.raises(KeyboardInterrupt):
+            measure("--algorithm", "h2o")
+    assert not Path("config/calibration/tiny-h2o.json").exists()
+    calls = []
+    monkeypatch.setattr(loss_curves, "measure", lambda *given: calls.append(1) or original(*given))
+    measure("--algorithm", "h2o")
+    assert len(calls) == 1
+    assert len(json.loads(Path("config/calibration/tiny-h2o.json").read_text())["prompts"]) == 2
+
+
+def curves(path, **changes):
+    """A whole file of curves of five layers, but for `changes`."""
+    content = {
+        "version": 1,
+        "algorithm": "h2o",
+        "start_size": None,
+        "shares": ["1/10", "2/5"],
+        "multiples": ["1/2", "1"],
+    }
+    content |= {"model": {}, "loss": np.zeros((2, 5, 2)).tolist()} | changes
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"version": 2}, "is of version 2, and 1 is known here"),
+        ({"loss": [[[0.0]]]}, "is damaged, its curves are not whole"),
+        ({"loss": [[[0.0, 1.0]] * 5, [[0.0, float("nan")]] * 5]}, "has losses that are not numbers"),
+        ({"shares": ["2/5", "1/10"]}, "is damaged"),
+        ({"shares": []}, "is damaged"),
+        ({"multiples": ["a", "b"]}, "is damaged"),
+        ({"model": 3}, "is damaged"),
+    ],
+)
+def test_a_damaged_file_is_a_sentence(tmp_path, changes, said):
+    with pytest.raises(InputError, match=said):
+        read_calibration(curves(tmp_path / "some.json", **changes))
+
+
+def test_the_library_wants_curves_of_the_same_model_and_method(tmp_path):
+    found = read_calibration(curves(tmp_path / "some.json"))
+    model = random_model("llama")
+
+    def use(**more):
+        with squeezed(model, SqueezeConfig(ini_size="0.3", allocation="calibrated", **more)) as run:
+            model.generate(PROMPT[None], max_new_tokens=4)
+        return run.budgets[0]
+
+    assert use(algorithm="h2o", calibration=found).sum() == int(5 * Fraction(3, 10) * len(PROMPT))
+    with pytest.raises(InputError, match="needs loss curves"):
+        use()
+    with pytest.raises(InputError, match="was measured with h2o, not with streaming"):
+        use(calibration=found)
+    other = curves(tmp_path / "other.json", loss=np.zeros((2, 4, 2)).tolist())
+    with pytest.raises(InputError, match="was measured on another model"):
+        use(algorithm="h2o", calibration=read_calibration(other))
+    with pytest.raises(InputError, match="ini_size is missing"):
+        SqueezeConfig(allocation="calibrated")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--ini_size", "2"], r"--ini_size must be in \(0, 1\]"),
+        (["--ini_size", "a"], "ini_size must be a number"),
+        (["--algorithm", "lru"], "--algorithm must be one of"),
+        (["--datasets", "nothing"], "nothing"),
+    ],
+)
+def test_bad_flags_are_a_sentence(place, flags, said):
+    with pytest.raises(InputError, match=said):
+        calibrate.calibrate([*COMMON, *flags])
+
+
+def test_a_prompt_that_is_too_short_is_a_sentence(place):
+    save_rows(place / "data", count=1, context="short")
+    with pytest.raises(InputError, match="is too short to calibrate on"):
+        measure()
