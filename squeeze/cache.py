@@ -1,7 +1,8 @@
 """SqueezeCache: a transformers Cache whose layers each own one buffer, as large as their budget and no larger.
 
-During prefill a layer holds the whole prompt. `SqueezeCache.compress` then copies what the evictor keeps into a
-buffer allocated once; from there on a new token is written into one slot in place, and nothing is ever concatenated.
+During prefill a layer holds the whole prompt: until it is filled, where its budgets are known by then, else until all
+layers are. What the evictor keeps is then copied into a buffer allocated once; from there on a new token is written
+into one slot in place, and nothing is ever concatenated.
 """
 
 from __future__ import annotations
@@ -80,8 +81,9 @@ class SqueezeLayer(CacheLayerMixin):
             kept = self.evictor.keep(length, budget, row_scores).to(keys.device).expand(heads, -1)
             index = kept[..., None].expand(-1, -1, head_dim)
             count = kept.shape[1]
-            keys[row, :, :count] = self.keys[row, :, -length:].gather(1, index)
-            values[row, :, :count] = self.values[row, :, -length:].gather(1, index)
+            # Straight into the buffer: what is kept never exists twice.
+            torch.gather(self.keys[row, :, -length:], 1, index, out=keys[row, :, :count])
+            torch.gather(self.values[row, :, -length:], 1, index, out=values[row, :, :count])
             if scored:
                 scores[row, :, :count] = row_scores.gather(1, kept)
                 held[row, :, :count] = kept
@@ -136,6 +138,10 @@ class SqueezeCache(Cache):
         layers: how many decoder layers the model has.
         max_new_tokens: how many tokens may be generated; no buffer is made for more.
         inv_freq: RoPE's inverse frequencies, `(head_dim / 2,)`, float32, by which StreamingLLM's sinks are moved.
+
+    Attributes:
+        budgets: tokens, `(layers, batch)`; with no columns until they are known. Set between `begin` and the first
+            layer's `fill`, they bound the prefill: no more than one layer holds the whole prompt at a time.
     """
 
     def __init__(self, evictor: Evictor, layers: int, max_new_tokens: int, inv_freq: torch.Tensor):
@@ -165,6 +171,7 @@ class SqueezeCache(Cache):
                 raise ValueError(f"the cache was made for {self.max_new_tokens} new tokens, and they are used up")
             self._begin_step()
             return
+        self.budgets = self.budgets[:, :0]
         self.padded_length = tokens
         self.prompt_lengths = _prompt_lengths(tokens, batch, attention_mask)
 
@@ -184,12 +191,21 @@ class SqueezeCache(Cache):
         """Count a decode step, after its last layer: until then the length is what positions are derived from."""
         self.steps += 1
 
+    def fill(self, index: int, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> None:
+        """Give a layer the whole prompt, see `SqueezeLayer.fill`, and cut it at once if its budgets are known."""
+        layer = self.layers[index]
+        layer.fill(keys, values, scores)
+        if self.budgets.size:
+            layer.compress(self.prompt_lengths, self.budgets[index].tolist())
+
     def compress(self, budgets: Sequence[Sequence[int]]) -> None:
-        """Cut every layer to its budgets, `(batch, layers)` tokens; called once, at the end of prefill."""
-        self.budgets = np.array(budgets).T
+        """Cut every layer to its budgets, `(batch, layers)` tokens, unless `fill` did; once, at the end of prefill."""
+        if not self.budgets.size:
+            self.budgets = np.array(budgets).T
+            for layer, column in zip(self.layers, self.budgets.tolist(), strict=True):
+                layer.compress(self.prompt_lengths, column)
         by_device: dict[torch.device, list[int]] = {}
-        for index, (layer, column) in enumerate(zip(self.layers, self.budgets.tolist(), strict=True)):
-            layer.compress(self.prompt_lengths, column)
+        for index, layer in enumerate(self.layers):
             by_device.setdefault(layer.keys.device, []).append(index)
         self.schedules = [
             Schedule([self.layers[i] for i in own], self.prompt_lengths, self.budgets[own].tolist(), self.inv_freq)

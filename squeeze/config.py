@@ -110,6 +110,14 @@ class SqueezeConfig:
         object.__setattr__(self, "kv_class3", kv_class3)
 
     @property
+    def needs_similarities(self) -> bool:
+        """Whether budgets follow from similarities, which are not known before the end of the prefill."""
+        if self.budgets is not None or self.allocation == "calibrated":
+            return False
+        ini_size, kv_class3 = self.fractions
+        return kv_class3 < ini_size
+
+    @property
     def fractions(self) -> tuple[Fraction, Fraction]:
         """`ini_size` and `kv_class3`, exactly; ValueError where there are none."""
         if self.kv_class3 is None:

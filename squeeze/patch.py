@@ -165,8 +165,15 @@ class SqueezedModel:
         cache.compress(budgets)
         return cache
 
+    def begin_prefill(self, cache: SqueezeCache) -> None:
+        """Tell the cache its budgets, where they are known already and no other configuration shares the prefill."""
+        self._measured = []
+        if not (self.config.needs_similarities or self.share_prefills):
+            known = [self._allocate(None, length, cache.max_new_tokens) for length in cache.prompt_lengths]
+            cache.budgets = np.array([budgets.tokens for budgets in known]).T
+
     def finish_prefill(self, cache: SqueezeCache) -> None:
-        """Turn what was measured into budgets, sequence by sequence, and cut the cache to them."""
+        """Turn what was measured into budgets, sequence by sequence, and cut the cache to them if it is not yet."""
         measured = torch.stack([values.cpu() for values in self._measured], dim=1).numpy() if self._measured else None
         self._measured = []
         if measured is not None and not np.isfinite(measured).all():
@@ -178,7 +185,7 @@ class SqueezedModel:
         cache.compress([budgets.tokens for budgets in allocated])
         self.similarities = measured
         self.classes = None if measured is None else np.array([budgets.classes for budgets in allocated])
-        self.budgets = np.array([budgets.tokens for budgets in allocated])
+        self.budgets = cache.budgets.T
         self.kv_bytes, self.state_bytes = cache.kv_bytes, cache.state_bytes
         self.notes = [list(budgets.notes) for budgets in allocated]
 
@@ -186,8 +193,10 @@ class SqueezedModel:
         cap = length + max_new_tokens
         if self.window is not None:
             cap = min(cap, self.window)
-        if similarities is None:
-            return Budgets([min(tokens, cap) for tokens in self.config.budgets or ()])
+        if self.config.budgets is not None:
+            return Budgets([min(tokens, cap) for tokens in self.config.budgets])
+        if similarities is None:  # not measured yet, and these budgets are the same whatever they will be
+            similarities = np.zeros(self.model.config.num_hidden_layers)
         if self.config.calibration is not None:
             tokens = self.config.calibration.budgets(self.config.share, length, cap, self.evictor.minimum_budget)
             return Budgets(tokens, classify(similarities))
@@ -303,7 +312,7 @@ def _begin(run: SqueezedModel, decoder, args, kwargs):
         cache.begin(tokens, batch, None)
     else:
         cache.begin(tokens, batch, kwargs.get("attention_mask"))
-        run._measured = []
+        run.begin_prefill(cache)
     # A mask that has four dimensions is handed through as it is; the patched attention does not look at it.
     return args, kwargs | {"attention_mask": inputs.new_zeros(1, 1, 1, 1)}
 
@@ -382,6 +391,8 @@ def _forward(
     if cache.compressed:
         return _decode(module, hidden_states, position_embeddings, cache.layers[module.layer_idx]), None
     queries, keys, values = _project(module, hidden_states, position_embeddings)
+    # A copy, where they are a part of a larger product that would stay in memory with them.
+    values = values.detach().contiguous()
     output, scores = attention.prefill(
         queries,
         keys,
@@ -392,8 +403,7 @@ def _forward(
         fused=run.config.attn != "eager",
         with_scores=run.evictor.needs_scores,
     )
-    # A copy of the values, where they are a part of a larger product that would stay in memory with them.
-    cache.layers[module.layer_idx].fill(keys.detach(), values.detach().contiguous(), scores)
+    cache.fill(module.layer_idx, keys.detach(), values, scores)
     return _output(module, output), None
 
 

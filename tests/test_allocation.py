@@ -71,6 +71,21 @@ def test_equal_fractions_are_uniform(values, ini, length):
     assert got.tokens == sorted(got.tokens, reverse=True), "ties go to the lower layer"
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    values=similarities,
+    allocation=st.sampled_from(["squeeze", "squeeze-log", "paper"]),
+    ini=fractions,
+    length=st.integers(1, 5000),
+    cap=st.integers(1, 5600),
+    minimum=st.integers(1, 5),
+)
+def test_equal_fractions_need_no_similarities(values, allocation, ini, length, cap, minimum):
+    """A bounded prefill asks for budgets before any similarity is known."""
+    measured, unknown = (run(v, allocation, ini, ini, length, cap, minimum) for v in (values, np.zeros(len(values))))
+    assert (measured.tokens, measured.notes) == (unknown.tokens, unknown.notes)
+
+
 def test_decimal_text_is_exact():
     assert sum(run(np.linspace(0.1, 0.9, 30), ini="0.03", class3="0.03", length=100, cap=200).tokens) == 90
     assert int(30 * 0.03 * 100) == 89, "what binary floating point would have given"
