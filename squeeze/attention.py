@@ -7,7 +7,7 @@ heads of one KV head are neighbours (grouped-query attention), so `heads = kv_he
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,6 +34,7 @@ def prefill(
     window: int | None,
     fused: bool,
     with_scores: bool,
+    past: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of left-padded prompts, one sequence after the other, so that no padding is ever attended.
 
@@ -42,36 +43,55 @@ def prefill(
         window: the model's own sliding window, or None: a query sees itself and the `window - 1` tokens before it.
         fused: use PyTorch's fused kernel; otherwise blocks of queries with a float32 softmax.
         with_scores: also accumulate attention probabilities, which needs the blocks.
+        past: of a prompt's later chunks, without scores: for each sequence the earlier tokens that are attended as
+            well, None where there are none. Keys and values `(kv_heads, past, head_dim)`, positions `(past,)`
+            ascending; the chunk follows on the last of them.
     Returns:
         output, shape of `queries` (zeros where there is padding), and scores summed over the queries and over the
         heads of each KV head, float32, `(batch, kv_heads, tokens)`; no elements without `with_scores`.
     """
     output = torch.zeros_like(queries)
     scores = torch.zeros(keys.shape[:3] if with_scores else 0, dtype=torch.float32, device=keys.device)
-    for row, length in enumerate(lengths):
+    for row, (length, earlier) in enumerate(zip(lengths, past or [None] * len(lengths), strict=True)):
+        if length == 0:  # a sequence that has not begun
+            continue
         q, k, v = (tensor[row, :, -length:] for tensor in (queries, keys, values))
+        positions = torch.arange(length, device=keys.device)
+        if earlier is not None:
+            k, v = torch.cat([earlier[0], k], dim=1), torch.cat([earlier[1], v], dim=1)
+            positions = torch.cat([earlier[2], earlier[2][-1] + 1 + positions])
         if fused and not with_scores:
-            output[row, :, -length:] = _fused(q, k, v, scale, window)
+            output[row, :, -length:] = _fused(q, k, v, positions, scale, window)
         else:
             row_scores = scores[row, :, -length:] if with_scores else None
-            output[row, :, -length:] = _blocks(q, k, v, scale, window, row_scores)
+            output[row, :, -length:] = _blocks(q, k, v, positions, scale, window, row_scores)
     return output, scores
 
 
 def _fused(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    window: int | None,
 ) -> torch.Tensor:
-    """One sequence with `scaled_dot_product_attention`; a window is walked in blocks that see just what they need."""
-    length = queries.shape[1]
+    """One sequence with `scaled_dot_product_attention`; a window is walked in blocks that see just what they need.
+
+    Args:
+        positions: of the keys, `(keys,)`, ascending; the last keys are the queries' own.
+    """
+    count, past = queries.shape[1], keys.shape[1] - queries.shape[1]
     q, k, v = queries[None], keys[None], values[None]
-    if window is None or window >= length:
+    if past == 0 and (window is None or window >= count):
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0]
     output = torch.empty_like(queries)
-    for start in range(0, length, window):
-        end, low = min(start + window, length), max(0, start - window + 1)
-        mask = ~_hidden(start, end, low, end, window, queries.device)
+    for start in range(0, count, window or count):
+        end = min(start + (window or count), count)
+        low, high = 0 if window is None else max(0, past + start - window + 1), past + end
+        mask = ~_hidden(positions[past + start : high], positions[low:high], window)
         block = scaled_dot_product_attention(
-            q[:, :, start:end], k[:, :, low:end], v[:, :, low:end], attn_mask=mask, scale=scale, enable_gqa=True
+            q[:, :, start:end], k[:, :, low:high], v[:, :, low:high], attn_mask=mask, scale=scale, enable_gqa=True
         )
         output[:, start:end] = block[0]
     return output
@@ -81,27 +101,30 @@ def _blocks(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    positions: torch.Tensor,
     scale: float,
     window: int | None,
     scores: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One sequence, some queries at a time in O(tokens) memory; adds column sums of probabilities to `scores`.
+    """`_fused`, some queries at a time in O(tokens) memory; adds column sums of probabilities to `scores`.
 
     All blocks share their memory: a new tensor for each costs the operating system more than the products cost.
     """
-    heads, length, _ = queries.shape
+    heads, count, _ = queries.shape
+    length = keys.shape[1]
+    past = length - count
     columns = length if window is None else min(length, window + BLOCK + 2 * COLUMNS)
-    rows = min(BLOCK, length)
+    rows = min(BLOCK, count)
     while rows > 1 and heads * rows * columns > LOGITS[queries.device.type]:
         rows //= 2
     memory = torch.empty(heads * rows * columns, dtype=torch.float32, device=queries.device)
     products = memory if queries.dtype == torch.float32 else torch.empty_like(memory, dtype=queries.dtype)
     grouped = queries.unflatten(0, (len(keys), -1))
     output = torch.empty_like(queries)
-    for start in range(0, length, rows):
-        end = min(start + rows, length)
-        high = min(-(-end // COLUMNS) * COLUMNS, length)
-        low = 0 if window is None else max(0, start - window + 1) // COLUMNS * COLUMNS
+    for start in range(0, count, rows):
+        end = min(start + rows, count)
+        high = min(-(-(past + end) // COLUMNS) * COLUMNS, length)
+        low = 0 if window is None else max(0, past + start - window + 1) // COLUMNS * COLUMNS
         block = grouped[:, :, start:end].flatten(1, 2) * scale
         shape = (*block.shape[:2], high - low)
         logits, weights = (tensor[: math.prod(shape)].view(shape) for tensor in (memory, products))
@@ -109,8 +132,8 @@ def _blocks(
         if weights.dtype != torch.float32:
             logits.copy_(weights)
         # Without a window only the last columns, the block's own tokens and later ones, can lie in the future.
-        first = low if window is not None else start
-        hidden = _hidden(start, end, first, high, window, logits.device)
+        first = low if window is not None else past + start
+        hidden = _hidden(positions[past + start : past + end], positions[first:high], window)
         logits.unflatten(1, (-1, end - start))[..., first - low :].masked_fill_(hidden, -torch.inf)
         probabilities = torch.softmax(logits, dim=-1, out=logits)
         if scores is not None:
@@ -122,12 +145,10 @@ def _blocks(
     return output
 
 
-def _hidden(start: int, end: int, low: int, high: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Which keys `low..high` the queries `start..end` must not see: `(end - start, high - low)`."""
-    query = torch.arange(start, end, device=device)[:, None]
-    key = torch.arange(low, high, device=device)
-    hidden = key > query
-    return hidden if window is None else hidden | (key <= query - window)
+def _hidden(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Which keys the queries must not see, both by their positions: `(queries, keys)`."""
+    hidden = keys > queries[:, None]
+    return hidden if window is None else hidden | (keys <= queries[:, None] - window)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ into one slot in place, and nothing is ever concatenated.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -90,6 +90,39 @@ class SqueezeLayer(CacheLayerMixin):
         self.keys, self.values, self.scores, self.held = keys, values, scores, held
         self.kernel = decode_kernel(keys.device, keys.dtype, scored)
 
+    def extend(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        seen: Sequence[int],
+        lengths: Sequence[int],
+        budgets: Sequence[int],
+    ) -> None:
+        """Keep what the budgets allow of a prompt's next chunk; for evictors that need no scores.
+
+        A token's slot is the same however long the prompt has become, so what stays needs not be moved.
+
+        Args:
+            keys, values: `(batch, kv_heads, tokens, head_dim)`, left-padded.
+            seen: tokens of each sequence that came before these.
+            lengths: tokens of each sequence, 0 where it has not begun.
+        """
+        for row, (before, length, budget) in enumerate(zip(seen, lengths, budgets, strict=True)):
+            position = self.evictor.keep(before + length, budget, self.scores)[0]  # of each slot
+            slots = (position >= before).nonzero()[:, 0]
+            index = position[slots] - before - length
+            self.keys[row][:, slots] = keys[row][:, index]
+            self.values[row][:, slots] = values[row][:, index]
+
+    def past(self, row: int, seen: int, budget: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What is kept of one sequence's first `seen` tokens, in their order.
+
+        Returns:
+            keys and values `(kv_heads, kept, head_dim)`, and positions `(kept,)`.
+        """
+        positions, slots = self.evictor.keep(seen, budget, self.scores)[0].sort()
+        return self.keys[row][:, slots], self.values[row][:, slots], positions.to(self.keys.device)
+
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Place a new token per sequence, `(batch, kv_heads, 1, head_dim)`; where there is no room, evict another."""
         batch, heads, _, head_dim = keys.shape
@@ -142,6 +175,7 @@ class SqueezeCache(Cache):
     Attributes:
         budgets: tokens, `(layers, batch)`; with no columns until they are known. Set between `begin` and the first
             layer's `fill`, they bound the prefill: no more than one layer holds the whole prompt at a time.
+        seen, lengths: of the prefill under way, tokens of each sequence before the present chunk, and in it.
     """
 
     def __init__(self, evictor: Evictor, layers: int, max_new_tokens: int, inv_freq: torch.Tensor):
@@ -149,6 +183,8 @@ class SqueezeCache(Cache):
         self.max_new_tokens = max_new_tokens
         self.inv_freq = inv_freq
         self.prompt_lengths: list[int] = []
+        self.seen: list[int] = []
+        self.lengths: list[int] = []
         self.budgets = np.empty((layers, 0), dtype=int)
         self.schedules: list[Schedule] = []
         self.padded_length = 0
@@ -174,6 +210,13 @@ class SqueezeCache(Cache):
         self.budgets = self.budgets[:, :0]
         self.padded_length = tokens
         self.prompt_lengths = _prompt_lengths(tokens, batch, attention_mask)
+        self.begin_chunk(0, tokens)
+
+    def begin_chunk(self, start: int, end: int) -> None:
+        """Take note of a chunk of the prefill, columns `start` to `end` of the left-padded prompts."""
+        padding = [self.padded_length - length for length in self.prompt_lengths]
+        self.seen = [max(start - columns, 0) for columns in padding]
+        self.lengths = [max(end - columns, 0) - seen for columns, seen in zip(padding, self.seen, strict=True)]
 
     def _begin_step(self) -> None:
         """Lengths are worked out on the host as well, so that a decode step never waits for its device."""
@@ -192,11 +235,19 @@ class SqueezeCache(Cache):
         self.steps += 1
 
     def fill(self, index: int, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> None:
-        """Give a layer the whole prompt, see `SqueezeLayer.fill`, and cut it at once if its budgets are known."""
+        """Give a layer the prompt or its next chunk, as `SqueezeLayer.fill`, and cut it if its budgets are known."""
         layer = self.layers[index]
+        if any(self.seen):
+            layer.extend(keys, values, self.seen, self.lengths, self.budgets[index].tolist())
+            return
         layer.fill(keys, values, scores)
         if self.budgets.size:
-            layer.compress(self.prompt_lengths, self.budgets[index].tolist())
+            layer.compress(self.lengths, self.budgets[index].tolist())
+
+    def past(self, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
+        """What a layer keeps of earlier chunks, see `SqueezeLayer.past`, sequence by sequence; None of nothing."""
+        for row, seen in enumerate(self.seen):
+            yield self.layers[index].past(row, seen, int(self.budgets[index, row])) if seen else None
 
     def compress(self, budgets: Sequence[Sequence[int]]) -> None:
         """Cut every layer to its budgets, `(batch, layers)` tokens, unless `fill` did; once, at the end of prefill."""

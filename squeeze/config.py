@@ -63,6 +63,13 @@ class SqueezeConfig:
             with a float32 softmax. H2O always uses the latter, since it needs the probabilities.
         compile: compile the decode step with `torch.compile`; the first steps take some seconds then.
         calibration: the loss curves of `calibrated`, from `squeeze.calibration.read_calibration`.
+        prefill_chunk: tokens of the prompt that are prefilled at a time; None: all of them. A sliding window or
+            StreamingLLM whose budgets do not depend on similarities then holds no layer's whole prompt: every chunk is
+            cut to the budgets before the next one comes. The cache ends up with the same tokens, but a chunk attends
+            to itself and to what was kept before it, at original positions, in place of everything. That is the same
+            result, up to rounding, where in every layer nothing was evicted before the last chunk (budget and
+            `prefill_chunk` together reach the prompt's length), or where what is kept besides the sinks reaches back
+            as far as the model's own attention window does; else it is another, cheaper method.
     Raises:
         InputError: a value is out of its range, or two exclude each other.
     """
@@ -76,6 +83,7 @@ class SqueezeConfig:
     attn: str = "auto"
     compile: bool = False
     calibration: Calibration | None = None
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.algorithm is not None:
@@ -84,6 +92,11 @@ class SqueezeConfig:
         _one_of("attn", self.attn, ATTENTIONS)
         if not isinstance(self.start_size, int) or self.start_size < 0:
             raise InputError(f"start_size must be a whole number of tokens, 0 or more, got {self.start_size}")
+        self._parse_sizes()
+        if self.prefill_chunk is not None:
+            self._check_prefill_chunk()
+
+    def _parse_sizes(self) -> None:
         if self.budgets is not None:
             if self.ini_size is not None or self.kv_class3 is not None:
                 raise InputError("budgets replaces ini_size and kv_class3: give one or the other")
@@ -108,6 +121,20 @@ class SqueezeConfig:
             raise InputError(f"KV_class3 must be in (0, ini_size = {float(ini_size):g}], got {self.kv_class3}")
         object.__setattr__(self, "ini_size", ini_size)
         object.__setattr__(self, "kv_class3", kv_class3)
+
+    def _check_prefill_chunk(self) -> None:
+        if not isinstance(self.prefill_chunk, int) or self.prefill_chunk < 1:
+            raise InputError(f"prefill_chunk must be a whole number of tokens, 1 or more, got {self.prefill_chunk}")
+        if self.algorithm == "h2o":
+            raise InputError(
+                "prefill_chunk cannot be used with h2o, which chooses tokens by the attention of the whole prompt: "
+                "leave it out, or take sliding_window or streaming"
+            )
+        if self.needs_similarities:
+            raise InputError(
+                "prefill_chunk needs budgets that are known before the prompt is read: "
+                f"make KV_class3 equal to ini_size ({float(self.fractions[0]):g}), or leave prefill_chunk out"
+            )
 
     @property
     def needs_similarities(self) -> bool:

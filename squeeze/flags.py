@@ -109,6 +109,12 @@ def pred_parser() -> Parser:
         "a C++ compiler on the CPU, Triton on a GPU, and a squeezed cache",
     )
     parser.add_argument(
+        "--prefill_chunk",
+        type=int,
+        help="prefill so many tokens at a time and evict after each, for sliding_window and streaming with KV_class3 "
+        "equal to ini_size: bounds memory further, but a chunk sees only what was kept before it (default: off)",
+    )
+    parser.add_argument(
         "--chat",
         action="store_true",
         help="put the prompt into the tokenizer's own chat template, for instruct models; as in LongBench, not for "
@@ -282,6 +288,8 @@ def config_from_flags(args: argparse.Namespace) -> SqueezeConfig | None:
                 raise InputError(f"--{flag} is for a squeezed cache, but the full cache was asked for ({why})")
         if getattr(args, "compile", False):
             raise InputError(f"--compile is for a squeezed cache, but the full cache was asked for ({why})")
+        if getattr(args, "prefill_chunk", None) is not None:
+            raise InputError(f"--prefill_chunk is for a squeezed cache, but the full cache was asked for ({why})")
         if getattr(args, "fidelity", False):
             raise InputError(f"--fidelity compares a squeezed cache with the full one, which was asked for ({why})")
         return None
@@ -296,6 +304,7 @@ def config_from_flags(args: argparse.Namespace) -> SqueezeConfig | None:
         start_size=args.start_size,
         attn=attn,
         compile=getattr(args, "compile", False),
+        prefill_chunk=getattr(args, "prefill_chunk", None),
     )
 
 

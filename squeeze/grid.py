@@ -23,7 +23,7 @@ from squeeze.flags import pred_parser
 AXES = ("model", "seed", "fidelity", "algorithm", "allocation", "ini_size", "KV_class3")
 
 #: Flags that a squeezed cache has and the full one has not.
-SQUEEZED = ("algorithm", "allocation", "ini_size", "KV_class3", "start_size", "compile", "fidelity")
+SQUEEZED = ("algorithm", "allocation", "ini_size", "KV_class3", "start_size", "compile", "prefill_chunk", "fidelity")
 
 #: What a sweep decides on by itself.
 OWN = ("help", "enable_squeeze", "overwrite")

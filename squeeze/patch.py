@@ -89,7 +89,7 @@ class SqueezedModel:
         self.shared_seconds = 0.0
         self._prefill: Prefill | None = None
         self._entering: torch.Tensor | None = None
-        self._lengths: list[int] = []
+        self._lengths: tuple[list[int], list[int]] = [], []
         self._measured: list[torch.Tensor] = []
 
     def use(self, config: SqueezeConfig) -> None:
@@ -168,13 +168,16 @@ class SqueezedModel:
     def begin_prefill(self, cache: SqueezeCache) -> None:
         """Tell the cache its budgets, where they are known already and no other configuration shares the prefill."""
         self._measured = []
-        if not (self.config.needs_similarities or self.share_prefills):
+        if not self.config.needs_similarities and (self.config.prefill_chunk or not self.share_prefills):
             known = [self._allocate(None, length, cache.max_new_tokens) for length in cache.prompt_lengths]
             cache.budgets = np.array([budgets.tokens for budgets in known]).T
 
     def finish_prefill(self, cache: SqueezeCache) -> None:
         """Turn what was measured into budgets, sequence by sequence, and cut the cache to them if it is not yet."""
-        measured = torch.stack([values.cpu() for values in self._measured], dim=1).numpy() if self._measured else None
+        measured = None
+        if self._measured:
+            by_chunk = torch.stack([values.cpu() for values in self._measured]).unflatten(0, (-1, len(cache.layers)))
+            measured = by_chunk.sum(dim=0).T.numpy()
         self._measured = []
         if measured is not None and not np.isfinite(measured).all():
             raise InputError(f"the model's hidden states are not finite in {self.model.dtype}: use another dtype")
@@ -284,7 +287,10 @@ def _prepare_cache(run: SqueezedModel, generation_config, model_kwargs, generati
         )
     for name in ("prefill_chunk_size", "cache_implementation"):
         if getattr(generation_config, name) is not None:
-            raise ValueError(f"{name} cannot be combined with a squeezed cache, which takes the prompt in one piece")
+            raise ValueError(
+                f"{name} cannot be combined with a squeezed cache, which takes the prompt in one piece, or in the "
+                "chunks of SqueezeConfig(prefill_chunk=...)"
+            )
     if generation_config.use_cache is False:
         raise ValueError("use_cache=False leaves nothing to squeeze: generate outside `with squeezed(...)`")
     if cache is None:
@@ -320,6 +326,9 @@ def _begin(run: SqueezedModel, decoder, args, kwargs):
 def _decoder_forward(run: SqueezedModel, original, *args, **kwargs):
     """Stands in for the decoder's forward pass: a prefill that was done already is not done again."""
     cache, inputs = _squeeze_cache(kwargs), args[0] if args else kwargs.get("input_ids")
+    if cache is not None and not cache.compressed and run.config.prefill_chunk is not None:
+        run.shared_seconds = 0.0
+        return _prefill_in_chunks(original, cache, run.config.prefill_chunk, **kwargs | {"input_ids": inputs})
     if cache is None or cache.compressed or not run.share_prefills or inputs is None:
         return original(*args, **kwargs)
     way = (run.evictor.needs_scores, run.config.attn)
@@ -345,6 +354,26 @@ def _decoder_forward(run: SqueezedModel, original, *args, **kwargs):
     return BaseModelOutputWithPast(last_hidden_state=known.states, past_key_values=cache)
 
 
+def _prefill_in_chunks(
+    original, cache: SqueezeCache, size: int, input_ids=None, inputs_embeds=None, position_ids=None, **kwargs
+) -> BaseModelOutputWithPast:
+    """The decoder's forward pass over a prompt, `size` columns at a time.
+
+    Counted from the end, where left-padded prompts meet: so the chunks of a prompt do not depend on its batch.
+    """
+    inputs, name = (input_ids, "input_ids") if inputs_embeds is None else (inputs_embeds, "inputs_embeds")
+    tokens = inputs.shape[1]
+    if position_ids is None:
+        position_ids = torch.arange(tokens, device=inputs.device)[None]
+    states = []
+    for end in range((tokens - 1) % size + 1, tokens + 1, size):
+        start = max(end - size, 0)
+        cache.begin_chunk(start, end)
+        chunk = {name: inputs[:, start:end], "position_ids": position_ids[:, start:end]}
+        states.append(original(**kwargs, **chunk).last_hidden_state)
+    return BaseModelOutputWithPast(last_hidden_state=torch.cat(states, dim=1), past_key_values=cache)
+
+
 def _end(run: SqueezedModel, decoder, args, kwargs, output):
     """After the decoder: count the step, or, after the prefill, cut the cache to its budgets."""
     cache = _squeeze_cache(kwargs)
@@ -358,13 +387,13 @@ def _enter(run: SqueezedModel, layer, args, kwargs):
     run._entering = None
     if cache is not None and not cache.compressed and run.config.budgets is None:
         run._entering = args[0] if args else kwargs["hidden_states"]
-        run._lengths = cache.prompt_lengths
+        run._lengths = cache.lengths, cache.prompt_lengths
 
 
 def _mix(run: SqueezedModel, norm, args):
     """Before the post-attention norm: its input is the stream after self-attention."""
     if run._entering is not None:
-        run._measured.append(similarity(run._entering, args[0], run._lengths))
+        run._measured.append(similarity(run._entering, args[0], *run._lengths))
         run._entering = None
 
 
@@ -397,11 +426,12 @@ def _forward(
         queries,
         keys,
         values,
-        lengths=cache.prompt_lengths,
+        lengths=cache.lengths,
         scale=module.scaling,
         window=run.window,
         fused=run.config.attn != "eager",
         with_scores=run.evictor.needs_scores,
+        past=cache.past(module.layer_idx),
     )
     cache.fill(module.layer_idx, keys.detach(), values, scores)
     return _output(module, output), None

@@ -51,9 +51,13 @@ class Reference:
         return self.model.lm_head(self.model.model.norm(stream[-1]))
 
     @torch.no_grad()
-    def prefill(self, tokens):
-        """Full causal attention over the prompt; returns the last position's logits."""
+    def prefill(self, tokens, chunk=None):
+        """Full causal attention over the prompt; returns the last position's logits.
+
+        With `chunk`, tokens that the budget would not have kept at a chunk's start are hidden from its queries.
+        """
         count = len(tokens)
+        starts = list(range(count - chunk, 0, -chunk)) if chunk else []
         positions = torch.arange(count)
         hidden = positions[None, :] > positions[:, None]
         if self.window is not None:
@@ -64,16 +68,18 @@ class Reference:
             self.keys[i], self.values[i] = k, v
             q, k = self.rope(q, positions), self.rope(k, positions)
             attended = torch.empty_like(q)
+            unseen = hidden.clone()
+            for start in starts:
+                gone = set(range(start)) - set(self.survivors(i, 0, start))
+                unseen[start:, sorted(gone)] = True
             for head in range(self.heads):
                 kv = head // (self.heads // self.kv_heads)
-                weights = (q[head] @ k[kv].T / self.head_dim**0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+                weights = (q[head] @ k[kv].T / self.head_dim**0.5).masked_fill(unseen, -torch.inf).softmax(-1)
                 attended[head] = weights @ v[kv]
                 for position, score in enumerate(weights.sum(0).tolist()):
                     self.scores[i][kv][position] = self.scores[i][kv].get(position, 0.0) + score
             for kv in range(self.kv_heads):
-                self.kept[i][kv] = list(range(count))
-                if count > self.budgets[i]:
-                    self.kept[i][kv] = self.survivors(i, kv, count)
+                self.kept[i][kv] = self.survivors(i, kv, count)
             stream = self.finish(layer, stream, attended)
         self.seen = count
         return self.logits(stream)
@@ -81,6 +87,8 @@ class Reference:
     def survivors(self, i, kv, count):
         """What a prompt of `count` tokens leaves in the cache."""
         budget = self.budgets[i]
+        if count <= budget:
+            return list(range(count))
         if self.algorithm == "sliding_window":
             return list(range(count))[-budget:]
         if self.algorithm == "streaming":

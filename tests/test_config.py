@@ -27,6 +27,10 @@ from squeeze.config import InputError, SqueezeConfig, parse_fraction
         ({"algorithm": "lru", "ini_size": 1, "kv_class3": 1}, "algorithm must be one of .* got lru"),
         ({"allocation": "even", "ini_size": 1, "kv_class3": 1}, "allocation must be one of .* got even"),
         ({"attn": "fast", "ini_size": 1, "kv_class3": 1}, "attn must be one of .* got fast"),
+        ({"prefill_chunk": 0, "budgets": [9]}, "prefill_chunk must be a whole number of tokens, 1 or more, got 0"),
+        ({"prefill_chunk": 2.5, "ini_size": 1, "kv_class3": 1}, "prefill_chunk must be .* got 2.5"),
+        ({"prefill_chunk": 9, "algorithm": "h2o", "budgets": [9]}, "prefill_chunk cannot be used with h2o"),
+        ({"prefill_chunk": 9, "ini_size": "0.3", "kv_class3": "0.2"}, r"make KV_class3 equal to ini_size \(0.3\)"),
         ({"start_size": -1, "ini_size": 1, "kv_class3": 1}, "start_size must be .* got -1"),
     ],
 )

@@ -28,7 +28,7 @@ def compare(model, prompt, config):
         logits = model(prompt[None], past_key_values=cache, logits_to_keep=1).logits[0, -1]
         budgets = run.budgets[0].tolist()
         reference = Reference(model, run.config.algorithm, budgets, config.start_size)
-        expected = reference.prefill(prompt)
+        expected = reference.prefill(prompt, config.prefill_chunk)
         assert min(budgets) < len(prompt) + STEPS - 8, "eviction must start"
         for step in range(STEPS):
             difference = (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max().item()

@@ -17,8 +17,11 @@ from squeeze.flags import (
     pred_parser,
     run_command,
 )
+from squeeze.runs import cache_settings
 
 SIZES = ["--enable_squeeze", "--ini_size", "0.2", "--KV_class3", "0.1"]
+
+UNIFORM = ["--enable_squeeze", "--ini_size", "0.2", "--KV_class3", "0.2"]
 
 
 def read(*flags):
@@ -62,6 +65,11 @@ def test_start_token_is_start_size():
     assert read(*SIZES, "--start_token", "7")[1].start_size == 7
 
 
+def test_chunks_are_a_setting_of_the_run_that_has_them():
+    assert cache_settings(read(*UNIFORM, "--prefill_chunk", "64")[1])["prefill_chunk"] == 64
+    assert "prefill_chunk" not in cache_settings(read(*UNIFORM)[1])
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -82,6 +90,10 @@ def test_start_token_is_start_size():
         ([*SIZES, "--allocation", "even"], "--allocation must be one of"),
         ([*SIZES, "--attn", "flash_attention_2"], "full cache only"),
         (["--compile"], "--compile is for a squeezed cache"),
+        (["--prefill_chunk", "64"], "--prefill_chunk is for a squeezed cache"),
+        ([*UNIFORM, "--prefill_chunk", "0"], "prefill_chunk must be a whole number of tokens, 1 or more, got 0"),
+        ([*UNIFORM, "--prefill_chunk", "64", "--algorithm", "h2o"], "prefill_chunk cannot be used with h2o"),
+        ([*SIZES, "--prefill_chunk", "64"], "make KV_class3 equal to ini_size (0.2), or leave prefill_chunk out"),
         ([*SIZES, "--compile", "--device_map", "auto"], "--compile needs the model on one device"),
         ([*SIZES, "--start_size", "-1"], "start_size"),
         ([*SIZES, "--start_size", "four"], "--start_size"),
