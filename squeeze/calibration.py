@@ -45,10 +45,9 @@ class Calibration:
     source: str
     sha256: str
 
-    def budgets(self, ini_size: Fraction, length: int, cap: int, minimum: int) -> list[int]:
-        """Budgets of one prompt of `length` tokens, see `squeeze.curves.budgets`."""
-        found = curves.between([float(share) for share in self.shares], self.losses, ini_size)
-        return curves.budgets(self.multiples, found, ini_size, length, cap, minimum)
+    def at(self, ini_size: Fraction) -> np.ndarray:
+        """The curves at a total size, `(layers, multiples)`, see `squeeze.curves.between`."""
+        return curves.between([float(share) for share in self.shares], self.losses, ini_size)
 
     def check(self, algorithm: str, start_size: int, layers: int, model: dict[str, Any] | None = None) -> None:
         """Raises InputError unless the curves are those of this eviction method and, where it is given, this model."""

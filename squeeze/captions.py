@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from squeeze.calibration import Calibration
 from squeeze.layer_figures import MANY_PROMPTS
 from squeeze.results import shown_score
 
@@ -136,6 +138,19 @@ def budgets(layers: pd.DataFrame, run: Any) -> str:
         f"{classes.size} prompts, coloured by the layer's most frequent class; a thin line shows the range where it "
         "moves. "
         f"The prompts have {varied} classes. Mean over layers: {100 * share:.1f}% of the prompt."
+    )
+
+
+def losses(found: np.ndarray, curves: Calibration, run: Any) -> str:
+    """What a model's loss curves show."""
+    multiples = [float(one) for one in curves.multiples]
+    least = (found[:, 0] - found[:, multiples.index(1)]).astype(float)
+    most = ", ".join(str(layer) for layer in np.argsort(-least, kind="stable")[:3])
+    return (
+        f"{run.algorithm}: KL divergence from the full cache where one layer alone keeps more or less and all others "
+        f"keep {100 * run.ini_size:g}% of the prompt, less that of {100 * run.ini_size:g}% everywhere; "
+        f"python -m squeeze.calibrate measured it ({curves.source}). Cutting to {multiples[0]:g} of that costs "
+        f"the most in layers {most}. Budgets follow how fast a layer's loss falls with every token that it gets."
     )
 
 

@@ -12,10 +12,10 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from transformers.generation import LogitsProcessorList
 
 from squeeze.batching import Work
-from squeeze.patch import SqueezedModel
 from squeeze.predict import Options, Prompt, generate, greedy, stop_tokens
 from squeeze.request_files import Decoding, Requests
 from squeeze.sampling import generator, sampler
+from squeeze.squeezed_model import SqueezedModel
 from squeeze.stopping import StopStrings, cut, pieces
 
 

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from squeeze.calibration import Calibration
 
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
-ALLOCATIONS = ("squeeze", "squeeze-log", "paper", "calibrated")
+ALLOCATIONS = ("squeeze", "squeeze-log", "paper", "calibrated", "measured")
+
+#: Those that make budgets from loss curves, and take no `KV_class3`.
+BY_LOSS = ("calibrated", "measured")
 ATTENTIONS = ("auto", "sdpa", "eager")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -56,7 +59,8 @@ class SqueezeConfig:
         ini_size: initial budget of every layer, as a fraction of the prompt's tokens, in (0, 1].
         kv_class3: budget of the layers in class 3, as a fraction of the prompt's tokens, in (0, `ini_size`].
         allocation: how similarities become budgets: `squeeze`, `squeeze-log` or `paper` (see `squeeze.allocation`); or
-            `calibrated`, by loss curves and without `kv_class3` (see `squeeze.calibration`).
+            `calibrated` or `measured`, by loss curves and without `kv_class3`: of a file (see `squeeze.calibration`),
+            or measured on each prompt's own last tokens, which costs several prefills (see `squeeze.loss_curves`).
         budgets: tokens, one entry a layer, in place of `ini_size` and `kv_class3`.
         start_size: sink tokens that StreamingLLM never evicts.
         attn: prefill attention; `auto` and `sdpa` use PyTorch's fused kernel, `eager` explicit blocks of queries
@@ -105,11 +109,14 @@ class SqueezeConfig:
                 raise InputError(f"budgets must be whole numbers of tokens, got {list(budgets)}")
             object.__setattr__(self, "budgets", tuple(int(tokens) for tokens in budgets))
             return
-        if self.allocation == "calibrated":
+        if self.allocation in BY_LOSS:
             if self.kv_class3 is not None:
-                raise InputError("KV_class3 is not for the allocation calibrated, whose budgets come from loss curves")
+                raise InputError(
+                    f"KV_class3 is not for the allocation {self.allocation}, whose budgets come from loss curves: "
+                    "leave it out"
+                )
             if self.ini_size is None:
-                raise InputError("ini_size is missing: the allocation calibrated needs it")
+                raise InputError(f"ini_size is missing: the allocation {self.allocation} needs it")
             object.__setattr__(self, "ini_size", _size(self.ini_size))
             return
         if self.ini_size is None or self.kv_class3 is None:
@@ -130,6 +137,11 @@ class SqueezeConfig:
                 "prefill_chunk cannot be used with h2o, which chooses tokens by the attention of the whole prompt: "
                 "leave it out, or take sliding_window or streaming"
             )
+        if self.allocation == "measured":
+            raise InputError(
+                "prefill_chunk cannot be used with the allocation measured, which prefills the whole prompt: "
+                "leave it out, or take the allocation calibrated"
+            )
         if self.needs_similarities:
             raise InputError(
                 "prefill_chunk needs budgets that are known before the prompt is read: "
@@ -139,7 +151,7 @@ class SqueezeConfig:
     @property
     def needs_similarities(self) -> bool:
         """Whether budgets follow from similarities, which are not known before the end of the prefill."""
-        if self.budgets is not None or self.allocation == "calibrated":
+        if self.budgets is not None or self.allocation in BY_LOSS:
             return False
         ini_size, kv_class3 = self.fractions
         return kv_class3 < ini_size

@@ -16,10 +16,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from squeeze.batching import Work
 from squeeze.longbench import Data
-from squeeze.patch import SqueezedModel
 from squeeze.predict import Options, Prompt, full_cache_bytes, pad_left, stop_tokens
 from squeeze.request_files import Requests
 from squeeze.scoring import interval
+from squeeze.squeezed_model import SqueezedModel
 from squeeze.stopping import StopStrings
 
 #: A line of the published file: means over the tokens compared, and how many those are.

@@ -24,6 +24,7 @@ SERIES = {
     "squeeze-log": ("#009E73", "^", "-."),
     "paper": ("#CC79A7", "D", ":"),
     "calibrated": ("#D55E00", "v", "-"),
+    "measured": ("#000000", "P", ":"),
 }
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS, LINES = "os^Dv<>P", ("-", "--", "-.", ":")

@@ -206,7 +206,8 @@ def add_cache_flags(parser: Parser) -> None:
         "--allocation",
         help="how classes become budgets: squeeze (default; keeps the total to the token), squeeze-log (classes on a "
         "log scale), paper (the published formula to the letter, which can lose part of the total); or calibrated, "
-        "without --KV_class3, from the loss curves that python -m squeeze.calibrate measures once",
+        "without --KV_class3, from the loss curves that python -m squeeze.calibrate measures once; or measured, the "
+        "same from curves of each prompt's own last tokens, for studies: it costs several prefills",
     )
     parser.add_argument(
         "--start_size",

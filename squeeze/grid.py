@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from squeeze.config import InputError
+from squeeze.config import BY_LOSS, InputError
 from squeeze.files import read_bytes
 from squeeze.flags import pred_parser
 
@@ -132,7 +132,7 @@ def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[
                     for ini_size in (plain(number("ini_size", text)) for text in values["ini_size"]):
                         yield some | {"ini_size": ini_size, "KV_class3": ini_size}
                         for allocation in values.get("allocation") or ["squeeze"]:
-                            if allocation == "calibrated":
+                            if allocation in BY_LOSS:
                                 yield some | {"allocation": allocation, "ini_size": ini_size}
                                 continue
                             more = {"allocation": allocation} if allocation != "squeeze" else {}

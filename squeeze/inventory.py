@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from squeeze.config import InputError
+from squeeze.config import BY_LOSS, InputError
 from squeeze.files import read_object
 from squeeze.request_files import HELM_TASKS
 
@@ -129,7 +129,7 @@ def _missing(entry: Entry) -> str | None:
         names |= {"kv_bytes": int | float, "tokens_per_second": int | float}
     if entry.settings.get("cache") != "full":
         names |= {"algorithm": str, "allocation": str, "ini_size": int | float}
-        if entry.settings.get("allocation") != "calibrated":
+        if entry.settings.get("allocation") not in BY_LOSS:
             names |= {"KV_class3": int | float}
     said = entry.summary | entry.settings
     for name, kind in names.items():

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from squeeze.batching import Work
-    from squeeze.patch import SqueezedModel
     from squeeze.predict import Options, Prompt
+    from squeeze.squeezed_model import SqueezedModel
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from squeeze import calibration
 from squeeze.config import InputError
-from squeeze.files import parse_jsonl, read_bytes
+from squeeze.files import parse_jsonl, read_bytes, read_object
 from squeeze.results import GROUP
 
 
@@ -50,4 +51,20 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
             raise InputError(f"{path} line {number} {said}: {json.dumps(stats)[:60]}") from None
     found = pd.DataFrame(rows)
     found["similarity"] = found["similarity"].astype(float)
+    return found
+
+
+def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibration:
+    """The loss curves that a run with the allocation `calibrated` was made from.
+
+    Args:
+        folder: the run's.
+        name: the model's name.
+    Raises:
+        InputError: they are not there any more.
+    """
+    place = calibration.place(name, algorithm)
+    found = calibration.read_calibration(place) if place.exists() else None
+    if found is None or found.sha256 != read_object(folder / "run.json")["settings"].get("calibration"):
+        raise InputError(f"{folder} was made from loss curves that are not in {place} any more")
     return found

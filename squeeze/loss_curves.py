@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import torch
 
 from squeeze.config import InputError
-from squeeze.patch import Prefill, SqueezedModel
+
+if TYPE_CHECKING:
+    from squeeze.squeezed_model import Prefill, SqueezedModel
 
 #: Tokens at a prompt's end that are held out.
 TAIL = 48
@@ -28,13 +31,16 @@ LAYERS_AT_ONCE = 5
 
 def cost(length: int, shares: int, layers: int) -> int:
     """Tokens that `measure` runs on a prompt of `length` tokens."""
-    rows = 1 + shares * (1 + layers * (len(MULTIPLES) - 1))
-    return length - TAIL + TAIL * rows
+    rows = shares * (1 + layers * (len(MULTIPLES) - 1))
+    return length + (length - TAIL) + TAIL * rows
 
 
 @torch.inference_mode()
 def measure(
-    run: SqueezedModel, prompt: torch.Tensor, shares: Sequence[Fraction], advance: Callable[[int], object]
+    run: SqueezedModel,
+    prompt: torch.Tensor,
+    shares: Sequence[Fraction],
+    advance: Callable[[int], object] = lambda tokens: None,
 ) -> list[list[list[float]]]:
     """Loss curves of all layers on one prompt.
 
@@ -50,12 +56,15 @@ def measure(
     """
     if len(prompt) < 4 * TAIL:
         raise InputError(
-            f"a prompt of {len(prompt)} tokens is too short to calibrate on: it must have {4 * TAIL}, {TAIL} of them "
-            "held out"
+            f"a prompt of {len(prompt)} tokens is too short to measure loss curves on: it must have {4 * TAIL}, "
+            f"{TAIL} of them held out; take longer ones, or an allocation that need not measure on this prompt"
         )
     layers, length = run.model.config.num_hidden_layers, len(prompt) - TAIL
+    most = min(len(prompt), run.window or len(prompt))
     held = run.prefill(prompt[None, :length])
-    advance(length)
+    prompt = prompt.to(held.inputs.device)
+    full = run.model(prompt[None], use_cache=False, logits_to_keep=TAIL).logits[0].float().log_softmax(dim=-1)
+    advance(length + len(prompt))
 
     def losses(budgets: list[list[int]]) -> list[float]:
         found = torch.zeros(len(budgets))
@@ -65,10 +74,8 @@ def measure(
         return (found / TAIL).tolist()
 
     def tokens(size: Fraction) -> int:
-        return min(max(int(size * length), run.evictor.minimum_budget), length + TAIL)
+        return min(max(int(size * length), run.evictor.minimum_budget), most)
 
-    full = list(_logprobs(run, held, [[length + TAIL] * layers], prompt[length:]))
-    advance(TAIL)
     curves = []
     for share in shares:
         uniform = [tokens(share)] * layers
@@ -94,7 +101,7 @@ def _logprobs(
 ) -> Iterator[torch.Tensor]:
     """Log-probabilities after each token of the tail, `(batch, vocabulary)`, with each row's budgets."""
     cache = run.fork(held, budgets, len(tail))
-    for position, token in enumerate(tail.to(held.inputs.device), start=held.inputs.shape[1]):
+    for position, token in enumerate(tail, start=held.inputs.shape[1]):
         output = run.model(
             token.expand(len(budgets), 1),
             position_ids=torch.full((len(budgets), 1), position, device=token.device),

@@ -26,6 +26,7 @@ class Total:
         prompt_tokens: of those samples.
         prefilled: those tokens where prompts that runs share are counted once.
         new_tokens: the most that can come out.
+        measured: tokens to run for loss curves, of the allocation `measured`.
         prefill_bytes: the most keys and values that a prefill holds.
     """
 
@@ -33,6 +34,7 @@ class Total:
     prompt_tokens: int = 0
     prefilled: int = 0
     new_tokens: int = 0
+    measured: int = 0
     prefill_bytes: int = 0
 
 
@@ -52,6 +54,8 @@ def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
         f"at most {total.new_tokens:,} new tokens; {total.prefill_bytes / 1e6:,.1f} MB of keys and values in the "
         "largest prefill.",
     ]
+    if total.measured:
+        said.append(f"To measure loss curves on the prompts, {total.measured:,} more tokens are run.")
     return "\n".join(said)
 
 
@@ -71,10 +75,12 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
             for way in _prefills(one.job):
                 shared.setdefault(way, set()).update(missing)
             tokens = sum(len(prompts[index].tokens) for index in missing) * len(_prefills(one.job))
+            measured = _measuring(one.job, [len(prompts[index].tokens) for index in missing])
             new = sum(prompts[index].settings["max_new_tokens"] for index in missing)
             kept, full = _most_bytes(one.job, prompts[: samples.total])
             total.samples += len(missing)
             total.prompt_tokens += tokens
+            total.measured += measured
             total.new_tokens += new
             if missing:
                 total.prefill_bytes = max(total.prefill_bytes, full)
@@ -89,8 +95,22 @@ def _prefills(job: Job) -> list[Any]:
     """The ways in which a run prefills a prompt; runs share those that are equal."""
     if job.config is None:
         return [job.place]  # transformers' own, which is not shared
-    squeezed = ("squeezed", job.config.algorithm == "h2o", job.config.attn)
+    squeezed: Any = ("squeezed", job.config.algorithm == "h2o", job.config.attn)
+    if job.config.prefill_chunk is not None:
+        squeezed = "in chunks", job.place  # what a chunk attends to depends on the budgets
     return [squeezed, job.place] if job.args.fidelity else [squeezed]
+
+
+def _measuring(job: Job, lengths: Sequence[int]) -> int:
+    """Tokens that are run for the loss curves of prompts of these lengths."""
+    from transformers import AutoConfig
+
+    from squeeze import loss_curves
+
+    if job.config is None or job.config.allocation != "measured":
+        return 0
+    layers = AutoConfig.from_pretrained(job.model).num_hidden_layers
+    return sum(loss_curves.cost(length, 1, layers) for length in lengths)
 
 
 def _most_bytes(job: Job, prompts: Sequence[Prompt]) -> tuple[int, int]:
@@ -108,7 +128,11 @@ def _most_bytes(job: Job, prompts: Sequence[Prompt]) -> tuple[int, int]:
         held = full_cache_bytes(config, length + prompts[batch[0]].settings["max_new_tokens"], job.dtype)
         if job.config is not None:
             held = min(held, math.ceil(job.config.share * length) * token)
-        kept, full = max(kept, len(batch) * held), max(full, len(batch) * length * token)
+        prefill = length * token
+        if job.config is not None and job.config.prefill_chunk is not None and not job.args.fidelity:
+            one_layer = token // config.num_hidden_layers
+            prefill = min(prefill, held + one_layer * min(job.config.prefill_chunk, length))
+        kept, full = max(kept, len(batch) * held), max(full, len(batch) * prefill)
     return kept, full
 
 

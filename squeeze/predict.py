@@ -18,10 +18,10 @@ from squeeze.clock import now
 from squeeze.config import InputError
 from squeeze.distributed import ALONE, Ranks
 from squeeze.longbench import Data, build_prompt
-from squeeze.patch import SqueezedModel
 from squeeze.prompting import clean, encode_prompt, generation_settings
 from squeeze.request_files import Requests
 from squeeze.sampling import generator, sampler
+from squeeze.squeezed_model import SqueezedModel
 from squeeze.stopping import StopStrings
 
 

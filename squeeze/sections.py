@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from squeeze import captions, figures, layer_figures, results
-from squeeze.config import InputError
-from squeeze.layers import chosen, parse_layers
+from squeeze.config import InputError, parse_fraction
+from squeeze.layers import chosen, curves_of, parse_layers
 from squeeze.page_parts import Cell, Names, Plot, Section, Sections, Table, heading, label_of, panel_name
 from squeeze.results import GROUP, Results
 
@@ -132,6 +132,18 @@ def layers(found: Results, names: Names, problems: list[str]) -> Section | None:
             budgets.append(
                 Plot(panel_name(names, "budgets", run, run.allocation), figure, captions.budgets(measured, run))
             )
+            if run.allocation == "calibrated":
+                try:
+                    curves = curves_of(Path(run.folder), run.model, run.algorithm)
+                except InputError as error:
+                    made.notes.append(str(error))
+                    continue
+                losses = curves.at(parse_fraction("ini_size", run.ini_size))
+                title = heading(run, "loss curves", run.algorithm)
+                figure = layer_figures.loss_lines(
+                    losses, [float(one) for one in curves.multiples], run.ini_size, title
+                )
+                budgets.append(Plot(panel_name(names, "losses", run), figure, captions.losses(losses, curves, run)))
         if budgets and not mapped:
             made.notes.append(captions.no_similarities(group.iloc[0]))
         made.plots += budgets

@@ -204,5 +204,5 @@ def test_bad_flags_are_a_sentence(place, flags, said):
 
 def test_a_prompt_that_is_too_short_is_a_sentence(place):
     save_rows(place / "data", count=1, context="short")
-    with pytest.raises(InputError, match="is too short to calibrate on"):
+    with pytest.raises(InputError, match="is too short to measure loss curves on"):
         measure()

@@ -4,6 +4,7 @@ import pytest
 
 import modify_transformers
 from squeeze import compatibility, patch
+from squeeze.allocation import Budgets
 
 
 def test_this_environment_passes(capsys):
@@ -40,6 +41,6 @@ def test_a_broken_environment_fails_on_its_line(monkeypatch, capsys, break_it, l
     assert "pip install" in advice
 
 
-def whole(run, similarities, length, max_new_tokens):
+def whole(run, row, similarities, length, max_new_tokens):
     """An allocation that gives every layer room for all tokens."""
-    return patch.Budgets([length + max_new_tokens] * 4)
+    return Budgets([length + max_new_tokens] * 4)
