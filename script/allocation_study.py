@@ -2,10 +2,15 @@
 
     python script/allocation_study.py run --data_dir DIR --datasets lcc,samsum --requests FILE --out study.jsonl
     python script/allocation_study.py show study.jsonl
+    python script/allocation_study.py pairs pred_Long pred_xsum
 
-Every way gives budgets of the same total. The full cache answers greedily, up to 64 tokens; each cut cache is fed that
-answer, and the mean KL divergence of its next-token distributions from the full cache's is a line of the file. What is
-there is not run again. Needs the samples that python -m squeeze.calibrate leaves in calibration/MODEL/ALGORITHM.
+`pairs` takes runs of pred.py --fidelity: for every method and size, the mean over tasks of the KL divergence from the
+full cache, and its difference from uniform budgets on the same samples with a 95% interval (bootstrap within tasks).
+
+`run` and `show` compare more than pred.py has. Every way gives budgets of the same total. The full cache answers
+greedily, up to 64 tokens; each cut cache is fed that answer, and the mean KL divergence of its next-token
+distributions from the full cache's is a line of the file. What is there is not run again. Needs the samples that
+python -m squeeze.calibrate leaves in calibration/MODEL/ALGORITHM.
 """
 
 import argparse
@@ -20,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from squeeze import SqueezeConfig, curves, fidelity, loading, models, predict, squeezed
+from squeeze import SqueezeConfig, curves, fidelity, inventory, loading, models, predict, squeezed
 from squeeze.allocation import allocate
 from squeeze.evictors import make_evictor
 from squeeze.longbench import load_data
@@ -181,6 +186,48 @@ def show(args):
         print(table(["way", "ratio", *(name for size in SIZES for name in (size, f"{size} less uniform"))], lines))
 
 
+def pairs(args):
+    """The table of runs of `pred.py --fidelity`."""
+    found = inventory.find(args.runs)
+    for problem in found.problems:
+        print(f"left out: {problem}")
+    kl = {}
+    for entry in found.entries:
+        if entry.fidelity:
+            told = inventory.describe(entry.settings, entry.summary)
+            rows = [json.loads(line) for line in (entry.folder / f"{entry.dataset}.jsonl").read_text().splitlines()]
+            group = kl.setdefault((told["algorithm"], told["ini_size"]), {})
+            group.setdefault(told["allocation"], {})[entry.dataset] = [row["kl"] for row in rows]
+    lines = []
+    for (algorithm, size), group in kl.items():
+        for allocation, tasks in group.items():
+            means, differences = [], []
+            for task, values in tasks.items():
+                both = [
+                    (mine, other)
+                    for mine, other in zip(values, group["uniform"][task], strict=True)
+                    if mine is not None and other is not None
+                ]
+                means.append(statistics.fmean(mine for mine, _ in both))
+                differences.append([mine - other for mine, other in both])
+            mean, low, high = over_tasks(differences)
+            line = {"algorithm": algorithm, "ini_size": size, "allocation": allocation}
+            line |= {"KL": f"{statistics.fmean(means):.4f}", "less uniform": f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"}
+            line |= {"closer on": f"{sum(one < 0 for task in differences for one in task)}"}
+            line |= {"samples": str(sum(map(len, differences)))}
+            lines.append(line | {task: f"{one:.4f}" for task, one in zip(tasks, means, strict=True)})
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    print(table(columns, [dict.fromkeys(columns, "-") | line for line in lines]))
+
+
+def over_tasks(differences):
+    """Mean of the tasks' means, and its 95% bootstrap interval over the samples within each task."""
+    rng = np.random.default_rng(0)
+    resampled = sum(rng.choice(np.array(one), (10_000, len(one))).mean(axis=1) for one in differences)
+    low, high = np.percentile(resampled / len(differences), [2.5, 97.5])
+    return statistics.fmean(map(statistics.fmean, differences)), low, high
+
+
 def key(one):
     return one["algorithm"], one["size"], one["way"]
 
@@ -204,6 +251,9 @@ def main():
     showing.add_argument("out", type=Path)
     showing.add_argument("--datasets", default="", help="of these only")
     showing.set_defaults(do=show)
+    pairing = commands.add_parser("pairs")
+    pairing.add_argument("runs", nargs="+", type=Path)
+    pairing.set_defaults(do=pairs)
     args = parser.parse_args()
     args.do(args)
 

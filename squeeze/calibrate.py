@@ -32,8 +32,8 @@ EXAMPLES = """examples
 
 It is done once for a model and an eviction method. An interrupted calibration goes on when it is started again.
 """
-#: Of the embedded rows: dialogues, code, retrieval, a paper, in two languages.
-DATASETS = "samsum,lcc,passage_retrieval_en,dureader"
+#: Of the embedded rows: a story, a paper, a meeting and code.
+DATASETS = "narrativeqa,qasper,qmsum,repobench-p"
 
 #: A line of the file of samples.
 FIELDS = ("dataset", "row", "prompt_tokens", "loss")
@@ -97,7 +97,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
         "multiples": [str(multiple) for multiple in loss_curves.MULTIPLES],
         "tail": loss_curves.TAIL,
     }
-    data = [{"dataset": one.dataset, **one.origin} for one in job.data]
+    data = [{"dataset": one.dataset, **one.origin, "source": _shown(one.origin["source"])} for one in job.data]
     rows = [(one, row) for one in job.data for row in range(one.count(job.args.sample_num))]
     settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | how
     folder = Path("calibration") / name / algorithm
@@ -126,6 +126,12 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}; what was measured is in {folder}") from None
     print(f"{out}: loss curves of {losses.shape[2]} layers at {len(shares)} sizes, {len(losses)} prompts")
+
+
+def _shown(source: str) -> str:
+    """Where rows come from; those that the project ships by their place in it."""
+    path = Path(source)
+    return path.relative_to(calibration.ROOT).as_posix() if path.is_relative_to(calibration.ROOT) else source
 
 
 def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares: Sequence[Fraction]) -> None:

@@ -45,6 +45,11 @@ class Calibration:
     source: str
     sha256: str
 
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return Path(self.source).name
+
     def at(self, ini_size: Fraction) -> np.ndarray:
         """The curves at a total size, `(layers, multiples)`, see `squeeze.curves.between`."""
         return curves.between([float(share) for share in self.shares], self.losses, ini_size)

@@ -149,7 +149,7 @@ def losses(found: np.ndarray, curves: Calibration, run: Any) -> str:
     return (
         f"{run.algorithm}: KL divergence from the full cache where one layer alone keeps more or less and all others "
         f"keep {100 * run.ini_size:g}% of the prompt, less that of {100 * run.ini_size:g}% everywhere; "
-        f"python -m squeeze.calibrate measured it ({curves.source}). Cutting to {multiples[0]:g} of that costs "
+        f"python -m squeeze.calibrate measured it ({curves.name}). Cutting to {multiples[0]:g} of that costs "
         f"the most in layers {most}. Budgets follow how fast a layer's loss falls with every token that it gets."
     )
 

@@ -134,21 +134,24 @@ def layers(found: Results, names: Names, problems: list[str]) -> Section | None:
             )
             if run.allocation == "calibrated":
                 try:
-                    curves = curves_of(Path(run.folder), run.model, run.algorithm)
+                    budgets.append(losses(run, names))
                 except InputError as error:
                     made.notes.append(str(error))
-                    continue
-                losses = curves.at(parse_fraction("ini_size", run.ini_size))
-                title = heading(run, "loss curves", run.algorithm)
-                figure = layer_figures.loss_lines(
-                    losses, [float(one) for one in curves.multiples], run.ini_size, title
-                )
-                budgets.append(Plot(panel_name(names, "losses", run), figure, captions.losses(losses, curves, run)))
         if budgets and not mapped:
             made.notes.append(captions.no_similarities(group.iloc[0]))
         made.plots += budgets
     made.data = pd.concat(parts).reset_index(drop=True) if parts else made.data
     return made if made.plots else None
+
+
+def losses(run: Any, names: Names) -> Plot:
+    """The loss curves that a calibrated run was made from; InputError where they are not there any more."""
+    curves = curves_of(Path(run.folder), run.model, run.algorithm)
+    measured = curves.at(parse_fraction("ini_size", run.ini_size))
+    multiples = [float(one) for one in curves.multiples]
+    title = heading(run, "loss curves", run.algorithm)
+    figure = layer_figures.loss_lines(measured, multiples, run.ini_size, title)
+    return Plot(panel_name(names, "losses", run, run.algorithm), figure, captions.losses(measured, curves, run))
 
 
 def bench(found: Results, names: Names) -> Section | None:

@@ -25,7 +25,7 @@ def make_run(folder, dataset="samsum", samples=6, right=0.5, seed=42, model="M",
     kept = more.get("ini_size", 1.0)
     stats = {"prompt_tokens": 100, "new_tokens": 5}
     if squeezed:
-        stats |= layer_stats(more["ini_size"], more["KV_class3"], layers)
+        stats |= layer_stats(more["ini_size"], more.get("KV_class3", more["ini_size"] / 2), layers)
         if not keep_similarities:
             del stats["similarities"]
     summary = {

@@ -1,5 +1,7 @@
 """Loss curves against a slow loop, the command that measures them, and runs whose budgets come from them."""
 
+import hashlib
+import importlib
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -7,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import ROOT, random_model
 from tiny import save_rows, save_tiny
 
 import pred
-from squeeze import InputError, SqueezeConfig, calibrate, calibration, loading, loss_curves, squeezed
-from squeeze.calibration import read_calibration
+from squeeze import InputError, SqueezeConfig, calibrate, calibration, curves, loading, loss_curves, models, squeezed
+from squeeze.calibration import read_calibration, with_curves
 from squeeze.longbench import generation_lengths
 
+evaluate = importlib.import_module("eval")
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
 PROMPT = torch.arange(3, 190).repeat(2)[:230]
 
@@ -102,6 +105,8 @@ def test_the_command_and_runs_with_its_budgets(place, capsys, monkeypatch):
         assert len(set(stats["budgets"])) > 1
         assert set(stats["classes"]) <= {1, 2, 3}
     predict("--fidelity")
+    evaluate.main(["--model", "tiny", "--allocation", "calibrated", "--ini_size", "0.3"])
+    assert (folder / "result.json").exists()
     with pytest.raises(
         InputError, match=r"tiny-h2o\.json is not there.*squeeze\.calibrate --model tiny --algorithm h2o"
     ):
@@ -136,7 +141,7 @@ def test_a_calibration_that_was_interrupted_goes_on(place, monkeypatch):
     assert len(json.loads(Path("config/calibration/tiny-h2o.json").read_text())["prompts"]) == 2
 
 
-def curves(path, **changes):
+def save_curves(path, **changes):
     """A whole file of curves of five layers, but for `changes`."""
     content = {
         "version": 1,
@@ -164,11 +169,11 @@ def curves(path, **changes):
 )
 def test_a_damaged_file_is_a_sentence(tmp_path, changes, said):
     with pytest.raises(InputError, match=said):
-        read_calibration(curves(tmp_path / "some.json", **changes))
+        read_calibration(save_curves(tmp_path / "some.json", **changes))
 
 
 def test_the_library_wants_curves_of_the_same_model_and_method(tmp_path):
-    found = read_calibration(curves(tmp_path / "some.json"))
+    found = read_calibration(save_curves(tmp_path / "some.json"))
     model = random_model("llama")
 
     def use(**more):
@@ -181,7 +186,7 @@ def test_the_library_wants_curves_of_the_same_model_and_method(tmp_path):
         use()
     with pytest.raises(InputError, match="was measured with h2o, not with streaming"):
         use(calibration=found)
-    other = curves(tmp_path / "other.json", loss=np.zeros((2, 4, 2)).tolist())
+    other = save_curves(tmp_path / "other.json", loss=np.zeros((2, 4, 2)).tolist())
     with pytest.raises(InputError, match="was measured on another model"):
         use(algorithm="h2o", calibration=read_calibration(other))
     with pytest.raises(InputError, match="ini_size is missing"):
@@ -206,3 +211,21 @@ def test_a_prompt_that_is_too_short_is_a_sentence(place):
     save_rows(place / "data", count=1, context="short")
     with pytest.raises(InputError, match="is too short to measure loss curves on"):
         measure()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_embedded_models_files_are_shipped(algorithm):
+    """Made from this model and these rows, and nothing in them is of the machine that made them."""
+    source = models.resolve("SmolLM2-135M", None)
+    identity = models.identity(source, models.fetch(source, False))
+    config = with_curves(SqueezeConfig(algorithm, "0.2", allocation="calibrated"), source.name, identity)
+    found = config.calibration
+    assert found.losses.shape == (3, 30, len(loss_curves.MULTIPLES))
+    content = json.loads(Path(found.source).read_text())
+    assert {one["dataset"] for one in content["data"]} == set(calibrate.DATASETS.split(","))
+    for one in content["data"]:
+        assert hashlib.sha256((ROOT / one["source"]).read_bytes()).hexdigest() == one["sha256"]
+    for size in (Fraction(1, 20), Fraction(1, 5), Fraction(3, 4)):
+        tokens = curves.budgets(found.multiples, found.at(size), size, 2000, 2064, 5)
+        assert sum(tokens) == int(30 * size * 2000)
+        assert max(tokens) > 1.3 * float(size) * 2000, "not uniform"

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from made_runs import make_bench, make_fidelity, make_grid, make_helm, make_run
+from test_calibrate import save_curves
 
-from squeeze import report
+from squeeze import calibration, report
 
 evaluate = importlib.import_module("eval")
 
@@ -183,6 +184,26 @@ def test_names_are_text_and_not_markup(tmp_path, monkeypatch):
     assert all(re.fullmatch(r"[\w.-]+", path.name) for path in Path("out").iterdir())
     [score] = Path("out").glob("score-*.svg")
     assert "&lt;script&gt;" in score.read_text() and "$x_{1}$" in score.read_text()
+
+
+def test_a_calibrated_runs_loss_curves_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibration, "ROOT", tmp_path)
+    place = calibration.place("M", "streaming")
+    place.parent.mkdir(parents=True)
+    losses = [[[0.5 + layer / 10, 0.5] for layer in range(8)]] * 2
+    save_curves(place, algorithm="streaming", start_size=4, loss=losses)
+    sha256 = calibration.read_calibration(place).sha256
+    make_run(Path("runs/calibrated/0.2"), ini_size=0.2, allocation="calibrated", calibration=sha256)
+    assert report.main(["runs", "--out", "out"]) == 0
+    page = Path("out/index.html").read_text()
+    assert Path("out/losses-M-samsum-streaming.svg").exists() and Path("out/budgets-M-samsum-calibrated.svg").exists()
+    assert "(M-streaming.json). Cutting to 0.5 of that costs the most in layers 7, 6, 5." in page
+    save_curves(place, algorithm="streaming", start_size=4, loss=[[[0.5, 0.5]] * 8] * 2)
+    assert report.main(["runs", "--out", "out"]) == 0
+    page = Path("out/index.html").read_text()
+    assert "runs/calibrated/0.2 was made from loss curves that are not in" in page
+    assert not list(Path("out").glob("losses*")) and Path("out/budgets-M-samsum-calibrated.svg").exists()
 
 
 def test_runs_without_similarities_say_so(tmp_path, monkeypatch):
