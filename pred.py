@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from squeeze.distributed import ranks
 from squeeze.flags import run_command
-from squeeze.jobs import OpenJob, do, here, prepare
+from squeeze.jobs import prepare
+from squeeze.work import OpenJob, do, here
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,9 +17,10 @@ from squeeze.config import InputError, parse_fraction
 from squeeze.distributed import ALONE
 from squeeze.files import write_json
 from squeeze.flags import Parser, run_command
-from squeeze.jobs import Job, load, prepare
+from squeeze.jobs import Job, prepare
 from squeeze.runs import Run, versions
 from squeeze.samples import Samples
+from squeeze.work import load
 
 EXAMPLES = """examples
   the embedded model under H2O, on prompts that the project ships:

@@ -11,8 +11,9 @@ from squeeze.distributed import ALONE
 from squeeze.tables import table
 
 if TYPE_CHECKING:
-    from squeeze.jobs import Job, OpenJob
+    from squeeze.jobs import Job
     from squeeze.predict import Prompt
+    from squeeze.work import OpenJob
 
 COLUMNS = ("run", "data set", "samples", "to do", "prompt tokens", "new tokens", "KV MB kept", "KV MB in prefill")
 

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from squeeze.config import InputError
 from squeeze.distributed import Ranks
-from squeeze.jobs import Job, OpenJob, Worker, kind_of, load, prepare_all, work_on
+from squeeze.jobs import Job, prepare_all
 from squeeze.samples import Samples
+from squeeze.work import OpenJob, Worker, kind_of, load, work_on
 
 ROOT = Path(__file__).parent.parent
 

@@ -90,7 +90,9 @@ class SqueezedModel:
         model = self.model
         architecture = model.config.model_type
         if architecture not in DEFAULT_ALGORITHM:
-            raise InputError(f"the model is of type {architecture}; supported are {', '.join(sorted(DEFAULT_ALGORITHM))}")
+            raise InputError(
+                f"the model is of type {architecture}; supported are {', '.join(sorted(DEFAULT_ALGORITHM))}"
+            )
         layers = model.config.num_hidden_layers
         if config.budgets is not None and len(config.budgets) != layers:
             raise InputError(f"budgets must have one entry a layer: {layers}, got {len(config.budgets)}")

@@ -16,7 +16,8 @@ from squeeze.config import InputError
 from squeeze.distributed import ALONE
 from squeeze.flags import Parser, run_command
 from squeeze.grid import read_grid
-from squeeze.jobs import Job, OpenJob, Worker, do, here, prepare_all
+from squeeze.jobs import Job, prepare_all
+from squeeze.work import OpenJob, Worker, do, here
 
 EXAMPLES = """examples
   what would be run, and what it costs in tokens and KV memory:
