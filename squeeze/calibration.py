@@ -18,7 +18,7 @@ from squeeze.files import read_bytes, read_object
 ROOT = Path(__file__).parent.parent
 
 #: Of the file's format.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,8 @@ class Calibration:
         start_size: sink tokens, of `streaming`; else None.
         shares: what every layer kept while one of them was cut, as fractions of the prompt, ascending.
         multiples: sizes of the layer that was cut, as multiples of the share, ascending.
-        losses: mean KL divergence from the full cache in nats a token, `(shares, layers, multiples)`.
+        losses: KL divergence from the full cache in multiples of what uniform budgets lose on the same prompt, mean
+            over prompts, `(shares, layers, multiples)`.
         model: what tells the model from another, see `squeeze.models.identity`.
         source: the file, for errors.
         sha256: of the file.

@@ -97,20 +97,19 @@ def loss_lines(losses: np.ndarray, multiples: Sequence[float], ini_size: float, 
     """What cutting or enlarging one layer alone does to the output, from what uniform budgets lose.
 
     Args:
-        losses: KL divergence from the full cache, nats a token, `(layers, multiples)`.
+        losses: KL divergence from the full cache, in multiples of uniform budgets', `(layers, multiples)`.
         multiples: of `ini_size`, what the layer keeps while the others keep `ini_size`; 1 among them.
         ini_size: as a fraction of the prompt.
     """
-    unchanged = losses[:, list(multiples).index(1)]
     with matplotlib.rc_context(STYLE):
         size = (max(4.6, min(0.13 * len(losses) + 1, 13)), 3.3)
-        figure, axes = new_panel(title, "layer", "KL, nats a token, less uniform's", size)
+        figure, axes = new_panel(title, "layer", "KL / KL of uniform budgets, less 1", size)
         axes.axhline(0, color="#222222", linewidth=1, linestyle="--")
         shown = [index for index, multiple in enumerate(multiples) if multiple != 1]
         for index, color, marker, line in zip(shown, OKABE_ITO, MARKERS, LINES, strict=False):
             label = f"keeps {100 * min(multiples[index] * ini_size, 1):.3g}%"
             style: Any = {"color": color, "marker": marker, "linestyle": line, "markersize": 3.5, "linewidth": 1}
-            axes.plot(losses[:, index] - unchanged, label=label, **style)
+            axes.plot(losses[:, index] - 1, label=label, **style)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
         axes.set_xlim(-0.8, len(losses) - 0.2)
         figure.legend(loc="outside lower center", ncols=4, handlelength=2)

@@ -218,9 +218,10 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
 @contextmanager
 def importance_seconds(device: torch.device, found: dict[str, Any]) -> Iterator[None]:
     """Add up in `found` what similarities, classes and budgets cost."""
-    from squeeze import patch
+    from squeeze import patch, squeezed_model
 
-    originals = {name: getattr(patch, name) for name in ("similarity", "allocate")}
+    named: tuple[tuple[Any, str], ...] = ((patch, "similarity"), (squeezed_model, "allocate"))
+    originals = [(module, name, getattr(module, name)) for module, name in named]
     found["importance_seconds"] = 0.0
 
     def timed(function):
@@ -234,13 +235,13 @@ def importance_seconds(device: torch.device, found: dict[str, Any]) -> Iterator[
 
         return call
 
-    for name, function in originals.items():
-        setattr(patch, name, timed(function))
+    for module, name, function in originals:
+        setattr(module, name, timed(function))
     try:
         yield
     finally:
-        for name, function in originals.items():
-            setattr(patch, name, function)
+        for module, name, function in originals:
+            setattr(module, name, function)
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

@@ -46,7 +46,7 @@ def test_a_curve_is_what_a_slow_loop_measures(algorithm):
     length = len(PROMPT) - loss_curves.TAIL
     assert np.array(curves).shape == (5, len(loss_curves.MULTIPLES))
     assert sum(told) == loss_curves.cost(len(PROMPT), 1, 5)
-    for layer, index in ((0, 0), (2, 1), (4, 3), (3, 2)):
+    for layer, index in ((0, 0), (4, 3), (3, 2)):
         budgets = [int(share * length)] * 5
         budgets[layer] = int(loss_curves.MULTIPLES[index] * share * length)
         expected = slow_loss(model, algorithm, budgets, PROMPT[:length], PROMPT[length:])
@@ -87,6 +87,12 @@ def test_the_command_and_runs_with_its_budgets(place, capsys, monkeypatch):
     content = json.loads(path.read_text())
     assert np.array(content["loss"]).shape == np.array(content["spread"]).shape == (2, 5, 5)
     assert [one["dataset"] for one in content["prompts"]] == ["samsum", "qasper"]
+    measured = [
+        json.loads(line)["loss"] for line in Path("calibration/tiny/streaming/curves.jsonl").read_text().split()
+    ]
+    relative = [np.array(loss) / np.array(loss)[:, :1, 2:3] for loss in measured]
+    assert np.array(content["loss"]) == pytest.approx(sum(relative) / 2, rel=1e-5), "no prompt outweighs another"
+    assert np.array(content["uniform"]) == pytest.approx(np.array(measured)[:, :, 4, 2], rel=1e-5)
     assert content["versions"]["torch"] and content["data"][0]["sha256"] and content["start_size"] == 4
     before = path.read_bytes()
     with monkeypatch.context() as patched:
@@ -144,7 +150,7 @@ def test_a_calibration_that_was_interrupted_goes_on(place, monkeypatch):
 def save_curves(path, **changes):
     """A whole file of curves of five layers, but for `changes`."""
     content = {
-        "version": 1,
+        "version": 2,
         "algorithm": "h2o",
         "start_size": None,
         "shares": ["1/10", "2/5"],
@@ -158,7 +164,7 @@ def save_curves(path, **changes):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"version": 2}, "is of version 2, and 1 is known here"),
+        ({"version": 1}, "is of version 1, and 2 is known here"),
         ({"loss": [[[0.0]]]}, "is damaged, its curves are not whole"),
         ({"loss": [[[0.0, 1.0]] * 5, [[0.0, float("nan")]] * 5]}, "has losses that are not numbers"),
         ({"shares": ["2/5", "1/10"]}, "is damaged"),
