@@ -88,7 +88,7 @@ def test_the_command_and_runs_with_its_budgets(place, capsys, monkeypatch):
     assert np.array(content["loss"]).shape == np.array(content["spread"]).shape == (2, 5, 5)
     assert [one["dataset"] for one in content["prompts"]] == ["samsum", "qasper"]
     measured = [
-        json.loads(line)["loss"] for line in Path("calibration/tiny/streaming/curves.jsonl").read_text().split()
+        json.loads(line)["loss"] for line in Path("calibration/tiny/streaming/curves.jsonl").read_text().splitlines()
     ]
     relative = [np.array(loss) / np.array(loss)[:, :1, 2:3] for loss in measured]
     assert np.array(content["loss"]) == pytest.approx(sum(relative) / 2, rel=1e-5), "no prompt outweighs another"
