@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from squeeze import SqueezeConfig, curves, fidelity, inventory, loading, models, predict, squeezed
+from squeeze import SqueezeConfig, calibrate, curves, fidelity, inventory, loading, models, predict, squeezed
 from squeeze.allocation import allocate
 from squeeze.evictors import make_evictor
 from squeeze.longbench import load_data
@@ -80,29 +80,32 @@ def ways(known, algorithm, size, length, cap, similarities, own):
             rounded[layer] += 1
         return rounded
 
-    mean = here.at(each.mean(axis=0), size)
+    relative, _ = calibrate.relative(each, MULTIPLES.index(1))
+    mean = here.at(relative.mean(axis=0), size)
     found = {"uniform": formula("squeeze", "1")}
     found["squeeze 0.6x"] = formula("squeeze", "0.6")
     found["squeeze-log 0.6x"] = formula("squeeze-log", "0.6")
-    found["mean of the prompts (calibrated)"] = by(mean)
-    found["worst of the prompts"] = by(here.at(each.max(axis=0), size))
-    baseline = each[..., MULTIPLES.index(1)].mean(axis=-1)[..., None, None]
-    found["mean of losses over uniform's"] = by(here.at((each / baseline).mean(axis=0), size))
+    found["calibrated"] = by(mean)
+    found["mean of losses in nats"] = by(here.at(each.mean(axis=0), size))
+    found["worst of the prompts"] = by(here.at(relative.max(axis=0), size))
     for number in range(len(each)):
         found[f"prompt {number + 1} alone"] = by(here.at(each[number], size))
         found[f"prompt {number + 1} alone, half way to squeeze-log"] = blend(
             found[f"prompt {number + 1} alone"], found["squeeze-log 0.6x"]
         )
-    found["mean, half way to uniform"] = blend(found["mean of the prompts (calibrated)"], found["uniform"])
+    found["half way to uniform"] = blend(found["calibrated"], found["uniform"])
+    found["a quarter of the way to uniform"] = blend(found["calibrated"], found["uniform"], Fraction(3, 4))
     for index, one in enumerate(here.shares):
         if f"{one:g}" != size:
-            found[f"curves at {one:g}, scaled"] = by(each.mean(axis=0)[index])
+            found[f"curves at {one:g}, scaled"] = by(relative.mean(axis=0)[index])
     for other in known:
         if other != algorithm:
-            found[f"curves of {other}"] = by(known[other].at(known[other].losses.mean(axis=0), size))
+            found[f"curves of {other}"] = by(
+                known[other].at(calibrate.relative(known[other].losses, MULTIPLES.index(1))[0].mean(axis=0), size)
+            )
     if own is not None:
         found["the prompt's own tail (measured)"] = by(own)
-        found["measured and mean, summed"] = by(own / own.mean() + mean / mean.mean())
+        found["measured and calibrated, mean of both"] = by(own / own[0, MULTIPLES.index(1)] + mean)
     return found
 
 

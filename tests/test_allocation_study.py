@@ -1,0 +1,48 @@
+"""The study of allocations: every way that it compares gives out the same total, and pairs are samples of one task."""
+
+import argparse
+import importlib.util
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from made_runs import make_fidelity, write_lines
+
+spec = importlib.util.spec_from_file_location("allocation_study", ROOT / "script/allocation_study.py")
+study = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(study)
+
+
+@pytest.mark.parametrize("algorithm", study.ALGORITHMS)
+def test_all_ways_give_out_the_same_total(algorithm):
+    rng = np.random.default_rng(0)
+    known = {}
+    for one in study.ALGORITHMS:
+        known[one] = study.Curves.__new__(study.Curves)
+        known[one].shares = [0.1, 0.2, 0.4]
+        known[one].losses = np.sort(rng.uniform(0.1, 1, (4, 3, 30, 5)))[..., ::-1]
+        known[one].losses[..., 2] = known[one].losses[..., :1, 2]  # nothing differs where no layer does
+    similarities = 1 - rng.uniform(0, 0.1, 30)
+    for size in study.SIZES:
+        found = study.ways(known, algorithm, size, 1001, 1065, similarities, rng.uniform(0.1, 1, (30, 5)))
+        assert len(found) >= 20
+        for name, budgets in found.items():
+            assert sum(budgets) == int(30 * Fraction(size) * 1001), name
+            assert all(1 <= tokens <= 1065 for tokens in budgets), name
+
+
+def test_pairs_are_differences_on_the_same_samples(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for place, task, kl in (("a", "samsum", (0.4, 0.2, None)), ("b", "lcc", (0.5, 0.5, 0.1))):
+        uniform = make_fidelity(Path(place, "0.2/20/fidelity"), 1, dataset=task, ini_size=0.2, KV_class3=0.2)
+        squeezed = make_fidelity(Path(place, "0.2/10/fidelity"), 1, dataset=task, ini_size=0.2, KV_class3=0.1)
+        write_lines(uniform / f"{task}.jsonl", [{"kl": one} for one in kl])
+        write_lines(squeezed / f"{task}.jsonl", [{"kl": one and one / 2} for one in kl])
+    study.pairs(argparse.Namespace(runs=[Path("a"), Path("b")]))
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "squeeze" in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    mean = (0.15 + (0.25 + 0.25 + 0.05) / 3) / 2  # half of uniform's, in every sample
+    assert cells[3] == f"{mean:.4f}"
+    assert cells[4].startswith(f"{-mean:+.4f} [-") and cells[5:7] == ["5", "5"]
