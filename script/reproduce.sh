@@ -3,7 +3,7 @@
 #     bash script/reproduce.sh --model Mistral                                  # all three experiments
 #     bash script/reproduce.sh --model Mistral --model my/model --only longbench,speed device=cuda:0 sample_num=50
 #     bash script/reproduce.sh --model Mistral --dry_run                        # what it costs, before it starts
-#     bash script/reproduce.sh --demo                                          # the embedded model on the embedded rows
+#     bash script/reproduce.sh --demo               # the embedded model on the embedded rows: 12 minutes on 2 CPU cores
 # Experiments: longbench (config/published.yaml and config/paper_longbench.yaml), xsum (config/paper_xsum.yaml; HELM
 # builds the requests and scores them; articles=FILE in the environment takes your own instead of a download), and speed
 # (python -m squeeze.bench). Models are named as for pred.py. KEY=VALUE goes to the sweeps, in place of what their files

@@ -146,7 +146,8 @@ def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str
     if settings["cache"] == "full":
         return dict.fromkeys(COLUMNS, "-") | {"algorithm": "full cache"}
     uniform = settings["ini_size"] == settings.get("KV_class3")
-    layers = summary.get("layers_per_class", [])
+    # Budgets from loss curves do not follow from classes.
+    layers = [] if settings["allocation"] in BY_LOSS else summary.get("layers_per_class", [])
     return {
         "algorithm": settings["algorithm"],
         "allocation": "uniform" if uniform else settings["allocation"],
