@@ -1,4 +1,4 @@
-"""Binds importance, allocation, evictors and cache to a Hugging Face model. The only file that knows its internals.
+"""Binds importance, allocation, evictors and cache to a Hugging Face model: the file that knows its forward pass.
 
 Everything happens in memory and on one model instance: no class is changed and no installed file is written. A
 forward pass without a SqueezeCache runs the model's own code.

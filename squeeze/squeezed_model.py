@@ -1,6 +1,6 @@
 """A model and a configuration: what every prefill's budgets are, and prefills that several configurations share.
 
-What it knows of the model are sizes that its `config` has; `squeeze.patch` lets it listen to the forward passes.
+Of the model it knows its sizes, its embeddings and its RoPE; `squeeze.patch` makes it listen to the forward passes.
 """
 
 from __future__ import annotations
