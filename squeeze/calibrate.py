@@ -33,8 +33,8 @@ EXAMPLES = """examples
 
 It is done once for a model and an eviction method. An interrupted calibration goes on when it is started again.
 """
-#: Of the embedded rows: a story, a paper, a meeting and code.
-DATASETS = "narrativeqa,qasper,qmsum,repobench-p"
+#: Of the embedded rows: a story, a paper, articles, a report, a meeting, news, questions by example and code.
+DATASETS = "narrativeqa,qasper,hotpotqa,gov_report,qmsum,multi_news,triviaqa,repobench-p"
 
 #: Nats: what uniform budgets lose counts as no less.
 LEAST = 1e-6
