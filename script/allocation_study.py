@@ -8,9 +8,9 @@
 full cache, and its difference from uniform budgets on the same samples with a 95% interval (bootstrap within tasks).
 
 `run` and `show` compare more than pred.py has. Every way gives budgets of the same total. The full cache answers
-greedily, up to 64 tokens; each cut cache is fed that answer, and the mean KL divergence of its next-token
-distributions from the full cache's is a line of the file. What is there is not run again. Needs the samples that
-python -m squeeze.calibrate leaves in calibration/MODEL/ALGORITHM.
+greedily, up to 64 tokens; caches cut in all ways are fed that answer together, and the mean KL divergence of each from
+the full one is a line of the file. What is there is not run again. Needs the samples that python -m squeeze.calibrate
+leaves in calibration/MODEL; --curves names other such folders.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -29,9 +30,8 @@ from squeeze import SqueezeConfig, calibrate, curves, fidelity, inventory, loadi
 from squeeze.allocation import allocate
 from squeeze.evictors import make_evictor
 from squeeze.longbench import load_data
-from squeeze.loss_curves import MULTIPLES, measure
+from squeeze.loss_curves import MULTIPLES, divergences, measure
 from squeeze.request_files import read_requests
-from squeeze.scoring import difference
 from squeeze.tables import table
 
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
@@ -40,16 +40,53 @@ NEW_TOKENS = 64
 
 
 class Curves:
-    """What `squeeze.calibrate` measured: losses of each prompt, `(prompts, shares, layers, multiples)`."""
+    """What `squeeze.calibrate` measured of an algorithm, in one folder or several.
 
-    def __init__(self, folder, algorithm):
-        content = json.loads((folder / algorithm / "run.json").read_text())
-        self.shares = [float(Fraction(one)) for one in content["settings"]["shares"]]
-        text = (folder / algorithm / "samples/curves.jsonl").read_text()
-        self.losses = np.array([json.loads(line)["loss"] for line in text.splitlines()])
+    Args:
+        shares: the sizes that it was measured at.
+        prompts: data set and row of each prompt.
+        losses: of each, in multiples of what uniform budgets lose on it, `(prompts, shares, layers, multiples)`.
+        nats: the same, in nats.
+    """
+
+    def __init__(self, shares, prompts, nats):
+        self.shares, self.prompts, self.nats = shares, prompts, nats
+        self.losses, _ = calibrate.relative(nats, MULTIPLES.index(1))
+
+    @classmethod
+    def read(cls, folders, algorithm):
+        records = []
+        for folder in folders:
+            settings = json.loads((folder / algorithm / "run.json").read_text())["settings"]
+            text = (folder / algorithm / "samples/curves.jsonl").read_text()
+            records += [json.loads(line) for line in text.splitlines()]
+        shares = [float(Fraction(one)) for one in settings["shares"]]
+        prompts = [(one["dataset"], one["row"]) for one in records]
+        return cls(shares, prompts, np.array([one["loss"] for one in records]))
+
+    def some(self, wanted):
+        """Those of some prompts only."""
+        chosen = [index for index, one in enumerate(self.prompts) if one in wanted]
+        return Curves(self.shares, [self.prompts[index] for index in chosen], self.nats[chosen])
 
     def at(self, losses, size):
         return curves.between(self.shares, losses, Fraction(size))
+
+
+def blend(one, other, weight=Fraction(1, 2)):
+    """Budgets between two, of the same total: `weight` of the first, largest remainders first."""
+    return average([one, other], [weight, 1 - weight])
+
+
+def average(several, weights=None):
+    """The mean of several budgets of one total, of that total as well."""
+    weights = weights or [Fraction(1, len(several))] * len(several)
+    mixed = [sum(w * value for w, value in zip(weights, values, strict=True)) for values in zip(*several, strict=True)]
+    rounded = [int(value) for value in mixed]
+    order = sorted(range(len(mixed)), key=lambda layer: rounded[layer] - mixed[layer])
+    for layer in order[: sum(several[0]) - sum(rounded)]:
+        rounded[layer] += 1
+    return rounded
 
 
 def ways(known, algorithm, size, length, cap, similarities, own):
@@ -61,9 +98,6 @@ def ways(known, algorithm, size, length, cap, similarities, own):
         own: losses measured on the prompt itself, `(layers, multiples)`; None: not measured.
     """
     share, minimum = Fraction(size), make_evictor(algorithm, 4).minimum_budget
-    here = known[algorithm]
-    layers = here.losses.shape[2]
-    each = here.losses
 
     def by(losses):
         return curves.budgets(MULTIPLES, losses, share, length, cap, minimum)
@@ -72,40 +106,44 @@ def ways(known, algorithm, size, length, cap, similarities, own):
         options = {"ini_size": share, "kv_class3": share * Fraction(ratio), "allocation": allocation}
         return allocate(similarities, **options, length=length, cap=cap, minimum=minimum).tokens
 
-    def blend(one, other, weight=Fraction(1, 2)):
-        mixed = [weight * a + (1 - weight) * b for a, b in zip(one, other, strict=True)]
-        rounded = [int(value) for value in mixed]
-        order = sorted(range(layers), key=lambda layer: rounded[layer] - mixed[layer])
-        for layer in order[: sum(one) - sum(rounded)]:
-            rounded[layer] += 1
-        return rounded
+    def mean(some):
+        return some.at(some.losses.mean(axis=0), size)
 
-    relative, _ = calibrate.relative(each, MULTIPLES.index(1))
-    mean = here.at(relative.mean(axis=0), size)
-    found = {"uniform": formula("squeeze", "1")}
-    found["squeeze 0.6x"] = formula("squeeze", "0.6")
-    found["squeeze-log 0.6x"] = formula("squeeze-log", "0.6")
-    found["calibrated"] = by(mean)
-    found["mean of losses in nats"] = by(here.at(each.mean(axis=0), size))
-    found["worst of the prompts"] = by(here.at(relative.max(axis=0), size))
-    for number in range(len(each)):
-        found[f"prompt {number + 1} alone"] = by(here.at(each[number], size))
-        found[f"prompt {number + 1} alone, half way to squeeze-log"] = blend(
-            found[f"prompt {number + 1} alone"], found["squeeze-log 0.6x"]
-        )
-    found["half way to uniform"] = blend(found["calibrated"], found["uniform"])
-    found["a quarter of the way to uniform"] = blend(found["calibrated"], found["uniform"], Fraction(3, 4))
-    for index, one in enumerate(here.shares):
+    uniform, log = formula("squeeze", "1"), formula("squeeze-log", "0.6")
+    found = {"uniform": uniform, "squeeze 0.6x": formula("squeeze", "0.6"), "squeeze-log 0.6x": log}
+    every = known[algorithm]
+    default = [(dataset, 0) for dataset in calibrate.DATASETS.split(",")]
+    for name, some in {
+        "4 prompts": every.some(default[::2]),
+        "8 prompts": every.some(default),
+        f"{len(every.prompts)} prompts": every,
+    }.items():
+        each = [by(some.at(one, size)) for one in some.losses]
+        curve = by(mean(some))
+        found[f"{name}: mean curve"] = curve
+        found[f"{name}: mean curve, half way to uniform"] = blend(curve, uniform)
+        found[f"{name}: mean curve, a quarter of the way to uniform"] = blend(curve, uniform, Fraction(3, 4))
+        found[f"{name}: mean of budgets"] = average(each)
+        found[f"{name}: mean of budgets, half way to uniform"] = blend(average(each), uniform)
+        found[f"{name}: mean curve, losses in nats"] = by(some.at(some.nats.mean(axis=0), size))
+    some = every.some(default)
+    found["8 prompts: worst of the losses"] = by(some.at(some.losses.max(axis=0), size))
+    found["8 prompts: median of the losses"] = by(some.at(np.median(some.losses, axis=0), size))
+    for number, losses in enumerate(some.losses[:4]):
+        alone = by(some.at(losses, size))
+        found[f"prompt {number + 1} alone"] = alone
+        found[f"prompt {number + 1} alone, half way to uniform"] = blend(alone, uniform)
+        found[f"prompt {number + 1} alone, half way to squeeze-log"] = blend(alone, log)
+    for index, one in enumerate(some.shares):
         if f"{one:g}" != size:
-            found[f"curves at {one:g}, scaled"] = by(relative.mean(axis=0)[index])
+            found[f"8 prompts: curves at {one:g}, scaled"] = by(some.losses.mean(axis=0)[index])
     for other in known:
         if other != algorithm:
-            found[f"curves of {other}"] = by(
-                known[other].at(calibrate.relative(known[other].losses, MULTIPLES.index(1))[0].mean(axis=0), size)
-            )
+            found[f"8 prompts: curves of {other}"] = by(mean(known[other].some(default)))
     if own is not None:
         found["the prompt's own tail (measured)"] = by(own)
-        found["measured and calibrated, mean of both"] = by(own / own[0, MULTIPLES.index(1)] + mean)
+        found["measured, half way to uniform"] = blend(by(own), uniform)
+        found["measured and 8 prompts, mean of budgets"] = blend(by(own), by(mean(some)))
     return found
 
 
@@ -114,7 +152,7 @@ def run(args):
     done = {tuple(one[key] for key in ("prompt", "algorithm", "size", "way")) for one in read(args.out)}
     source = models.resolve("SmolLM2-135M", None)
     folder = models.fetch(source, False)
-    device = loading.pick_device("cpu", 0)
+    device = loading.pick_device(args.device, 0)
     model, tokenizer = loading.load(folder, device, loading.pick_dtype("float32", device), "auto")
     how = predict.Options(max_length=args.max_length, model_name=source.name)
     prompts = {}
@@ -128,33 +166,34 @@ def run(args):
         found = predict.encode(tokenizer, data, len(data.rows), how)
         prompts |= {f"xsum {index}": one for index, one in enumerate(found)}
     chosen = {name: one for name, one in prompts.items() if args.first <= int(name.split()[1]) < args.last}
-    known = {one: Curves(Path("calibration/SmolLM2-135M"), one) for one in ALGORITHMS}
-    uniform = SqueezeConfig("streaming", "1", "1")
-    with squeezed(model, uniform) as engine, args.out.open("a") as out, tqdm(total=len(chosen), unit="prompt") as bar:
-        engine.share_prefills = True
-        for name, prompt in chosen.items():
+    known = {one: Curves.read(args.curves, one) for one in ALGORITHMS}
+    with squeezed(model, SqueezeConfig("streaming", "1", "1")) as engine, args.out.open("a") as out:
+        for name, prompt in tqdm(chosen.items(), unit="prompt"):
             tokens, settings = prompt.tokens, dict(prompt.settings)
-            new = settings["max_new_tokens"] = min(settings["max_new_tokens"], NEW_TOKENS)
-            full = None
+            settings["max_new_tokens"] = min(settings["max_new_tokens"], NEW_TOKENS)
+            length, cap = len(tokens), len(tokens) + settings["max_new_tokens"]
+            answer = None
             for algorithm in args.algorithms.split(","):
-                for size in SIZES:
-                    if not args.again and any((name, algorithm, size, "uniform") == one for one in done):
-                        continue
-                    full = full or fidelity.answer(model, [tokens], settings)
-                    engine.use(SqueezeConfig(algorithm, size, size))
-                    own = np.array(measure(engine, tokens, [Fraction(size)])[0]) if args.measured else None
-                    fidelity.compare(model, [tokens], full, engine, new)
-                    similarities = engine.similarities[0]
-                    length, cap = len(tokens), len(tokens) + new
-                    for way, budgets in ways(known, algorithm, size, length, cap, similarities, own).items():
-                        if (name, algorithm, size, way) in done:
-                            continue
-                        engine.use(SqueezeConfig(algorithm, budgets=budgets))
-                        [one] = fidelity.compare(model, [tokens], full, engine, new)
-                        record = {"prompt": name, "algorithm": algorithm, "size": size, "way": way}
-                        out.write(json.dumps(record | {"tokens": length, **one}) + "\n")
-                        out.flush()
-            bar.update()
+                if not args.again and any((name, algorithm) == one[:2] for one in done):
+                    continue
+                answer = answer or fidelity.answer(model, [tokens], settings)
+                if len(answer.logprobs) < 2:  # nothing follows on the first token
+                    continue
+                engine.use(SqueezeConfig(algorithm, "1", "1"))
+                own = measure(engine, tokens, [Fraction(one) for one in SIZES]) if args.measured else [None] * 3
+                held = engine.prefill(tokens[None])
+                similarities = engine.similarities[0]
+                for size, losses in zip(SIZES, own, strict=True):
+                    losses = None if losses is None else np.array(losses)
+                    found = ways(known, algorithm, size, length, cap, similarities, losses)
+                    found = {way: one for way, one in found.items() if (name, algorithm, size, way) not in done}
+                    text = answer.tokens[0][: len(answer.logprobs) - 1]
+                    full = torch.cat(answer.logprobs[1:])
+                    kl = divergences(engine, held, list(found.values()), text, full)
+                    record = {"prompt": name, "algorithm": algorithm, "size": size, "tokens": length}
+                    for way, one in zip(found, kl, strict=True):
+                        out.write(json.dumps(record | {"way": way, "kl": one}) + "\n")
+                    out.flush()
 
 
 def read(path):
@@ -162,30 +201,35 @@ def read(path):
 
 
 def show(args):
-    """A table for each algorithm: mean KL at each size, and its difference from uniform in pairs."""
-    records = [one for one in read(args.out) if one["kl"] is not None]
-    if args.datasets:
-        records = [one for one in records if one["prompt"].split()[0] in args.datasets.split(",")]
-    names = list(dict.fromkeys(one["way"] for one in records))
-    for algorithm in dict.fromkeys(one["algorithm"] for one in records):
+    """A table for each algorithm: at each size the mean KL over tasks and its difference from uniform in pairs."""
+    kl = {}
+    for one in [one for path in args.out for one in read(path)]:
+        task = one["prompt"].split()[0]
+        if not args.datasets or task in args.datasets.split(","):
+            ways = kl.setdefault(one["algorithm"], {})
+            ways.setdefault(one["way"], {})[task, one["size"], one["prompt"]] = one["kl"]
+    for algorithm, ways in kl.items():
         lines = []
-        for way in names:
-            line, ratios = {"way": way}, []
+        for way, mine in ways.items():
+            both = sorted(mine.keys() & ways["uniform"].keys())
+            line = {
+                "way": way,
+                "ratio": f"{np.exp(np.mean([np.log(mine[i] / ways['uniform'][i]) for i in both])):.2f}",
+            }
             for size in SIZES:
-                mine, other = (
-                    {one["prompt"]: one["kl"] for one in records if key(one) == (algorithm, size, name)}
-                    for name in (way, "uniform")
-                )
-                both = sorted(mine.keys() & other.keys())
-                line[size] = line[f"{size} less uniform"] = "-"
-                if both:
-                    mean, low, high = difference([other[one] for one in both], [mine[one] for one in both])
-                    line[size] = f"{statistics.fmean(mine[one] for one in both):.4f}"
-                    line[f"{size} less uniform"] = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
-                    ratios += [np.log(mine[one] / other[one]) for one in both]
-            line["ratio"] = f"{np.exp(np.mean(ratios)):.2f}" if ratios else "-"
+                tasks = {}
+                for index in both:
+                    if index[1] == size:
+                        tasks.setdefault(index[0], []).append((mine[index], mine[index] - ways["uniform"][index]))
+                means = [np.mean(pairs, axis=0)[0] for pairs in tasks.values()]
+                mean, low, high = over_tasks([[less for _, less in pairs] for pairs in tasks.values()])
+                line |= {
+                    size: f"{np.mean(means):.4f}",
+                    f"{size} less uniform": f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]",
+                }
             lines.append(line)
-        print(f"\n{algorithm}, {len({one['prompt'] for one in records})} prompts\n")
+        counts = {task: len({one[2] for one in ways["uniform"] if one[0] == task}) for task in sorted(tasks)}
+        print(f"\n{algorithm}, prompts: {', '.join(f'{task} {count}' for task, count in counts.items())}\n")
         print(table(["way", "ratio", *(name for size in SIZES for name in (size, f"{size} less uniform"))], lines))
 
 
@@ -231,10 +275,6 @@ def over_tasks(differences):
     return statistics.fmean(map(statistics.fmean, differences)), low, high
 
 
-def key(one):
-    return one["algorithm"], one["size"], one["way"]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -248,10 +288,15 @@ def main():
     running.add_argument("--max_length", type=int, default=2000, help="tokens of a prompt of LongBench")
     running.add_argument("--measured", action="store_true", help="also measure on every prompt's own tail")
     running.add_argument("--again", action="store_true", help="look for ways that are missing")
+    folders = [Path("calibration/SmolLM2-135M")]
+    running.add_argument(
+        "--curves", nargs="+", type=Path, default=folders, help="what python -m squeeze.calibrate left"
+    )
+    running.add_argument("--device", default="cpu")
     running.add_argument("--out", type=Path, required=True)
     running.set_defaults(do=run)
     showing = commands.add_parser("show")
-    showing.add_argument("out", type=Path)
+    showing.add_argument("out", nargs="+", type=Path)
     showing.add_argument("--datasets", default="", help="of these only")
     showing.set_defaults(do=show)
     pairing = commands.add_parser("pairs")

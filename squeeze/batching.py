@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -16,6 +17,8 @@ from squeeze.samples import Samples
 
 if TYPE_CHECKING:
     from squeeze.predict import Prompt
+
+T = TypeVar("T")
 
 #: Indices of a batch to a record of each: `index`, what is published, and `stats`.
 Work = Callable[[list[int]], list[dict[str, Any]]]
@@ -89,7 +92,7 @@ def run_batches(
             continue
         for index in todo:
             point, missing = points[index], set(points[index].samples.missing)
-            fresh = _unless_out_of_memory(point.work, batch)
+            fresh = unless_out_of_memory(partial(point.work, batch))
             if fresh is None:
                 if len(batch) == 1:
                     tokens = len(prompts[batch[0]].tokens)
@@ -127,10 +130,10 @@ def share(prompts: Sequence[Prompt], batch_size: int, ranks: Ranks) -> list[list
     return batches(lengths, batch_size, kinds)[ranks.rank :: ranks.world]
 
 
-def _unless_out_of_memory(work: Work, batch: list[int]) -> list[dict[str, Any]] | None:
+def unless_out_of_memory(work: Callable[[], T]) -> T | None:
     """What `work` gives, or None where memory ran out; what the attempt held is free again on return."""
     try:
-        return work(batch)
+        return work()
     except (torch.OutOfMemoryError, MemoryError):
         pass
     except RuntimeError as error:  # PyTorch's allocator on the CPU has no exception of its own

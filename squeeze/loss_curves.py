@@ -8,12 +8,13 @@ evictions at every step, so that a curve measures what a run would do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
 
+from squeeze.batching import unless_out_of_memory
 from squeeze.config import InputError
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ TAIL = 48
 #: Sizes of the layer that is cut, as multiples of what the others keep.
 MULTIPLES = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
 
-#: Layers that are cut in one batch, each to all sizes: a layer's buffers are as long as its largest size.
-LAYERS_AT_ONCE = 5
+#: Layers that are cut in one batch, each to all sizes, by the kind of device; fewer where memory is short.
+LAYERS_AT_ONCE = {"cpu": 5, "cuda": 64}
 
 
 def cost(length: int, shares: int, layers: int) -> int:
@@ -67,24 +68,22 @@ def measure(
     advance(length + len(prompt))
 
     def losses(budgets: list[list[int]]) -> list[float]:
-        found = torch.zeros(len(budgets))
-        for expected, logprobs in zip(full, _logprobs(run, held, budgets, prompt[length:]), strict=True):
-            found += (expected.exp() * (expected - logprobs)).sum(dim=-1).cpu()
+        found = divergences(run, held, budgets, prompt[length:], full)
         advance(TAIL * len(budgets))
-        return (found / TAIL).tolist()
+        return found
 
     def tokens(size: Fraction) -> int:
         return min(max(int(size * length), run.evictor.minimum_budget), most)
 
-    curves = []
+    curves, at_once = [], LAYERS_AT_ONCE[prompt.device.type]
     for share in shares:
         uniform = [tokens(share)] * layers
         [unchanged] = losses([uniform])
         curves.append([[unchanged] * len(MULTIPLES) for _ in range(layers)])
-        for first in range(0, layers, LAYERS_AT_ONCE):
+        for first in range(0, layers, at_once):
             cuts = [
                 (layer, index)
-                for layer in range(first, min(first + LAYERS_AT_ONCE, layers))
+                for layer in range(first, min(first + at_once, layers))
                 for index, multiple in enumerate(MULTIPLES)
                 if multiple != 1
             ]
@@ -96,16 +95,44 @@ def measure(
     return curves
 
 
-def _logprobs(
-    run: SqueezedModel, held: Prefill, budgets: Sequence[Sequence[int]], tail: torch.Tensor
-) -> Iterator[torch.Tensor]:
-    """Log-probabilities after each token of the tail, `(batch, vocabulary)`, with each row's budgets."""
-    cache = run.fork(held, budgets, len(tail))
-    for position, token in enumerate(tail, start=held.inputs.shape[1]):
+@torch.inference_mode()
+def divergences(
+    run: SqueezedModel, held: Prefill, budgets: Sequence[Sequence[int]], text: torch.Tensor, full: torch.Tensor
+) -> list[float]:
+    """How far caches that are cut in several ways are from the full one, over a text that follows on a prompt.
+
+    Args:
+        run: what `squeezed` gave.
+        held: the prompt, from `run.prefill`.
+        budgets: tokens of each layer, `(ways, layers)`; run as one batch, or as several where memory is short.
+        text: token ids, `(tokens,)`.
+        full: the full cache's log-probabilities after each of them, `(tokens, vocabulary)`.
+    Returns:
+        Mean KL(full || cut) over the text in nats, of each way.
+    Raises:
+        InputError: a single way does not fit into memory.
+    """
+    found = unless_out_of_memory(lambda: _divergences(run, held, budgets, text, full))
+    if found is not None:
+        return found
+    if len(budgets) == 1:
+        raise InputError(f"out of memory with one prompt of {held.inputs.shape[1]} tokens: take shorter ones")
+    half = len(budgets) // 2
+    return [kl for part in (budgets[:half], budgets[half:]) for kl in divergences(run, held, part, text, full)]
+
+
+def _divergences(
+    run: SqueezedModel, held: Prefill, budgets: Sequence[Sequence[int]], text: torch.Tensor, full: torch.Tensor
+) -> list[float]:
+    cache = run.fork(held, budgets, len(text))
+    found = torch.zeros(len(budgets), device=full.device)
+    for position, (token, expected) in enumerate(zip(text, full, strict=True), start=held.inputs.shape[1]):
         output = run.model(
             token.expand(len(budgets), 1),
             position_ids=torch.full((len(budgets), 1), position, device=token.device),
             past_key_values=cache,
             use_cache=True,
         )
-        yield output.logits[:, -1].float().log_softmax(dim=-1)
+        logprobs = output.logits[:, -1].float().log_softmax(dim=-1)
+        found += (expected.exp() * (expected - logprobs)).sum(dim=-1)
+    return (found / len(text)).tolist()

@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT
 from made_runs import make_fidelity, write_lines
 
+from squeeze import calibrate
+
 spec = importlib.util.spec_from_file_location("allocation_study", ROOT / "script/allocation_study.py")
 study = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(study)
@@ -18,16 +20,16 @@ spec.loader.exec_module(study)
 @pytest.mark.parametrize("algorithm", study.ALGORITHMS)
 def test_all_ways_give_out_the_same_total(algorithm):
     rng = np.random.default_rng(0)
+    default = [(dataset, 0) for dataset in calibrate.DATASETS.split(",")]
     known = {}
     for one in study.ALGORITHMS:
-        known[one] = study.Curves.__new__(study.Curves)
-        known[one].shares = [0.1, 0.2, 0.4]
-        known[one].losses = np.sort(rng.uniform(0.1, 1, (4, 3, 30, 5)))[..., ::-1]
-        known[one].losses[..., 2] = known[one].losses[..., :1, 2]  # nothing differs where no layer does
+        nats = np.sort(rng.uniform(0.1, 1, (9, 3, 30, 5)))[..., ::-1]
+        nats[..., 2] = nats[..., :1, 2]  # nothing differs where no layer does
+        known[one] = study.Curves([0.1, 0.2, 0.4], [*default, ("trec", 1)], nats)
     similarities = 1 - rng.uniform(0, 0.1, 30)
     for size in study.SIZES:
         found = study.ways(known, algorithm, size, 1001, 1065, similarities, rng.uniform(0.1, 1, (30, 5)))
-        assert len(found) >= 20
+        assert len(found) >= 30 and "9 prompts: mean curve" in found
         for name, budgets in found.items():
             assert sum(budgets) == int(30 * Fraction(size) * 1001), name
             assert all(1 <= tokens <= 1065 for tokens in budgets), name

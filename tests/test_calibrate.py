@@ -54,6 +54,30 @@ def test_a_curve_is_what_a_slow_loop_measures(algorithm):
         assert curves[layer][index] == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+def test_cuts_that_do_not_fit_into_memory_together_run_apart(monkeypatch):
+    with squeezed(random_model("llama"), SqueezeConfig("h2o", "0.3", kv_class3="0.3")) as run:
+        [expected] = loss_curves.measure(run, PROMPT, [Fraction(3, 10)])
+        fork, sizes = run.fork, []
+
+        def small(held, budgets, tokens):
+            if len(budgets) > 6:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            sizes.append(len(budgets))
+            return fork(held, budgets, tokens)
+
+        monkeypatch.setattr(run, "fork", small)
+        [found] = loss_curves.measure(run, PROMPT, [Fraction(3, 10)])
+        assert np.array(found) == pytest.approx(np.array(expected), rel=1e-3, abs=1e-5)
+        assert sizes == [1, 5, 5, 5, 5], "all of the 20 are run, as many as fit"
+
+        def none(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(run, "fork", none)
+        with pytest.raises(InputError, match="out of memory with one prompt of 182 tokens: take shorter ones"):
+            loss_curves.measure(run, PROMPT, [Fraction(3, 10)])
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A tiny model, and rows of two data sets long enough to hold out a tail."""
