@@ -26,8 +26,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from squeeze import SqueezeConfig, calibrate, curves, fidelity, inventory, loading, models, predict, squeezed
-from squeeze.allocation import allocate
+from squeeze import (
+    SqueezeConfig,
+    calibrate,
+    calibration,
+    curves,
+    fidelity,
+    inventory,
+    loading,
+    models,
+    predict,
+    squeezed,
+)
+from squeeze.allocation import allocate, round_to
 from squeeze.evictors import make_evictor
 from squeeze.longbench import load_data
 from squeeze.loss_curves import MULTIPLES, divergences, measure
@@ -51,7 +62,8 @@ class Curves:
 
     def __init__(self, shares, prompts, nats):
         self.shares, self.prompts, self.nats = shares, prompts, nats
-        self.losses, _ = calibrate.relative(nats, MULTIPLES.index(1))
+        uniform = nats[:, :, :1, MULTIPLES.index(1), None]
+        self.losses = nats / np.maximum(uniform, calibration.LEAST)
 
     @classmethod
     def read(cls, folders, algorithm):
@@ -70,7 +82,7 @@ class Curves:
         return Curves(self.shares, [self.prompts[index] for index in chosen], self.nats[chosen])
 
     def at(self, losses, size):
-        return curves.between(self.shares, losses, Fraction(size))
+        return losses[self.shares.index(float(size))]
 
 
 def blend(one, other, weight=Fraction(1, 2)):
@@ -81,12 +93,10 @@ def blend(one, other, weight=Fraction(1, 2)):
 def average(several, weights=None):
     """The mean of several budgets of one total, of that total as well."""
     weights = weights or [Fraction(1, len(several))] * len(several)
-    mixed = [sum(w * value for w, value in zip(weights, values, strict=True)) for values in zip(*several, strict=True)]
-    rounded = [int(value) for value in mixed]
-    order = sorted(range(len(mixed)), key=lambda layer: rounded[layer] - mixed[layer])
-    for layer in order[: sum(several[0]) - sum(rounded)]:
-        rounded[layer] += 1
-    return rounded
+    shares = [
+        sum(w * value for w, value in zip(weights, values, strict=True)) for values in zip(*several, strict=True)
+    ]
+    return round_to(shares, sum(several[0]))
 
 
 def ways(known, algorithm, size, length, cap, similarities, own):
@@ -100,53 +110,54 @@ def ways(known, algorithm, size, length, cap, similarities, own):
     share, minimum = Fraction(size), make_evictor(algorithm, 4).minimum_budget
 
     def by(losses):
-        return curves.budgets(MULTIPLES, losses, share, length, cap, minimum)
+        return curves.greedy(MULTIPLES, losses, share, length, cap, minimum)
 
     def formula(allocation, ratio):
         options = {"ini_size": share, "kv_class3": share * Fraction(ratio), "allocation": allocation}
         return allocate(similarities, **options, length=length, cap=cap, minimum=minimum).tokens
 
-    def mean(some):
-        return some.at(some.losses.mean(axis=0), size)
+    def each(some, at=size):
+        return [by(some.at(losses, at)) for losses in some.losses]
 
     uniform, log = formula("squeeze", "1"), formula("squeeze-log", "0.6")
     found = {"uniform": uniform, "squeeze 0.6x": formula("squeeze", "0.6"), "squeeze-log 0.6x": log}
     every = known[algorithm]
     default = [(dataset, 0) for dataset in calibrate.DATASETS.split(",")]
     for name, some in {
-        "4 prompts": every.some(default[::2]),
-        "8 prompts": every.some(default),
-        f"{len(every.prompts)} prompts": every,
+        "4": every.some(default[::2]),
+        "8": every.some(default),
+        str(len(every.prompts)): every,
     }.items():
-        each = [by(some.at(one, size)) for one in some.losses]
-        curve = by(mean(some))
-        found[f"{name}: mean curve"] = curve
-        found[f"{name}: mean curve, half way to uniform"] = blend(curve, uniform)
-        found[f"{name}: mean curve, a quarter of the way to uniform"] = blend(curve, uniform, Fraction(3, 4))
-        found[f"{name}: mean of budgets"] = average(each)
-        found[f"{name}: mean of budgets, half way to uniform"] = blend(average(each), uniform)
-        found[f"{name}: mean curve, losses in nats"] = by(some.at(some.nats.mean(axis=0), size))
+        curve, budgets = by(some.at(some.losses.mean(axis=0), size)), average(each(some))
+        for kind, one in {"mean curve": curve, "mean of budgets": budgets}.items():
+            found[f"{name} prompts: {kind}"] = one
+            found[f"{name} prompts: {kind}, a quarter of the way to uniform"] = blend(one, uniform, Fraction(3, 4))
+            found[f"{name} prompts: {kind}, half way to uniform"] = blend(one, uniform)
+        found[f"{name} prompts: mean curve of losses in nats"] = by(some.at(some.nats.mean(axis=0), size))
     some = every.some(default)
-    found["8 prompts: worst of the losses"] = by(some.at(some.losses.max(axis=0), size))
-    found["8 prompts: median of the losses"] = by(some.at(np.median(some.losses, axis=0), size))
-    for number, losses in enumerate(some.losses[:4]):
-        alone = by(some.at(losses, size))
-        found[f"prompt {number + 1} alone"] = alone
-        found[f"prompt {number + 1} alone, half way to uniform"] = blend(alone, uniform)
-        found[f"prompt {number + 1} alone, half way to squeeze-log"] = blend(alone, log)
-    for index, one in enumerate(some.shares):
-        if f"{one:g}" != size:
-            found[f"8 prompts: curves at {one:g}, scaled"] = by(some.losses.mean(axis=0)[index])
+    found["8 prompts: curve of the worst losses"] = by(some.at(some.losses.max(axis=0), size))
+    found["8 prompts: curve of the median losses"] = by(some.at(np.median(some.losses, axis=0), size))
+    for number, alone in enumerate(each(some)[:4], start=1):
+        found[f"prompt {number} alone"] = alone
+        found[f"prompt {number} alone, half way to uniform"] = blend(alone, uniform)
+        found[f"prompt {number} alone, half way to squeeze-log"] = blend(alone, log)
+    for one in SIZES:
+        if one != size:
+            found[f"8 prompts: mean of budgets, curves at {one}, scaled"] = average(each(some, one))
+    found["8 prompts: mean of budgets, curves at all sizes"] = average([b for one in SIZES for b in each(some, one)])
     for other in known:
         if other != algorithm:
-            found[f"8 prompts: curves of {other}"] = by(mean(known[other].some(default)))
+            found[f"8 prompts: mean of budgets, curves of {other}"] = average(each(known[other].some(default)))
+    both = [b for one in ("h2o", "streaming") for b in each(known[one].some(default))]
+    found["8 prompts: mean of budgets, curves of h2o and of streaming"] = average(both)
     if own is not None:
         found["the prompt's own tail (measured)"] = by(own)
         found["measured, half way to uniform"] = blend(by(own), uniform)
-        found["measured and 8 prompts, mean of budgets"] = blend(by(own), by(mean(some)))
+        found["measured, half way to 8 prompts: mean of budgets"] = blend(by(own), average(each(some)))
     return found
 
 
+@torch.inference_mode()
 def run(args):
     """Measure what is missing."""
     done = {tuple(one[key] for key in ("prompt", "algorithm", "size", "way")) for one in read(args.out)}
@@ -168,6 +179,7 @@ def run(args):
     chosen = {name: one for name, one in prompts.items() if args.first <= int(name.split()[1]) < args.last}
     known = {one: Curves.read(args.curves, one) for one in ALGORITHMS}
     with squeezed(model, SqueezeConfig("streaming", "1", "1")) as engine, args.out.open("a") as out:
+        engine.share_prefills = True
         for name, prompt in tqdm(chosen.items(), unit="prompt"):
             tokens, settings = prompt.tokens, dict(prompt.settings)
             settings["max_new_tokens"] = min(settings["max_new_tokens"], NEW_TOKENS)
@@ -181,8 +193,9 @@ def run(args):
                     continue
                 engine.use(SqueezeConfig(algorithm, "1", "1"))
                 own = measure(engine, tokens, [Fraction(one) for one in SIZES]) if args.measured else [None] * 3
-                held = engine.prefill(tokens[None])
-                similarities = engine.similarities[0]
+                inputs = tokens[None].to(device)
+                model.model(inputs, past_key_values=engine.cache(1), use_cache=True)
+                held, similarities = engine.kept_prefill, engine.similarities[0]
                 for size, losses in zip(SIZES, own, strict=True):
                     losses = None if losses is None else np.array(losses)
                     found = ways(known, algorithm, size, length, cap, similarities, losses)
@@ -217,18 +230,19 @@ def show(args):
                 "ratio": f"{np.exp(np.mean([np.log(mine[i] / ways['uniform'][i]) for i in both])):.2f}",
             }
             for size in SIZES:
+                line[size] = line[f"{size} less uniform"] = "-"
                 tasks = {}
                 for index in both:
                     if index[1] == size:
                         tasks.setdefault(index[0], []).append((mine[index], mine[index] - ways["uniform"][index]))
-                means = [np.mean(pairs, axis=0)[0] for pairs in tasks.values()]
-                mean, low, high = over_tasks([[less for _, less in pairs] for pairs in tasks.values()])
-                line |= {
-                    size: f"{np.mean(means):.4f}",
-                    f"{size} less uniform": f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]",
-                }
+                if tasks:
+                    means = [np.mean(pairs, axis=0)[0] for pairs in tasks.values()]
+                    mean, low, high = over_tasks([[less for _, less in pairs] for pairs in tasks.values()])
+                    line[size] = f"{np.mean(means):.4f}"
+                    line[f"{size} less uniform"] = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
             lines.append(line)
-        counts = {task: len({one[2] for one in ways["uniform"] if one[0] == task}) for task in sorted(tasks)}
+        prompts = {(one[0], one[2]) for one in ways["uniform"]}
+        counts = {task: sum(one[0] == task for one in prompts) for task in sorted({task for task, _ in prompts})}
         print(f"\n{algorithm}, prompts: {', '.join(f'{task} {count}' for task, count in counts.items())}\n")
         print(table(["way", "ratio", *(name for size in SIZES for name in (size, f"{size} less uniform"))], lines))
 

@@ -97,20 +97,27 @@ def allocate(
     classes = classify(similarities, log_scale=allocation == "squeeze-log")
     shares = formula(classes, ini_size, kv_class3, length)
     minimum = min(minimum, cap)
-    total = int(len(classes) * ini_size * length)
+    wanted = int(len(classes) * ini_size * length)
     if allocation == "paper":
         shares = [Fraction(min(int(share), cap)) for share in shares]
-        total = int(sum(shares))
-    notes: tuple[str, ...] = ()
-    if total < len(classes) * minimum:
-        notes = (f"{total} tokens do not give {len(classes)} layers their minimum of {minimum}: the total grows",)
-    elif total > len(classes) * cap:
-        notes = (f"the layers can hold {cap} tokens each, so {total - len(classes) * cap} of {total} stay unused",)
-    total = min(max(total, len(classes) * minimum), len(classes) * cap)
+        wanted = int(sum(shares))
+    total, notes = within(wanted, len(classes), cap, minimum)
     if allocation != "paper":
         shares = _give_back(shares, classes, cap)
     shares = _raise_to(shares, minimum)
-    return Budgets(_round(shares, total), classes, notes)
+    return Budgets(round_to(shares, total), classes, notes)
+
+
+def within(total: int, layers: int, cap: int, minimum: int) -> tuple[int, tuple[str, ...]]:
+    """Tokens that all layers together can have, and a sentence where that is not `total`."""
+    if total < layers * minimum:
+        return layers * minimum, (
+            f"{total} tokens do not give {layers} layers their minimum of {minimum}: the total grows",
+        )
+    if total > layers * cap:
+        unused = total - layers * cap
+        return layers * cap, (f"the layers can hold {cap} tokens each, so {unused} of {total} stay unused",)
+    return total, ()
 
 
 def _give_back(shares: list[Fraction], classes: Sequence[int], cap: int) -> list[Fraction]:
@@ -136,7 +143,7 @@ def _raise_to(shares: list[Fraction], minimum: int) -> list[Fraction]:
     return [minimum + max(share - minimum, Fraction(0)) * kept for share in shares]
 
 
-def _round(shares: list[Fraction], total: int) -> list[int]:
+def round_to(shares: Sequence[Fraction], total: int) -> list[int]:
     """Largest-remainder rounding to whole tokens that sum to `total`; equal remainders favour the lower layer."""
     tokens = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: (tokens[i] - shares[i], i))

@@ -198,4 +198,4 @@ def _fused_decode(
     # The queries that share a KV head stand where a prompt's tokens would: no head is repeated.
     grouped = queries.view(*keys.shape[:2], -1, keys.shape[3])
     mask = ~_empty(layer, keys.shape[2]) if layer.ragged else None
-    return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).view_as(queries)
+    return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape(queries.shape)

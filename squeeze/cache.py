@@ -24,12 +24,12 @@ FLASH_DTYPES = (torch.float16, torch.bfloat16)
 def decode_kernel(device: torch.device, dtype: torch.dtype, scored: bool) -> str:
     """How to decode: `grouped` matrix products, or the fused kernel of `flash` (flash-attn) or `sdpa` (PyTorch).
 
-    On CPUs grouped products are faster, by measurement. With `scored` attention probabilities are wanted, which fused
-    kernels do not give.
+    On CPUs and in float32 grouped products are faster, by measurement (`script/decode_kernels.py`). With `scored`
+    attention probabilities are wanted, which fused kernels do not give.
     """
-    if device.type != "cuda" or scored:
+    if device.type != "cuda" or dtype not in FLASH_DTYPES or scored:
         return "grouped"
-    return "flash" if dtype in FLASH_DTYPES and importlib.util.find_spec("flash_attn") is not None else "sdpa"
+    return "flash" if importlib.util.find_spec("flash_attn") is not None else "sdpa"
 
 
 class SqueezeLayer(CacheLayerMixin):

@@ -36,9 +36,6 @@ It is done once for a model and an eviction method. An interrupted calibration g
 #: Of the embedded rows: a story, a paper, articles, a report, a meeting, news, questions by example and code.
 DATASETS = "narrativeqa,qasper,hotpotqa,gov_report,qmsum,multi_news,triviaqa,repobench-p"
 
-#: Nats: what uniform budgets lose counts as no less.
-LEAST = 1e-6
-
 #: A line of the file of samples.
 FIELDS = ("dataset", "row", "prompt_tokens", "loss")
 
@@ -111,9 +108,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
         if samples.missing:
             measure(job, samples, rows, shares)
         run.finish(samples, lambda stats: {"samples": len(stats)})
-    losses, uniform = relative(
-        np.array([record["loss"] for record in samples.records]), loss_curves.MULTIPLES.index(1)
-    )
+    losses = np.array([record["loss"] for record in samples.records])
     content = {
         "version": calibration.VERSION,
         **how,
@@ -123,9 +118,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
         "prompts": [{key: record[key] for key in FIELDS[:3]} for record in samples.records],
         "data": data,
         "versions": versions(),
-        "uniform": np.round(uniform, 7).tolist(),
-        "loss": np.round(losses.mean(axis=0), 7).tolist(),
-        "spread": np.round(losses.std(axis=0), 7).tolist(),
+        "loss": np.round(losses, 7).tolist(),
     }
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -133,19 +126,6 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}; what was measured is in {folder}") from None
     print(f"{out}: loss curves of {losses.shape[2]} layers at {len(shares)} sizes, {len(losses)} prompts")
-
-
-def relative(losses: np.ndarray, unchanged: int) -> tuple[np.ndarray, np.ndarray]:
-    """Losses in multiples of what a prompt loses with uniform budgets, so that no prompt outweighs the others.
-
-    Args:
-        losses: nats, `(prompts, shares, layers, multiples)`.
-        unchanged: the multiple at which no layer differs from the others.
-    Returns:
-        The same, relative; and what they are relative to, `(prompts, shares)`.
-    """
-    uniform = losses[..., 0, unchanged]
-    return losses / np.maximum(uniform, LEAST)[..., None, None], uniform
 
 
 def _shown(source: str) -> str:

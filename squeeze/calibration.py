@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from squeeze import curves
 from squeeze.config import InputError, SqueezeConfig
 from squeeze.files import read_bytes, read_object
 
 ROOT = Path(__file__).parent.parent
 
 #: Of the file's format.
-VERSION = 2
+VERSION = 3
+
+#: Nats: what uniform budgets lose counts as no less where it is divided by.
+LEAST = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +32,7 @@ class Calibration:
         start_size: sink tokens, of `streaming`; else None.
         shares: what every layer kept while one of them was cut, as fractions of the prompt, ascending.
         multiples: sizes of the layer that was cut, as multiples of the share, ascending.
-        losses: KL divergence from the full cache in multiples of what uniform budgets lose on the same prompt, mean
-            over prompts, `(shares, layers, multiples)`.
+        losses: KL divergence from the full cache in nats, `(prompts, shares, layers, multiples)`.
         model: what tells the model from another, see `squeeze.models.identity`.
         source: the file, for errors.
         sha256: of the file.
@@ -51,9 +52,24 @@ class Calibration:
         """The file's name."""
         return Path(self.source).name
 
-    def at(self, ini_size: Fraction) -> np.ndarray:
-        """The curves at a total size, `(layers, multiples)`, see `squeeze.curves.between`."""
-        return curves.between([float(share) for share in self.shares], self.losses, ini_size)
+    @property
+    def measurements(self) -> np.ndarray:
+        """All curves, `(prompts * shares, layers, multiples)`: what was measured at one size serves at all others."""
+        return self.losses.reshape(-1, *self.losses.shape[2:])
+
+    def nearest(self, ini_size: Fraction) -> Fraction:
+        """The measured share that is nearest."""
+        return min(self.shares, key=lambda share: abs(share - ini_size))
+
+    def relative(self, share: Fraction) -> np.ndarray:
+        """Curves at one of the shares, to be looked at: in them no prompt outweighs the others.
+
+        Returns:
+            Mean over prompts of the losses in multiples of what uniform budgets lose, `(layers, multiples)`.
+        """
+        losses = self.losses[:, self.shares.index(share)]
+        uniform = losses[:, :1, self.multiples.index(Fraction(1)), None]
+        return (losses / np.maximum(uniform, LEAST)).mean(axis=0)
 
     def check(self, algorithm: str, start_size: int, layers: int, model: dict[str, Any] | None = None) -> None:
         """Raises InputError unless the curves are those of this eviction method and, where it is given, this model."""
@@ -64,7 +80,7 @@ class Calibration:
             raise InputError(
                 f"{self.source} was measured with start_size {self.start_size}, not {start_size}: {again}"
             )
-        if self.losses.shape[1] != layers or (model is not None and self.model != model):
+        if self.losses.shape[2] != layers or (model is not None and self.model != model):
             raise InputError(f"{self.source} was measured on another model than this one: {again}")
 
 
@@ -86,7 +102,7 @@ def with_curves(config: SqueezeConfig | None, name: str, model: dict[str, Any]) 
             f"python -m squeeze.calibrate --model {name} --algorithm {config.algorithm}"
         )
     found = read_calibration(path)
-    found.check(config.algorithm, config.start_size, found.losses.shape[1], model)
+    found.check(config.algorithm, config.start_size, found.losses.shape[2], model)
     return replace(config, calibration=found)
 
 
@@ -119,8 +135,9 @@ def read_calibration(path: Path) -> Calibration:
             source=str(path),
             sha256=hashlib.sha256(read_bytes(path)).hexdigest(),
         )
-        whole = losses.ndim == 3 and losses.shape[::2] == (len(shares), len(multiples)) and losses.size > 0
+        whole = losses.ndim == 4 and losses.shape[1::2] == (len(shares), len(multiples)) and losses.size > 0
         ascending = all(list(some) == sorted(set(some)) and some[0] > 0 for some in (shares, multiples))
+        whole = whole and Fraction(1) in multiples
     except (KeyError, TypeError, ValueError, IndexError):
         whole = ascending = False
     if not whole or not ascending:

@@ -141,15 +141,20 @@ def budgets(layers: pd.DataFrame, run: Any) -> str:
     )
 
 
-def losses(found: np.ndarray, curves: Calibration, run: Any) -> str:
-    """What a model's loss curves show."""
+def losses(found: np.ndarray, curves: Calibration, share: float, algorithm: str) -> str:
+    """What a model's loss curves show.
+
+    Args:
+        found: `curves.relative(share)`.
+    """
     multiples = [float(one) for one in curves.multiples]
     most = ", ".join(str(layer) for layer in np.argsort(-found[:, 0], kind="stable")[:3])
     return (
-        f"{run.algorithm}: KL divergence from the full cache where one layer alone keeps more or less and all others "
-        f"keep {100 * run.ini_size:g}% of the prompt, over that of {100 * run.ini_size:g}% everywhere, less 1; "
-        f"python -m squeeze.calibrate measured it ({curves.name}). Cutting to {multiples[0]:g} of that costs "
-        f"the most in layers {most}. Budgets follow how fast a layer's loss falls with every token that it gets."
+        f"{algorithm}: KL divergence from the full cache where one layer alone keeps more or less and all others "
+        f"keep {100 * share:g}% of the prompt, over that of {100 * share:g}% everywhere, less 1, mean over "
+        f"prompts ({len(curves.losses)}); python -m squeeze.calibrate measured it ({curves.name}). Cutting to "
+        f"{multiples[0]:g} of that costs the most in layers {most}. Budgets follow how fast a layer's loss falls with "
+        "every token that it gets."
     )
 
 

@@ -1,17 +1,20 @@
-"""Loss curves → budgets in tokens. NumPy only: no torch, no model.
+"""Loss curves → budgets in tokens. No torch, no model.
 
-A layer's curve says what the output loses when that layer's cache is cut to a size. Tokens go where the next one saves
-the most: along the lower convex hulls of the curves, the steepest piece first, which is the best choice for the hulls.
+A layer's curve says what the output loses when that layer's cache is cut to a size. On one prompt tokens go where the
+next one saves the most: along the lower convex hulls of the curves, the steepest piece first, which is the best choice
+for the hulls. That is all or nothing, and noise in a curve moves much; so budgets are averaged over all measurements,
+among which uniform budgets count as one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
+
+from squeeze.allocation import Budgets, round_to, within
 
 
 def hull(tokens: Sequence[int], losses: Sequence[float]) -> list[tuple[int, float]]:
@@ -72,40 +75,41 @@ def spend(curves: Sequence[Sequence[tuple[int, float]]], total: int, cap: int) -
     return found
 
 
-def between(sizes: Sequence[float], losses: np.ndarray, ini_size: Fraction) -> np.ndarray:
-    """Curves at `ini_size` from those measured at some total sizes: linear in its logarithm, the nearest outside.
-
-    Args:
-        sizes: total sizes, ascending.
-        losses: `(sizes, layers, multiples)`.
-    Returns:
-        `(layers, multiples)`.
-    """
-    place = float(np.interp(math.log(ini_size), np.log(sizes), np.arange(len(sizes))))
-    low = min(int(place), len(sizes) - 1)
-    high = min(low + 1, len(sizes) - 1)
-    return losses[low] + (place - low) * (losses[high] - losses[low])
-
-
-def budgets(
+def greedy(
     multiples: Sequence[Fraction], losses: np.ndarray, ini_size: Fraction, length: int, cap: int, minimum: int
 ) -> list[int]:
-    """Budgets of one prompt.
+    """Budgets along the hulls of one prompt's curves.
 
     Args:
         multiples: sizes at which the curves are known, as multiples of `ini_size`, ascending.
         losses: `(layers, multiples)`.
-        length: prompt tokens.
+        length: prompt tokens of the sequence that budgets are made for.
         cap, minimum: the most and the fewest tokens of a layer.
     Returns:
-        Tokens of each layer, `floor(layers * ini_size * length)` together, as far as `cap` and `minimum` allow.
+        Tokens of each layer, together what `budgets` says.
     """
     minimum = min(minimum, cap)
-    layers = len(losses)
-    total = min(max(int(layers * ini_size * length), layers * minimum), layers * cap)
+    total, _ = within(int(len(losses) * ini_size * length), len(losses), cap, minimum)
     known: dict[int, int] = {}  # tokens to the first multiple that comes to so many
     for index, multiple in enumerate(multiples):
         known.setdefault(min(max(int(multiple * ini_size * length), minimum), cap), index)
-    tokens = list(known)
-    curves = [hull(tokens, [float(curve[index]) for index in known.values()]) for curve in losses]
-    return spend(curves, total, cap)
+    tokens, columns = list(known), list(known.values())
+    return spend([hull(tokens, curve) for curve in losses[:, columns].tolist()], total, cap)
+
+
+def budgets(
+    multiples: Sequence[Fraction], losses: np.ndarray, ini_size: Fraction, length: int, cap: int, minimum: int
+) -> Budgets:
+    """Budgets from several measurements: the mean of each one's `greedy` and of uniform budgets.
+
+    Args:
+        multiples, ini_size, length, cap, minimum: see `greedy`.
+        losses: `(measurements, layers, multiples)`; only differences within a measurement matter.
+    Returns:
+        Tokens of each layer, `floor(layers * ini_size * length)` together, as far as `cap` and `minimum` allow.
+    """
+    count, layers, _ = losses.shape
+    each = [greedy(multiples, one, ini_size, length, cap, minimum) for one in losses]
+    total, notes = within(int(layers * ini_size * length), layers, cap, min(minimum, cap))
+    shares = [(sum(tokens) + Fraction(total, layers)) / (count + 1) for tokens in zip(*each, strict=True)]
+    return Budgets(round_to(shares, total), notes=notes)

@@ -93,13 +93,13 @@ def budget_bars(layers: pd.DataFrame, ini_size: float, title: str) -> Figure:
     return figure
 
 
-def loss_lines(losses: np.ndarray, multiples: Sequence[float], ini_size: float, title: str) -> Figure:
+def loss_lines(losses: np.ndarray, multiples: Sequence[float], share: float, title: str) -> Figure:
     """What cutting or enlarging one layer alone does to the output, from what uniform budgets lose.
 
     Args:
         losses: KL divergence from the full cache, in multiples of uniform budgets', `(layers, multiples)`.
-        multiples: of `ini_size`, what the layer keeps while the others keep `ini_size`; 1 among them.
-        ini_size: as a fraction of the prompt.
+        multiples: of `share`, what the layer keeps while the others keep `share`; 1 among them.
+        share: as a fraction of the prompt.
     """
     with matplotlib.rc_context(STYLE):
         size = (max(4.6, min(0.13 * len(losses) + 1, 13)), 3.3)
@@ -107,7 +107,7 @@ def loss_lines(losses: np.ndarray, multiples: Sequence[float], ini_size: float, 
         axes.axhline(0, color="#222222", linewidth=1, linestyle="--")
         shown = [index for index, multiple in enumerate(multiples) if multiple != 1]
         for index, color, marker, line in zip(shown, OKABE_ITO, MARKERS, LINES, strict=False):
-            label = f"keeps {100 * min(multiples[index] * ini_size, 1):.3g}%"
+            label = f"keeps {100 * min(multiples[index] * share, 1):.3g}%"
             style: Any = {"color": color, "marker": marker, "linestyle": line, "markersize": 3.5, "linewidth": 1}
             axes.plot(losses[:, index] - 1, label=label, **style)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))

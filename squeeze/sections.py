@@ -147,11 +147,16 @@ def layers(found: Results, names: Names, problems: list[str]) -> Section | None:
 def losses(run: Any, names: Names) -> Plot:
     """The loss curves that a calibrated run was made from; InputError where they are not there any more."""
     curves = curves_of(Path(run.folder), run.model, run.algorithm)
-    measured = curves.at(parse_fraction("ini_size", run.ini_size))
+    share = curves.nearest(parse_fraction("ini_size", run.ini_size))
+    measured = curves.relative(share)
     multiples = [float(one) for one in curves.multiples]
     title = heading(run, "loss curves", run.algorithm)
-    figure = layer_figures.loss_lines(measured, multiples, run.ini_size, title)
-    return Plot(panel_name(names, "losses", run, run.algorithm), figure, captions.losses(measured, curves, run))
+    figure = layer_figures.loss_lines(measured, multiples, float(share), title)
+    return Plot(
+        panel_name(names, "losses", run, run.algorithm),
+        figure,
+        captions.losses(measured, curves, float(share), run.algorithm),
+    )
 
 
 def bench(found: Results, names: Names) -> Section | None:

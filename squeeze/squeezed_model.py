@@ -198,15 +198,15 @@ class SqueezedModel:
         self.notes = [list(budgets.notes) for budgets in allocated]
 
     def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[np.ndarray] | None:
-        """Curves at `ini_size` for each prompt, `(layers, multiples)`, where budgets are made from them."""
+        """Curves for each sequence, as `curves.budgets` takes them, where budgets are made from them."""
         if self.config.calibration is not None:
-            return [self.config.calibration.at(self.config.share)] * len(lengths)
+            return [self.config.calibration.measurements] * len(lengths)
         if self.config.allocation != "measured":
             return None
         if inputs is None:
             raise InputError("the allocation measured needs a prompt's token ids, and got embeddings")
         prompts = [row[-length:] for row, length in zip(inputs, lengths, strict=True)]
-        return [np.array(loss_curves.measure(self, prompt, [self.config.share])[0]) for prompt in prompts]
+        return [np.array(loss_curves.measure(self, prompt, [self.config.share])) for prompt in prompts]
 
     def _allocate(self, row: int, similarities: np.ndarray | None, length: int, max_new_tokens: int) -> Budgets:
         cap = length + max_new_tokens
@@ -219,8 +219,8 @@ class SqueezedModel:
         if self._losses is not None:
             calibration, minimum = self.config.calibration, self.evictor.minimum_budget
             multiples = loss_curves.MULTIPLES if calibration is None else calibration.multiples
-            tokens = curves.budgets(multiples, self._losses[row], self.config.share, length, cap, minimum)
-            return Budgets(tokens, classify(similarities))
+            found = curves.budgets(multiples, self._losses[row], self.config.share, length, cap, minimum)
+            return replace(found, classes=classify(similarities))
         ini_size, kv_class3 = self.config.fractions
         return allocate(
             similarities,

@@ -109,14 +109,17 @@ def test_the_command_and_runs_with_its_budgets(place, capsys, monkeypatch):
     assert said.startswith("2 prompts, ") and "tokens to run" in said
     assert f"{path}: loss curves of 5 layers at 2 sizes, 2 prompts" in said
     content = json.loads(path.read_text())
-    assert np.array(content["loss"]).shape == np.array(content["spread"]).shape == (2, 5, 5)
     assert [one["dataset"] for one in content["prompts"]] == ["samsum", "qasper"]
     measured = [
         json.loads(line)["loss"] for line in Path("calibration/tiny/streaming/curves.jsonl").read_text().splitlines()
     ]
-    relative = [np.array(loss) / np.array(loss)[:, :1, 2:3] for loss in measured]
-    assert np.array(content["loss"]) == pytest.approx(sum(relative) / 2, rel=1e-5), "no prompt outweighs another"
-    assert np.array(content["uniform"]) == pytest.approx(np.array(measured)[:, :, 4, 2], rel=1e-5)
+    assert np.array(content["loss"]).shape == (2, 2, 5, 5)
+    assert np.array(content["loss"]) == pytest.approx(np.array(measured), abs=1e-7)
+    relative = [np.array(loss)[0] / loss[0][0][2] for loss in measured]
+    found = read_calibration(path)
+    assert found.nearest(Fraction("0.29")) == Fraction("0.2") and found.nearest(Fraction(1)) == Fraction("0.4")
+    assert found.relative(Fraction("0.2")) == pytest.approx(sum(relative) / 2, rel=1e-4)
+    assert found.measurements[1] == pytest.approx(np.array(measured)[0, 1], abs=1e-7)
     assert content["versions"]["torch"] and content["data"][0]["sha256"] and content["start_size"] == 4
     before = path.read_bytes()
     with monkeypatch.context() as patched:
@@ -174,13 +177,13 @@ def test_a_calibration_that_was_interrupted_goes_on(place, monkeypatch):
 def save_curves(path, **changes):
     """A whole file of curves of five layers, but for `changes`."""
     content = {
-        "version": 2,
+        "version": 3,
         "algorithm": "h2o",
         "start_size": None,
         "shares": ["1/10", "2/5"],
         "multiples": ["1/2", "1"],
     }
-    content |= {"model": {}, "loss": np.zeros((2, 5, 2)).tolist()} | changes
+    content |= {"model": {}, "loss": np.zeros((1, 2, 5, 2)).tolist()} | changes
     path.write_text(json.dumps(content))
     return path
 
@@ -188,11 +191,12 @@ def save_curves(path, **changes):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"version": 1}, "is of version 1, and 2 is known here"),
-        ({"loss": [[[0.0]]]}, "is damaged, its curves are not whole"),
-        ({"loss": [[[0.0, 1.0]] * 5, [[0.0, float("nan")]] * 5]}, "has losses that are not numbers"),
+        ({"version": 1}, "is of version 1, and 3 is known here"),
+        ({"loss": [[[[0.0]]]]}, "is damaged, its curves are not whole"),
+        ({"loss": [[[[0.0, 1.0]] * 5, [[0.0, float("nan")]] * 5]]}, "has losses that are not numbers"),
         ({"shares": ["2/5", "1/10"]}, "is damaged"),
         ({"shares": []}, "is damaged"),
+        ({"multiples": ["1/2", "2"]}, "is damaged"),
         ({"multiples": ["a", "b"]}, "is damaged"),
         ({"model": 3}, "is damaged"),
     ],
@@ -216,7 +220,7 @@ def test_the_library_wants_curves_of_the_same_model_and_method(tmp_path):
         use()
     with pytest.raises(InputError, match="was measured with h2o, not with streaming"):
         use(calibration=found)
-    other = save_curves(tmp_path / "other.json", loss=np.zeros((2, 4, 2)).tolist())
+    other = save_curves(tmp_path / "other.json", loss=np.zeros((1, 2, 4, 2)).tolist())
     with pytest.raises(InputError, match="was measured on another model"):
         use(algorithm="h2o", calibration=read_calibration(other))
     with pytest.raises(InputError, match="ini_size is missing"):
@@ -250,12 +254,12 @@ def test_the_embedded_models_files_are_shipped(algorithm):
     identity = models.identity(source, models.fetch(source, False))
     config = with_curves(SqueezeConfig(algorithm, "0.2", allocation="calibrated"), source.name, identity)
     found = config.calibration
-    assert found.losses.shape == (3, 30, len(loss_curves.MULTIPLES))
+    assert found.losses.shape == (8, 3, 30, len(loss_curves.MULTIPLES))
     content = json.loads(Path(found.source).read_text())
     assert {one["dataset"] for one in content["data"]} == set(calibrate.DATASETS.split(","))
     for one in content["data"]:
         assert hashlib.sha256((ROOT / one["source"]).read_bytes()).hexdigest() == one["sha256"]
     for size in (Fraction(1, 20), Fraction(1, 5), Fraction(3, 4)):
-        tokens = curves.budgets(found.multiples, found.at(size), size, 2000, 2064, 5)
+        tokens = curves.budgets(found.multiples, found.measurements, size, 2000, 2064, 5).tokens
         assert sum(tokens) == int(30 * size * 2000)
         assert max(tokens) > 1.3 * float(size) * 2000, "not uniform"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squeeze.curves import between, budgets, hull, spend
+from squeeze.curves import budgets, greedy, hull, spend
 
 losses = st.integers(0, 40).map(lambda value: value / 8)
 curves = st.lists(st.tuples(st.integers(0, 7), losses), min_size=1, max_size=4, unique_by=lambda corner: corner[0])
@@ -56,38 +56,47 @@ def test_what_no_curve_asks_for_goes_evenly_up_to_the_caps():
         spend(flat, 19, 6)
 
 
-def test_curves_between_two_sizes_are_linear_in_the_logarithm():
-    measured = np.arange(12.0).reshape(3, 2, 2)
-    sizes = [0.1, 0.2, 0.4]
-    for index, size in enumerate(("0.1", "0.2", "0.4")):
-        assert between(sizes, measured, Fraction(size)) == pytest.approx(measured[index])
-    assert between(sizes, measured, Fraction("0.05")) == pytest.approx(measured[0])
-    assert between(sizes, measured, Fraction(1)) == pytest.approx(measured[2])
-    halfway = between([0.1, 0.4], measured[::2], Fraction("0.2"))
-    assert halfway == pytest.approx((measured[0] + measured[2]) / 2)
+MULTIPLES = [Fraction(1, 4), Fraction(1), Fraction(2), Fraction(4)]
 
 
 @given(
-    st.lists(st.lists(losses, min_size=4, max_size=4), min_size=1, max_size=6),
+    st.integers(1, 6).flatmap(
+        lambda layers: st.lists(
+            st.lists(st.lists(losses, min_size=4, max_size=4), min_size=layers, max_size=layers),
+            min_size=1,
+            max_size=4,
+        )
+    ),
     st.fractions(Fraction(1, 100), 1, max_denominator=100),
     st.integers(1, 300),
     st.integers(0, 60),
     st.integers(1, 6),
 )
 def test_budgets_conserve_to_the_token_within_their_bounds(found, ini_size, length, new, minimum):
-    layers, cap = len(found), length + new
-    tokens = budgets(
-        [Fraction(1, 4), Fraction(1), Fraction(2), Fraction(4)], np.array(found), ini_size, length, cap, minimum
-    )
-    low = min(minimum, cap)
-    assert sum(tokens) == min(max(int(layers * ini_size * length), layers * low), layers * cap)
-    assert all(low <= one <= cap for one in tokens)
+    layers, cap = len(found[0]), length + new
+    got = budgets(MULTIPLES, np.array(found), ini_size, length, cap, minimum)
+    low, wanted = min(minimum, cap), int(layers * ini_size * length)
+    assert sum(got.tokens) == min(max(wanted, layers * low), layers * cap)
+    assert bool(got.notes) == (sum(got.tokens) != wanted)
+    assert all(low <= one <= cap for one in got.tokens)
+    each = [greedy(MULTIPLES, np.array(prompt), ini_size, length, cap, minimum) for prompt in found]
+    for layer, tokens in enumerate(got.tokens):
+        mean = (sum(one[layer] for one in each) + sum(got.tokens) / layers) / (len(found) + 1)
+        assert abs(tokens - mean) < 1, "uniform budgets count as one more"
 
 
 def test_a_layer_that_loses_more_gets_more():
     steep, flat = [9.0, 3.0, 1.0, 0.0], [0.1, 0.0, 0.0, 0.0]
-    multiples = [Fraction(1, 4), Fraction(1), Fraction(2), Fraction(4)]
-    found = budgets(multiples, np.array([flat, steep, flat, flat]), Fraction(1, 5), 1000, 1100, 2)
+    found = greedy(MULTIPLES, np.array([flat, steep, flat, flat]), Fraction(1, 5), 1000, 1100, 2)
     assert sum(found) == 800
     assert found[1] == max(found) and found[1] >= 400
     assert min(found) >= 50
+    mean = budgets(MULTIPLES, np.array([[flat, steep, flat, flat]]), Fraction(1, 5), 1000, 1100, 2).tokens
+    assert mean[1] == (found[1] + 200) // 2
+
+
+def test_no_prompt_outweighs_another():
+    """Losses a thousand times as large, of a prompt where everything costs more, change nothing."""
+    curves = np.random.default_rng(0).uniform(0, 1, (2, 5, 4))
+    first = budgets(MULTIPLES, curves, Fraction(1, 5), 1000, 1100, 2)
+    assert budgets(MULTIPLES, curves * [[[1000.0]], [[1.0]]], Fraction(1, 5), 1000, 1100, 2) == first

@@ -223,5 +223,5 @@ def test_the_kernel_is_chosen_by_device_dtype_and_what_is_installed(monkeypatch)
     assert cache_module.decode_kernel(gpu, torch.bfloat16, scored=False) == "sdpa"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert cache_module.decode_kernel(gpu, torch.bfloat16, scored=False) == "flash"
-    assert cache_module.decode_kernel(gpu, torch.float32, scored=False) == "sdpa"
+    assert cache_module.decode_kernel(gpu, torch.float32, scored=False) == "grouped"
     assert "flash_attn" not in sys.modules

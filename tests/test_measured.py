@@ -4,6 +4,7 @@ import json
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model
@@ -25,10 +26,12 @@ def test_budgets_are_those_of_the_prompts_own_curves(algorithm):
     expected = []
     with squeezed(model, SqueezeConfig(algorithm, "0.3", "0.3")) as run:
         for prompt in prompts:
-            [losses] = loss_curves.measure(run, prompt, [share])
-            length = len(prompt)
-            minimum = run.evictor.minimum_budget
-            expected.append(curves.budgets(loss_curves.MULTIPLES, losses, share, length, length + 12, minimum))
+            losses = np.array(loss_curves.measure(run, prompt, [share]))
+            where = len(prompt), len(prompt) + 12, run.evictor.minimum_budget
+            found = curves.budgets(loss_curves.MULTIPLES, losses, share, *where).tokens
+            alone = curves.greedy(loss_curves.MULTIPLES, losses[0], share, *where)
+            assert all(abs(one - (more + sum(alone) / 5) / 2) < 1 for one, more in zip(found, alone, strict=True))
+            expected.append(found)
     assert expected[0] != [69] * 5 and sum(expected[0]) == 345
     ids, mask = left_pad(prompts)
     config = SqueezeConfig(algorithm, "0.3", allocation="measured")
