@@ -144,7 +144,10 @@ def ways(known, algorithm, size, length, cap, similarities, own):
     for one in SIZES:
         if one != size:
             found[f"8 prompts: mean of budgets, curves at {one}, scaled"] = average(each(some, one))
+    larger = SIZES[SIZES.index(size) :]
     found["8 prompts: mean of budgets, curves at all sizes"] = average([b for one in SIZES for b in each(some, one)])
+    measured = [b for one in larger for b in each(some, one)]
+    found["calibrated: 8 prompts, curves at this size and above, and uniform"] = average([*measured, uniform])
     for other in known:
         if other != algorithm:
             found[f"8 prompts: mean of budgets, curves of {other}"] = average(each(known[other].some(default)))

@@ -52,10 +52,14 @@ class Calibration:
         """The file's name."""
         return Path(self.source).name
 
-    @property
-    def measurements(self) -> np.ndarray:
-        """All curves, `(prompts * shares, layers, multiples)`: what was measured at one size serves at all others."""
-        return self.losses.reshape(-1, *self.losses.shape[2:])
+    def measurements(self, ini_size: Fraction) -> np.ndarray:
+        """Curves for a total size, `(measurements, layers, multiples)`: of all prompts, at `ini_size` and above.
+
+        More measurements are less noise, and one where the other layers keep more serves a smaller size as well as
+        its own, but not the reverse (docs/allocation.md). Above the largest share, that one's.
+        """
+        first = next((index for index, share in enumerate(self.shares) if share >= ini_size), len(self.shares) - 1)
+        return self.losses[:, first:].reshape(-1, *self.losses.shape[2:])
 
     def nearest(self, ini_size: Fraction) -> Fraction:
         """The measured share that is nearest."""

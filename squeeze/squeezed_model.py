@@ -200,7 +200,7 @@ class SqueezedModel:
     def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[np.ndarray] | None:
         """Curves for each sequence, as `curves.budgets` takes them, where budgets are made from them."""
         if self.config.calibration is not None:
-            return [self.config.calibration.measurements] * len(lengths)
+            return [self.config.calibration.measurements(self.config.share)] * len(lengths)
         if self.config.allocation != "measured":
             return None
         if inputs is None:
