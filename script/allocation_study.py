@@ -17,6 +17,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -217,37 +218,32 @@ def read(path):
 
 
 def show(args):
-    """A table for each algorithm: at each size the mean KL over tasks and its difference from uniform in pairs."""
+    """A table for each algorithm: differences from uniform in KL, on the same prompts, mean over tasks."""
     kl = {}
     for one in [one for path in args.out for one in read(path)]:
         task = one["prompt"].split()[0]
         if not args.datasets or task in args.datasets.split(","):
             ways = kl.setdefault(one["algorithm"], {})
-            ways.setdefault(one["way"], {})[task, one["size"], one["prompt"]] = one["kl"]
+            ways.setdefault(one["way"], {})[one["size"], task, one["prompt"]] = one["kl"]
     for algorithm, ways in kl.items():
-        lines = []
+        uniform, lines = ways["uniform"], []
         for way, mine in ways.items():
-            both = sorted(mine.keys() & ways["uniform"].keys())
-            line = {
-                "way": way,
-                "ratio": f"{np.exp(np.mean([np.log(mine[i] / ways['uniform'][i]) for i in both])):.2f}",
-            }
+            both = sorted(mine.keys() & uniform.keys())
+            line = {"way": way, "prompts": str(len({prompt for _, _, prompt in both}))}
+            line["ratio"] = f"{np.exp(np.mean([np.log(mine[index] / uniform[index]) for index in both])):.2f}"
             for size in SIZES:
-                line[size] = line[f"{size} less uniform"] = "-"
                 tasks = {}
                 for index in both:
-                    if index[1] == size:
-                        tasks.setdefault(index[0], []).append((mine[index], mine[index] - ways["uniform"][index]))
+                    if index[0] == size:
+                        tasks.setdefault(index[1], []).append(mine[index] - uniform[index])
+                line[size] = "-"
                 if tasks:
-                    means = [np.mean(pairs, axis=0)[0] for pairs in tasks.values()]
-                    mean, low, high = over_tasks([[less for _, less in pairs] for pairs in tasks.values()])
-                    line[size] = f"{np.mean(means):.4f}"
-                    line[f"{size} less uniform"] = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+                    mean, low, high = over_tasks(list(tasks.values()))
+                    line[size] = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
             lines.append(line)
-        prompts = {(one[0], one[2]) for one in ways["uniform"]}
-        counts = {task: sum(one[0] == task for one in prompts) for task in sorted({task for task, _ in prompts})}
-        print(f"\n{algorithm}, prompts: {', '.join(f'{task} {count}' for task, count in counts.items())}\n")
-        print(table(["way", "ratio", *(name for size in SIZES for name in (size, f"{size} less uniform"))], lines))
+        counts = Counter(task for size, task, _ in uniform if size == SIZES[0])
+        print(f"\n{algorithm}, prompts: {', '.join(f'{task} {count}' for task, count in sorted(counts.items()))}\n")
+        print(table(list(lines[0]), lines))
 
 
 def pairs(args):

@@ -48,3 +48,29 @@ def test_pairs_are_differences_on_the_same_samples(tmp_path, monkeypatch, capsys
     mean = (0.15 + (0.25 + 0.25 + 0.05) / 3) / 2  # half of uniform's, in every sample
     assert cells[3] == f"{mean:.4f}"
     assert cells[4].startswith(f"{-mean:+.4f} [-") and cells[5:7] == ["5", "5"]
+
+
+def test_ways_are_compared_with_uniform_on_the_prompts_that_have_both(tmp_path, capsys):
+    def line(task, row, way, kl, size="0.1"):
+        return {"prompt": f"{task} {row}", "algorithm": "h2o", "size": size, "way": way, "kl": kl}
+
+    uniform = [("lcc", 0, 0.4), ("lcc", 1, 0.2), ("xsum", 0, 1.0)]
+    lines = [line(task, row, "uniform", kl) for task, row, kl in uniform]
+    lines += [line(task, row, "a half", kl / 2) for task, row, kl in uniform]
+    lines += [
+        line("xsum", 0, "once", 2.0),
+        line("xsum", 0, "elsewhere", 1.0, "0.2"),
+        line("xsum", 0, "uniform", 1.0, "0.2"),
+    ]
+    write_lines(tmp_path / "study.jsonl", lines)
+    study.show(argparse.Namespace(out=[tmp_path / "study.jsonl"], datasets=""))
+    said = capsys.readouterr().out
+    assert "h2o, prompts: lcc 2, xsum 1" in said
+    cells = {
+        row[0]: row[1:] for row in ([one.strip() for one in text.strip("|").split("|")] for text in said.splitlines())
+    }
+    mean = -((0.2 + 0.1) / 2 + 0.5) / 2  # of the tasks' means
+    assert cells["a half"][:2] == ["3", "0.50"] and cells["a half"][2].startswith(f"{mean:+.4f} [-")
+    assert cells["a half"][3:] == ["-", "-"]
+    assert cells["once"] == ["1", "2.00", "+1.0000 [+1.0000, +1.0000]", "-", "-"]
+    assert cells["elsewhere"][1:4] == ["1.00", "-", "+0.0000 [+0.0000, +0.0000]"]
