@@ -11,7 +11,7 @@ from conftest import ROOT, random_model
 from reference import Reference
 from torch.nn.utils.rnn import pad_sequence
 
-from squeeze import SqueezeConfig, squeezed
+from squeeze import SqueezeConfig, attention, squeezed
 from squeeze import cache as cache_module
 from squeeze.loading import load
 
@@ -196,7 +196,14 @@ def test_a_split_model_holds_each_buffer_where_its_layer_is(embedded, prompts, a
 @pytest.mark.parametrize("algorithm", ["sliding_window", "streaming"])
 def test_fused_decoding_matches_the_reference(monkeypatch, algorithm, kernel):
     """The path of GPUs, on the CPU: with PyTorch's kernel, and with flash-attn's as a slow module of its meaning."""
+    fused = attention.scaled_dot_product_attention
+
+    def laid_out(*args, **kwargs):
+        """Its result in memory as GPUs' kernels leave it: tokens before heads."""
+        return fused(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
     monkeypatch.setattr(cache_module, "decode_kernel", lambda device, dtype, scored: kernel)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", laid_out)
     monkeypatch.setitem(sys.modules, "flash_attn", flash_reference)
     flash_reference.calls.clear()
     model = random_model("llama", seed=9)
