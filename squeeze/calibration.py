@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from squeeze.config import InputError, SqueezeConfig
+from squeeze.curves import Measurement, held
 from squeeze.files import read_bytes, read_object
 
 ROOT = Path(__file__).parent.parent
@@ -52,26 +53,26 @@ class Calibration:
         """The file's name."""
         return Path(self.source).name
 
-    def measurements(self, ini_size: Fraction) -> np.ndarray:
-        """Curves for a total size, `(measurements, layers, multiples)`: of all prompts, at `ini_size` and above.
+    def first(self, ini_size: Fraction) -> int:
+        """Which share is the smallest that serves a total size: the first of no less, or the largest of all."""
+        return next((index for index, share in enumerate(self.shares) if share >= ini_size), len(self.shares) - 1)
 
-        More measurements are less noise, and one where the other layers keep more serves a smaller size as well as
-        its own, but not the reverse (docs/allocation.md). Above the largest share, that one's.
+    def measurements(self, ini_size: Fraction) -> list[Measurement]:
+        """Curves for a total size: of all prompts, at `ini_size` and above.
+
+        More measurements are less noise, and those where the other layers keep more serve smaller sizes as well
+        (docs/allocation.md).
         """
-        first = next((index for index, share in enumerate(self.shares) if share >= ini_size), len(self.shares) - 1)
-        return self.losses[:, first:].reshape(-1, *self.losses.shape[2:])
+        shares = list(enumerate(self.shares))[self.first(ini_size) :]
+        return [(held(self.multiples, share), prompt[index]) for prompt in self.losses for index, share in shares]
 
-    def nearest(self, ini_size: Fraction) -> Fraction:
-        """The measured share that is nearest."""
-        return min(self.shares, key=lambda share: abs(share - ini_size))
-
-    def relative(self, share: Fraction) -> np.ndarray:
+    def relative(self, index: int) -> np.ndarray:
         """Curves at one of the shares, to be looked at: in them no prompt outweighs the others.
 
         Returns:
             Mean over prompts of the losses in multiples of what uniform budgets lose, `(layers, multiples)`.
         """
-        losses = self.losses[:, self.shares.index(share)]
+        losses = self.losses[:, index]
         uniform = losses[:, :1, self.multiples.index(Fraction(1)), None]
         return (losses / np.maximum(uniform, LEAST)).mean(axis=0)
 

@@ -145,7 +145,7 @@ def losses(found: np.ndarray, curves: Calibration, share: float, algorithm: str)
     """What a model's loss curves show.
 
     Args:
-        found: `curves.relative(share)`.
+        found: `curves.relative` at that share.
     """
     multiples = [float(one) for one in curves.multiples]
     most = ", ".join(str(layer) for layer in np.argsort(-found[:, 0], kind="stable")[:3])
@@ -154,7 +154,7 @@ def losses(found: np.ndarray, curves: Calibration, share: float, algorithm: str)
         f"keep {100 * share:g}% of the prompt, over that of {100 * share:g}% everywhere, less 1, mean over "
         f"prompts ({len(curves.losses)}); python -m squeeze.calibrate measured it ({curves.name}). Cutting to "
         f"{multiples[0]:g} of that costs the most in layers {most}. Budgets follow how fast a layer's loss falls with "
-        "every token that it gets."
+        "every token that it gets, here and at the larger sizes that were measured."
     )
 
 

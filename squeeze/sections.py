@@ -147,8 +147,8 @@ def layers(found: Results, names: Names, problems: list[str]) -> Section | None:
 def losses(run: Any, names: Names) -> Plot:
     """The loss curves that a calibrated run was made from; InputError where they are not there any more."""
     curves = curves_of(Path(run.folder), run.model, run.algorithm)
-    share = curves.nearest(parse_fraction("ini_size", run.ini_size))
-    measured = curves.relative(share)
+    first = curves.first(parse_fraction("ini_size", run.ini_size))
+    measured, share = curves.relative(first), curves.shares[first]
     multiples = [float(one) for one in curves.multiples]
     title = heading(run, "loss curves", run.algorithm)
     figure = layer_figures.loss_lines(measured, multiples, float(share), title)

@@ -198,7 +198,7 @@ def test_a_calibrated_runs_loss_curves_are_drawn(tmp_path, monkeypatch):
     assert report.main(["runs", "--out", "out"]) == 0
     page = Path("out/index.html").read_text()
     assert Path("out/losses-M-samsum-streaming.svg").exists() and Path("out/budgets-M-samsum-calibrated.svg").exists()
-    assert "keep 10% of the prompt, over that of 10% everywhere, less 1, mean over prompts (1)" in page
+    assert "keep 40% of the prompt, over that of 40% everywhere, less 1, mean over prompts (1)" in page
     assert "(M-streaming.json). Cutting to 0.5 of that costs the most in layers 7, 6, 5." in page
     save_curves(place, algorithm="streaming", start_size=4, loss=[[[[0.5, 0.5]] * 8] * 2])
     assert report.main(["runs", "--out", "out"]) == 0
