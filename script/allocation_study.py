@@ -68,13 +68,15 @@ class Curves:
 
     @classmethod
     def read(cls, folders, algorithm):
-        records = []
+        records, shares = [], set()
         for folder in folders:
-            settings = json.loads((folder / algorithm / "run.json").read_text())["settings"]
+            shares.add(tuple(json.loads((folder / algorithm / "run.json").read_text())["settings"]["shares"]))
             text = (folder / algorithm / "samples/curves.jsonl").read_text()
             records += [json.loads(line) for line in text.splitlines()]
-        shares = [float(Fraction(one)) for one in settings["shares"]]
         prompts = [(one["dataset"], one["row"]) for one in records]
+        if len(shares) > 1 or len(set(prompts)) < len(prompts):
+            sys.exit(f"error: {', '.join(map(str, folders))} differ in sizes, or have a prompt twice ({algorithm})")
+        shares = [Fraction(one) for one in shares.pop()]
         return cls(shares, prompts, np.array([one["loss"] for one in records]))
 
     def some(self, wanted):
@@ -83,7 +85,9 @@ class Curves:
         return Curves(self.shares, [self.prompts[index] for index in chosen], self.nats[chosen])
 
     def at(self, losses, size):
-        return losses[self.shares.index(float(size))]
+        """A measurement, as `squeeze.curves` takes it, from losses of all sizes."""
+        share = Fraction(size)
+        return curves.held(MULTIPLES, share), losses[self.shares.index(share)]
 
 
 def blend(one, other, weight=Fraction(1, 2)):
@@ -110,8 +114,8 @@ def ways(known, algorithm, size, length, cap, similarities, own):
     """
     share, minimum = Fraction(size), make_evictor(algorithm, 4).minimum_budget
 
-    def by(losses):
-        return curves.greedy(MULTIPLES, losses, share, length, cap, minimum)
+    def by(measurement):
+        return curves.greedy(*measurement, share, length, cap, minimum)
 
     def formula(allocation, ratio):
         options = {"ini_size": share, "kv_class3": share * Fraction(ratio), "allocation": allocation}
@@ -147,17 +151,19 @@ def ways(known, algorithm, size, length, cap, similarities, own):
             found[f"8 prompts: mean of budgets, curves at {one}, scaled"] = average(each(some, one))
     larger = SIZES[SIZES.index(size) :]
     found["8 prompts: mean of budgets, curves at all sizes"] = average([b for one in SIZES for b in each(some, one)])
-    measured = [b for one in larger for b in each(some, one)]
-    found["calibrated: 8 prompts, curves at this size and above, and uniform"] = average([*measured, uniform])
+    measured = [some.at(losses, one) for losses in some.losses for one in larger]
+    calibrated = curves.budgets(measured, share, length, cap, minimum).tokens
+    found["calibrated: 8 prompts, curves at this size and above, and uniform"] = calibrated
     for other in known:
         if other != algorithm:
             found[f"8 prompts: mean of budgets, curves of {other}"] = average(each(known[other].some(default)))
     both = [b for one in ("h2o", "streaming") for b in each(known[one].some(default))]
     found["8 prompts: mean of budgets, curves of h2o and of streaming"] = average(both)
     if own is not None:
-        found["the prompt's own tail (measured)"] = by(own)
-        found["measured, half way to uniform"] = blend(by(own), uniform)
-        found["measured, half way to 8 prompts: mean of budgets"] = blend(by(own), average(each(some)))
+        alone = by((curves.held(MULTIPLES, share), own))
+        found["the prompt's own tail (measured)"] = alone
+        found["measured, half way to uniform"] = blend(alone, uniform)
+        found["measured, half way to 8 prompts: mean of budgets"] = blend(alone, average(each(some)))
     return found
 
 
@@ -190,20 +196,23 @@ def run(args):
             length, cap = len(tokens), len(tokens) + settings["max_new_tokens"]
             answer = None
             for algorithm in args.algorithms.split(","):
-                if not args.again and any((name, algorithm) == one[:2] for one in done):
+                todo = [one for one in SIZES if args.again or (name, algorithm, one, "uniform") not in done]
+                if not todo:
                     continue
                 answer = answer or fidelity.answer(model, [tokens], settings)
                 if len(answer.logprobs) < 2:  # nothing follows on the first token
                     continue
                 engine.use(SqueezeConfig(algorithm, "1", "1"))
-                own = measure(engine, tokens, [Fraction(one) for one in SIZES]) if args.measured else [None] * 3
+                own = measure(engine, tokens, [Fraction(one) for one in todo]) if args.measured else [None] * len(todo)
                 inputs = tokens[None].to(device)
                 model.model(inputs, past_key_values=engine.cache(1), use_cache=True)
                 held, similarities = engine.kept_prefill, engine.similarities[0]
-                for size, losses in zip(SIZES, own, strict=True):
+                for size, losses in zip(todo, own, strict=True):
                     losses = None if losses is None else np.array(losses)
                     found = ways(known, algorithm, size, length, cap, similarities, losses)
                     found = {way: one for way, one in found.items() if (name, algorithm, size, way) not in done}
+                    if not found:
+                        continue
                     text = answer.tokens[0][: len(answer.logprobs) - 1]
                     full = torch.cat(answer.logprobs[1:])
                     kl = divergences(engine, held, list(found.values()), text, full)
@@ -230,7 +239,9 @@ def show(args):
         for way, mine in ways.items():
             both = sorted(mine.keys() & uniform.keys())
             line = {"way": way, "prompts": str(len({prompt for _, _, prompt in both}))}
-            line["ratio"] = f"{np.exp(np.mean([np.log(mine[index] / uniform[index]) for index in both])):.2f}"
+            every = {size for size, _, _ in both} == {size for size, _, _ in uniform}
+            ratio = np.exp(np.mean([np.log(mine[index] / uniform[index]) for index in both]))
+            line["ratio"] = f"{ratio:.2f}" if every else "-"
             for size in SIZES:
                 tasks = {}
                 for index in both:

@@ -1,12 +1,12 @@
 """Would H2O gain from budgets per (layer, KV head) over budgets per layer? What docs/allocation.md says of it.
 
-    python script/head_study.py --ini_size 0.2 --data_dir DIR --datasets lcc --requests FILE --first 8 --last 20
+    python script/head_study.py --ini_size 0.2 --data_dir DIR --datasets lcc --requests FILE --first 8 --last 18
 
 Measured with masks, since a layer's buffer has as many slots for each of its KV heads: a prompt is prefilled once; at
 its end every KV head keeps its heavy hitters and recent tokens; a text that follows is fed in one pass, in which a
 head sees what it keeps and the text so far. Nothing is evicted afterwards, and no memory is saved. Loss curves are
 measured in this way on the prompts of python -m squeeze.calibrate, once for layers and once for heads, and budgets
-of one total made from both are compared on the prompts that are named.
+of one total (but for rounding) made from both are compared on the prompts that are named: means over prompts.
 """
 
 import argparse
@@ -102,16 +102,13 @@ def loss_curves(model, tokens, share, heads, per_head):
     held, tail = prefill(model, tokens[:length]), tokens[length:]
     full = model(tokens[None], use_cache=False, logits_to_keep=TAIL).logits[0].float().log_softmax(dim=-1)
     sizes = [min(max(int(one * share * length), 2), length) for one in MULTIPLES]
-    groups = [[(layer, slice(None))] for layer in range(layers)]
-    if per_head:
-        groups = [[(layer, slice(head, head + 1))] for layer in range(layers) for head in range(heads)]
-    ways = np.full((len(groups), len(sizes), layers, heads), sizes[MULTIPLES.index(1)])
-    for number, group in enumerate(groups):
-        for index, size in enumerate(sizes):
-            for layer, those in group:
-                ways[number, index, layer, those] = size
+    groups = layers * heads if per_head else layers
+    ways = np.full((groups, len(sizes), layers, heads), sizes[MULTIPLES.index(1)])
+    for group, index in np.ndindex(groups, len(sizes)):
+        layer, head = divmod(group, heads) if per_head else (group, slice(None))
+        ways[group, index, layer, head] = sizes[index]
     found = divergences(model, held, tail, full, ways.reshape(-1, layers, heads).tolist())
-    return np.array(found).reshape(len(groups), len(sizes))
+    return np.array(found).reshape(groups, len(sizes))
 
 
 @torch.inference_mode()
@@ -130,6 +127,7 @@ def main():
     device = loading.pick_device("cpu", 0)
     model, tokenizer = loading.load(models.fetch(source), device, torch.float32, "auto")
     heads, share = model.config.num_key_value_heads, Fraction(args.ini_size)
+    multiples = curves.held(MULTIPLES, share)
 
     def prompts(data, limit=8192):
         how = predict.Options(max_length=limit, model_name=source.name)
@@ -155,7 +153,7 @@ def main():
             continue
         length = len(prompt.tokens)
         by = {
-            per_head: curves.budgets(MULTIPLES, np.array(found), share, length, length, 2).tokens
+            per_head: curves.budgets([(multiples, one) for one in found], share, length, length, 2).tokens
             for per_head, found in known.items()
         }
         layers = len(by[False])

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def _shown(source: str) -> str:
 def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares: Sequence[Fraction]) -> None:
     """Measure the prompts that are missing, and say before what it costs."""
     from squeeze import loss_curves, predict
+    from squeeze.batching import unless_out_of_memory
 
     with load([job]) as engine:
         assert engine.squeezed is not None
@@ -149,8 +151,11 @@ def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares:
         print(f"{len(prompts)} prompts, {total:,} tokens to run")
         with tqdm(total=total, unit="token", unit_scale=True, desc=job.config.algorithm if job.config else "") as bar:
             for index, tokens in prompts.items():
-                loss = loss_curves.measure(engine.squeezed, tokens, shares, bar.update)
                 data, row = rows[index]
+                loss = unless_out_of_memory(partial(loss_curves.measure, engine.squeezed, tokens, shares, bar.update))
+                if loss is None:
+                    where = f"row {row} of {data.dataset} alone, {len(tokens)} tokens"
+                    raise InputError(f"out of memory with {where}: take shorter ones")
                 made = {"dataset": data.dataset, "row": row, "prompt_tokens": len(tokens)}
                 samples.append([{"index": index, **made, "loss": loss, "stats": {}}])
 

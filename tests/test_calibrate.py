@@ -16,6 +16,7 @@ import pred
 from squeeze import InputError, SqueezeConfig, calibrate, calibration, curves, loading, loss_curves, models, squeezed
 from squeeze.calibration import read_calibration, with_curves
 from squeeze.longbench import generation_lengths
+from squeeze.squeezed_model import SqueezedModel
 
 evaluate = importlib.import_module("eval")
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
@@ -69,13 +70,6 @@ def test_cuts_that_do_not_fit_into_memory_together_run_apart(monkeypatch):
         [found] = loss_curves.measure(run, PROMPT, [Fraction(3, 10)])
         assert np.array(found) == pytest.approx(np.array(expected), rel=1e-3, abs=1e-5)
         assert sizes == [1, 5, 5, 5, 5], "all of the 20 are run, as many as fit"
-
-        def none(*_):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-        monkeypatch.setattr(run, "fork", none)
-        with pytest.raises(InputError, match="out of memory with one prompt of 182 tokens: take shorter ones"):
-            loss_curves.measure(run, PROMPT, [Fraction(3, 10)])
 
 
 @pytest.fixture
@@ -243,6 +237,15 @@ def test_the_library_wants_curves_of_the_same_model_and_method(tmp_path):
 def test_bad_flags_are_a_sentence(place, flags, said):
     with pytest.raises(InputError, match=said):
         calibrate.calibrate([*COMMON, *flags])
+
+
+def test_a_prompt_that_does_not_fit_into_memory_is_a_sentence(place, monkeypatch):
+    def none(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SqueezedModel, "fork", none)
+    with pytest.raises(InputError, match=r"out of memory with row 0 of samsum alone, \d+ tokens: take shorter ones"):
+        measure()
 
 
 def test_a_prompt_that_is_too_short_is_a_sentence(place):

@@ -1,6 +1,7 @@
 """What only a GPU can show: `bash script/test.sh -m cuda`, on a machine that has one."""
 
 import copy
+import itertools
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -50,9 +51,11 @@ def generate(model, config, ids=IDS, mask=MASK, steps=30, **more):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_batch_gives_the_cpus_tokens(gpu, algorithm):
     model = random_model("llama")
-    for config in (SqueezeConfig(algorithm, budgets=BUDGETS), SqueezeConfig(algorithm, "0.5", "0.2")):
-        expected, there = generate(model, config)
-        found, here = generate(copy.deepcopy(model).to(gpu), config)
+    on_gpu = copy.deepcopy(model).to(gpu)
+    configs = SqueezeConfig(algorithm, budgets=BUDGETS), SqueezeConfig(algorithm, "0.5", "0.2")
+    for config, rows in itertools.product(configs, (slice(0, 3), slice(0, 1))):  # a ragged batch, and one alone
+        expected, there = generate(model, config, IDS[rows], MASK[rows])
+        found, here = generate(on_gpu, config, IDS[rows], MASK[rows])
         assert found.equal(expected)
         assert here.budgets.tolist() == there.budgets.tolist()
         assert here.kv_bytes == there.kv_bytes
@@ -153,13 +156,14 @@ def test_running_out_of_memory_is_noticed_and_passes(gpu):
     assert unless_out_of_memory(lambda: torch.ones(3, device=gpu).sum().item()) == 3
 
 
-def test_layers_that_wait_on_the_cpu(prompts):
+def test_layers_that_wait_on_the_cpu(gpu, prompts):
     """A map that leaves half of the layers in the CPU's memory gives the tokens of the GPU alone."""
     rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
     split = dict.fromkeys(rest, 0) | {f"model.layers.{layer}": 0 if layer < 15 else "cpu" for layer in range(30)}
     prompt, found = prompts[2][None], []
     for device_map in (None, split):
-        model, _ = load(ROOT / "models/SmolLM2-135M", torch.device("cuda:0"), torch.float32, device_map=device_map)
+        model, _ = load(ROOT / "models/SmolLM2-135M", gpu, torch.float32, device_map=device_map)
+        assert ("cpu" in getattr(model, "hf_device_map", {}).values()) == (device_map is split)
         found.append(generate(model, SqueezeConfig("h2o", "0.3", "0.2"), prompt, torch.ones_like(prompt), 16)[0])
     assert found[0].equal(found[1])
 
