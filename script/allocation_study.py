@@ -85,9 +85,7 @@ class Curves:
         return Curves(self.shares, [self.prompts[index] for index in chosen], self.nats[chosen])
 
     def at(self, losses, size):
-        """A measurement, as `squeeze.curves` takes it, from losses of all sizes."""
-        share = Fraction(size)
-        return curves.held(MULTIPLES, share), losses[self.shares.index(share)]
+        return losses[self.shares.index(Fraction(size))]
 
 
 def blend(one, other, weight=Fraction(1, 2)):
@@ -114,8 +112,8 @@ def ways(known, algorithm, size, length, cap, similarities, own):
     """
     share, minimum = Fraction(size), make_evictor(algorithm, 4).minimum_budget
 
-    def by(measurement):
-        return curves.greedy(*measurement, share, length, cap, minimum)
+    def by(losses):
+        return curves.greedy(MULTIPLES, losses, share, length, cap, minimum)
 
     def formula(allocation, ratio):
         options = {"ini_size": share, "kv_class3": share * Fraction(ratio), "allocation": allocation}
@@ -152,7 +150,7 @@ def ways(known, algorithm, size, length, cap, similarities, own):
     larger = SIZES[SIZES.index(size) :]
     found["8 prompts: mean of budgets, curves at all sizes"] = average([b for one in SIZES for b in each(some, one)])
     measured = [some.at(losses, one) for losses in some.losses for one in larger]
-    calibrated = curves.budgets(measured, share, length, cap, minimum).tokens
+    calibrated = curves.budgets(MULTIPLES, np.array(measured), share, length, cap, minimum).tokens
     found["calibrated: 8 prompts, curves at this size and above, and uniform"] = calibrated
     for other in known:
         if other != algorithm:
@@ -160,7 +158,7 @@ def ways(known, algorithm, size, length, cap, similarities, own):
     both = [b for one in ("h2o", "streaming") for b in each(known[one].some(default))]
     found["8 prompts: mean of budgets, curves of h2o and of streaming"] = average(both)
     if own is not None:
-        alone = by((curves.held(MULTIPLES, share), own))
+        alone = by(own)
         found["the prompt's own tail (measured)"] = alone
         found["measured, half way to uniform"] = blend(alone, uniform)
         found["measured, half way to 8 prompts: mean of budgets"] = blend(alone, average(each(some)))

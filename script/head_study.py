@@ -127,7 +127,6 @@ def main():
     device = loading.pick_device("cpu", 0)
     model, tokenizer = loading.load(models.fetch(source), device, torch.float32, "auto")
     heads, share = model.config.num_key_value_heads, Fraction(args.ini_size)
-    multiples = curves.held(MULTIPLES, share)
 
     def prompts(data, limit=8192):
         how = predict.Options(max_length=limit, model_name=source.name)
@@ -153,7 +152,7 @@ def main():
             continue
         length = len(prompt.tokens)
         by = {
-            per_head: curves.budgets([(multiples, one) for one in found], share, length, length, 2).tokens
+            per_head: curves.budgets(MULTIPLES, np.array(found), share, length, length, 2).tokens
             for per_head, found in known.items()
         }
         layers = len(by[False])

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from squeeze.config import InputError, SqueezeConfig
-from squeeze.curves import Measurement, held
 from squeeze.files import read_bytes, read_object
 
 ROOT = Path(__file__).parent.parent
@@ -57,14 +56,13 @@ class Calibration:
         """Which share is the smallest that serves a total size: the first of no less, or the largest of all."""
         return next((index for index, share in enumerate(self.shares) if share >= ini_size), len(self.shares) - 1)
 
-    def measurements(self, ini_size: Fraction) -> list[Measurement]:
-        """Curves for a total size: of all prompts, at `ini_size` and above.
+    def measurements(self, ini_size: Fraction) -> np.ndarray:
+        """Curves for a total size, `(measurements, layers, multiples)`: of all prompts, at `ini_size` and above.
 
         More measurements are less noise, and those where the other layers keep more serve smaller sizes as well
         (docs/allocation.md).
         """
-        shares = list(enumerate(self.shares))[self.first(ini_size) :]
-        return [(held(self.multiples, share), prompt[index]) for prompt in self.losses for index, share in shares]
+        return self.losses[:, self.first(ini_size) :].reshape(-1, *self.losses.shape[2:])
 
     def relative(self, index: int) -> np.ndarray:
         """Curves at one of the shares, to be looked at: in them no prompt outweighs the others.

@@ -16,9 +16,6 @@ import numpy as np
 
 from squeeze.allocation import Budgets, round_to, within
 
-#: One prompt's curves at one size: the multiples of that size, ascending, and the losses `(layers, multiples)`.
-Measurement = tuple[Sequence[Fraction], np.ndarray]
-
 
 def hull(tokens: Sequence[int], losses: Sequence[float]) -> list[tuple[int, float]]:
     """The lower convex hull of a curve, up to its lowest point: more tokens never cost anything.
@@ -78,11 +75,6 @@ def spend(curves: Sequence[Sequence[tuple[int, float]]], total: int, cap: int) -
     return found
 
 
-def held(multiples: Sequence[Fraction], share: Fraction) -> list[Fraction]:
-    """What the multiples came to where curves were measured at `share`: no layer held more than the whole prompt."""
-    return [min(multiple, 1 / share) for multiple in multiples]
-
-
 def greedy(
     multiples: Sequence[Fraction], losses: np.ndarray, ini_size: Fraction, length: int, cap: int, minimum: int
 ) -> list[int]:
@@ -105,17 +97,19 @@ def greedy(
     return spend([hull(tokens, curve) for curve in losses[:, columns].tolist()], total, cap)
 
 
-def budgets(measurements: Sequence[Measurement], ini_size: Fraction, length: int, cap: int, minimum: int) -> Budgets:
+def budgets(
+    multiples: Sequence[Fraction], losses: np.ndarray, ini_size: Fraction, length: int, cap: int, minimum: int
+) -> Budgets:
     """Budgets from several measurements: the mean of each one's `greedy` and of uniform budgets.
 
     Args:
-        measurements: only differences within one of them matter.
-        ini_size, length, cap, minimum: see `greedy`.
+        multiples, ini_size, length, cap, minimum: see `greedy`.
+        losses: `(measurements, layers, multiples)`; only differences within a measurement matter.
     Returns:
         Tokens of each layer, `floor(layers * ini_size * length)` together, as far as `cap` and `minimum` allow.
     """
-    layers = len(measurements[0][1])
-    each = [greedy(multiples, losses, ini_size, length, cap, minimum) for multiples, losses in measurements]
+    count, layers, _ = losses.shape
+    each = [greedy(multiples, one, ini_size, length, cap, minimum) for one in losses]
     total, notes = within(int(layers * ini_size * length), layers, cap, min(minimum, cap))
-    shares = [(sum(tokens) + Fraction(total, layers)) / (len(each) + 1) for tokens in zip(*each, strict=True)]
+    shares = [(sum(tokens) + Fraction(total, layers)) / (count + 1) for tokens in zip(*each, strict=True)]
     return Budgets(round_to(shares, total), notes=notes)

@@ -17,7 +17,6 @@ from squeeze.allocation import Budgets, allocate, classify
 from squeeze.cache import SqueezeCache
 from squeeze.compatibility import check_transformers
 from squeeze.config import DEFAULT_ALGORITHM, InputError, SqueezeConfig
-from squeeze.curves import Measurement
 from squeeze.evictors import make_evictor
 
 
@@ -79,7 +78,7 @@ class SqueezedModel:
         self.entering: torch.Tensor | None = None
         self.entering_lengths: tuple[list[int], list[int]] = [], []
         self.measured: list[torch.Tensor] = []
-        self._losses: list[list[Measurement]] | None = None
+        self._losses: list[np.ndarray] | None = None
 
     def use(self, config: SqueezeConfig) -> None:
         """Go on with another configuration, from the next prompt on.
@@ -198,7 +197,7 @@ class SqueezedModel:
         self.kv_bytes, self.state_bytes = cache.kv_bytes, cache.state_bytes
         self.notes = [list(budgets.notes) for budgets in allocated]
 
-    def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[list[Measurement]] | None:
+    def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[np.ndarray] | None:
         """Curves for each sequence, as `curves.budgets` takes them, where budgets are made from them."""
         if self.config.calibration is not None:
             return [self.config.calibration.measurements(self.config.share)] * len(lengths)
@@ -207,9 +206,7 @@ class SqueezedModel:
         if inputs is None:
             raise InputError("the allocation measured needs a prompt's token ids, and got embeddings")
         prompts = [row[-length:] for row, length in zip(inputs, lengths, strict=True)]
-        multiples = curves.held(loss_curves.MULTIPLES, self.config.share)
-        measured = [loss_curves.measure(self, prompt, [self.config.share]) for prompt in prompts]
-        return [[(multiples, np.array(losses))] for [losses] in measured]
+        return [np.array(loss_curves.measure(self, prompt, [self.config.share])) for prompt in prompts]
 
     def _allocate(self, row: int, similarities: np.ndarray | None, length: int, max_new_tokens: int) -> Budgets:
         cap = length + max_new_tokens
@@ -220,7 +217,9 @@ class SqueezedModel:
         if similarities is None:  # not measured yet, and these budgets are the same whatever they will be
             similarities = np.zeros(self.model.config.num_hidden_layers)
         if self._losses is not None:
-            found = curves.budgets(self._losses[row], self.config.share, length, cap, self.evictor.minimum_budget)
+            calibration, minimum = self.config.calibration, self.evictor.minimum_budget
+            multiples = loss_curves.MULTIPLES if calibration is None else calibration.multiples
+            found = curves.budgets(multiples, self._losses[row], self.config.share, length, cap, minimum)
             return replace(found, classes=classify(similarities))
         ini_size, kv_class3 = self.config.fractions
         return allocate(

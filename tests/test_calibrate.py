@@ -115,9 +115,7 @@ def test_the_command_and_runs_with_its_budgets(place, capsys, monkeypatch):
     measured = np.array(measured)
     for size, shares in (("0.1", [0, 1]), ("0.2", [0, 1]), ("0.21", [1]), ("0.4", [1]), ("0.5", [1])):
         assert found.first(Fraction(size)) == shares[0]
-        multiples, losses = zip(*found.measurements(Fraction(size)), strict=True)
-        assert np.array(losses) == pytest.approx(measured[:, shares].reshape(-1, 5, 5), abs=1e-7)
-        assert [float(one[-1]) for one in multiples] == [[4, 2.5][share] for share in shares] * 2
+        assert found.measurements(Fraction(size)) == pytest.approx(measured[:, shares].reshape(-1, 5, 5), abs=1e-7)
     assert content["versions"]["torch"] and content["data"][0]["sha256"] and content["start_size"] == 4
     before = path.read_bytes()
     with monkeypatch.context() as patched:
@@ -267,6 +265,6 @@ def test_the_embedded_models_files_are_shipped(algorithm):
     for one in content["data"]:
         assert hashlib.sha256((ROOT / one["source"]).read_bytes()).hexdigest() == one["sha256"]
     for size in (Fraction(1, 20), Fraction(1, 5), Fraction(3, 4)):
-        tokens = curves.budgets(found.measurements(size), size, 2000, 2064, 5).tokens
+        tokens = curves.budgets(found.multiples, found.measurements(size), size, 2000, 2064, 5).tokens
         assert sum(tokens) == int(30 * size * 2000)
         assert max(tokens) > 1.3 * float(size) * 2000, "not uniform"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squeeze.curves import budgets, greedy, held, hull, spend
+from squeeze.curves import budgets, greedy, hull, spend
 
 losses = st.integers(0, 40).map(lambda value: value / 8)
 curves = st.lists(st.tuples(st.integers(0, 7), losses), min_size=1, max_size=4, unique_by=lambda corner: corner[0])
@@ -74,7 +74,7 @@ MULTIPLES = [Fraction(1, 4), Fraction(1), Fraction(2), Fraction(4)]
 )
 def test_budgets_conserve_to_the_token_within_their_bounds(found, ini_size, length, new, minimum):
     layers, cap = len(found[0]), length + new
-    got = budgets([(MULTIPLES, np.array(one)) for one in found], ini_size, length, cap, minimum)
+    got = budgets(MULTIPLES, np.array(found), ini_size, length, cap, minimum)
     low, wanted = min(minimum, cap), int(layers * ini_size * length)
     assert sum(got.tokens) == min(max(wanted, layers * low), layers * cap)
     assert bool(got.notes) == (sum(got.tokens) != wanted)
@@ -91,24 +91,12 @@ def test_a_layer_that_loses_more_gets_more():
     assert sum(found) == 800
     assert found[1] == max(found) and found[1] >= 400
     assert min(found) >= 50
-    mean = budgets([(MULTIPLES, np.array([flat, steep, flat, flat]))], Fraction(1, 5), 1000, 1100, 2).tokens
+    mean = budgets(MULTIPLES, np.array([[flat, steep, flat, flat]]), Fraction(1, 5), 1000, 1100, 2).tokens
     assert mean[1] == (found[1] + 200) // 2
 
 
 def test_no_prompt_outweighs_another():
     """Losses a thousand times as large, of a prompt where everything costs more, change nothing."""
-    one, other = np.random.default_rng(0).uniform(0, 1, (2, 5, 4))
-    first, second = (
-        budgets([(MULTIPLES, one * factor), (MULTIPLES, other)], Fraction(1, 5), 1000, 1100, 2) for factor in (1, 1000)
-    )
-    assert first == second
-
-
-def test_no_layer_held_more_than_the_whole_prompt():
-    """Measured at 0.4, four times that is the whole prompt, two and a half times: so it is at smaller sizes."""
-    assert held(MULTIPLES, Fraction(2, 5)) == [Fraction(1, 4), 1, 2, Fraction(5, 2)]
-    assert held(MULTIPLES, Fraction(1, 5)) == MULTIPLES
-    steep, flat = [9.0, 3.0, 1.0, 0.0], [0.1, 0.0, 0.0, 0.0]
-    losses = np.array([flat, steep, flat, flat])
-    found = greedy(held(MULTIPLES, Fraction(2, 5)), losses, Fraction(1, 10), 1000, 1100, 2)
-    assert found == [100, 250, 25, 25]
+    curves = np.random.default_rng(0).uniform(0, 1, (2, 5, 4))
+    first = budgets(MULTIPLES, curves, Fraction(1, 5), 1000, 1100, 2)
+    assert budgets(MULTIPLES, curves * [[[1000.0]], [[1.0]]], Fraction(1, 5), 1000, 1100, 2) == first

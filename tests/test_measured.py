@@ -26,11 +26,10 @@ def test_budgets_are_those_of_the_prompts_own_curves(algorithm):
     expected = []
     with squeezed(model, SqueezeConfig(algorithm, "0.3", "0.3")) as run:
         for prompt in prompts:
-            [losses] = np.array(loss_curves.measure(run, prompt, [share]))
-            where = share, len(prompt), len(prompt) + 12, run.evictor.minimum_budget
-            multiples = [Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(10, 3)]  # 4: all of it
-            found = curves.budgets([(multiples, losses)], *where).tokens
-            alone = curves.greedy(multiples, losses, *where)
+            losses = np.array(loss_curves.measure(run, prompt, [share]))
+            where = len(prompt), len(prompt) + 12, run.evictor.minimum_budget
+            found = curves.budgets(loss_curves.MULTIPLES, losses, share, *where).tokens
+            alone = curves.greedy(loss_curves.MULTIPLES, losses[0], share, *where)
             assert all(abs(one - (more + sum(alone) / 5) / 2) < 1 for one, more in zip(found, alone, strict=True))
             expected.append(found)
     assert expected[0] != [69] * 5 and sum(expected[0]) == 345
