@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 #: Of the file's format.
 VERSION = 3
 
+AGAIN = "make it again with python -m squeeze.calibrate"
+
 #: Nats: what uniform budgets lose counts as no less where it is divided by.
 LEAST = 1e-6
 
@@ -76,15 +78,14 @@ class Calibration:
 
     def check(self, algorithm: str, start_size: int, layers: int, model: dict[str, Any] | None = None) -> None:
         """Raises InputError unless the curves are those of this eviction method and, where it is given, this model."""
-        again = "make it again with python -m squeeze.calibrate"
         if self.algorithm != algorithm:
-            raise InputError(f"{self.source} was measured with {self.algorithm}, not with {algorithm}: {again}")
+            raise InputError(f"{self.source} was measured with {self.algorithm}, not with {algorithm}: {AGAIN}")
         if self.start_size not in (None, start_size):
             raise InputError(
-                f"{self.source} was measured with start_size {self.start_size}, not {start_size}: {again}"
+                f"{self.source} was measured with start_size {self.start_size}, not {start_size}: {AGAIN}"
             )
         if self.losses.shape[2] != layers or (model is not None and self.model != model):
-            raise InputError(f"{self.source} was measured on another model than this one: {again}")
+            raise InputError(f"{self.source} was measured on another model than this one: {AGAIN}")
 
 
 def with_curves(config: SqueezeConfig | None, name: str, model: dict[str, Any]) -> SqueezeConfig | None:
@@ -124,7 +125,7 @@ def read_calibration(path: Path) -> Calibration:
         raise InputError(f"{path} is not there: python -m squeeze.calibrate makes it")
     content = read_object(path)
     if content.get("version") != VERSION:
-        raise InputError(f"{path} is of version {content.get('version')}, and {VERSION} is known here: make it again")
+        raise InputError(f"{path} is of version {content.get('version')}, and {VERSION} is known here: {AGAIN}")
     try:
         shares, multiples = (tuple(Fraction(str(one)) for one in content[key]) for key in ("shares", "multiples"))
         losses = np.array(content["loss"], dtype=np.float64)
@@ -144,9 +145,7 @@ def read_calibration(path: Path) -> Calibration:
     except (KeyError, TypeError, ValueError, IndexError):
         whole = ascending = False
     if not whole or not ascending:
-        raise InputError(
-            f"{path} is damaged, its curves are not whole: make it again with python -m squeeze.calibrate"
-        )
+        raise InputError(f"{path} is damaged, its curves are not whole: {AGAIN}")
     if not math.isfinite(losses.sum()):
-        raise InputError(f"{path} has losses that are not numbers: make it again with python -m squeeze.calibrate")
+        raise InputError(f"{path} has losses that are not numbers: {AGAIN}")
     return found

@@ -187,7 +187,7 @@ def save_curves(path, **changes):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"version": 1}, "is of version 1, and 3 is known here"),
+        ({"version": 1}, "is of version 1, and 3 is known here: make it again with python -m squeeze.calibrate"),
         ({"loss": [[[[0.0]]]]}, "is damaged, its curves are not whole"),
         ({"loss": [[[[0.0, 1.0]] * 5, [[0.0, float("nan")]] * 5]]}, "has losses that are not numbers"),
         ({"shares": ["2/5", "1/10"]}, "is damaged"),

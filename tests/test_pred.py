@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny import LISTS, save_rows, save_tiny, tiny_tokenizer
 
 import eval
 import pred
 from squeeze import InputError, SqueezeConfig, loading, models, runs, squeezed
 from squeeze import predict as predict_module
-from squeeze.batching import batches
 from squeeze.flags import run_command
 from squeeze.loading import load
 from squeeze.longbench import build_prompt, generation_lengths
@@ -152,15 +149,6 @@ def test_a_batch_gives_what_single_prompts_give(place, cache):
     assert read(folder / "samsum.jsonl") == single
     assert summary(folder).get("budgets") == budgets
     assert summary(folder)["starts"][-1]["batch_size"] == 3
-
-
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 8))
-def test_batches_hold_every_sample_once_and_the_longest_first(lengths, batch_size):
-    made = batches(lengths, batch_size)
-    assert sorted(index for batch in made for index in batch) == list(range(len(lengths)))
-    assert all(len(batch) == batch_size for batch in made[:-1])
-    ordered = [lengths[index] for batch in made for index in batch]
-    assert ordered == sorted(lengths, reverse=True)
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(place, monkeypatch, capsys):
@@ -369,39 +357,3 @@ def test_as_a_command_bad_input_is_one_sentence_and_code_2(place, flags, words):
 
 def test_the_tiny_tokenizer_fits_the_tiny_model():
     assert len(tiny_tokenizer()) <= 199
-
-
-def test_every_data_set_on_the_embedded_model(tmp_path, monkeypatch):
-    """A demo row of each, as pred.py and eval.py run them; only prompts and answers are cut short."""
-    for dataset, length in generation_lengths().items():
-        monkeypatch.setitem(generation_lengths(), dataset, min(length, 12))
-    monkeypatch.setattr(models, "prompt_limit", lambda source, config: (500, None))
-    monkeypatch.chdir(tmp_path)
-    flags = ["--model", "SmolLM2-135M", "--pred", "Long", "--ini_size", "0.3", "--KV_class3", "0.2"]
-    rows = ["--datasets", "all", "--data_dir", str(ROOT / "data/longbench"), "--sample_num", "1"]
-    pred.main([*flags, *rows, "--enable_squeeze", "--device", "cpu", "--chat"])
-    eval.main(flags)
-    folder = Path("pred_Long/SmolLM2-135M/0.3/20")
-    scores = json.loads((folder / "result.json").read_text())
-    assert list(scores) == list(generation_lengths())
-    assert all(0 <= score <= 100 for score in scores.values())
-    detail = json.loads((folder / "result_detail.json").read_text())
-    assert detail["left_out"] == {}
-    assert "all" in detail["groups"]
-    for dataset in generation_lengths():
-        found = summary(folder, dataset)
-        assert found["prompt_tokens"] > 300
-        assert found["kept"] == pytest.approx(0.3, abs=0.01)
-
-
-def test_the_embedded_model_end_to_end(tmp_path, monkeypatch):
-    """The published command on a real model, which answers the third time as it was shown twice, and stops there."""
-    assert (ROOT / "models/SmolLM2-135M-Mistral").is_dir(), "the model is missing: bash script/setup.sh makes it"
-    dialogue = "Dialogue: Ann: hey, did you get the tickets?\r\nBob: no :( they were sold out\nSummary: "
-    shown = f"{dialogue}Bob did not get the tickets.\n"
-    save_rows(tmp_path / "data", count=1, context=shown * 2, input=dialogue)
-    monkeypatch.chdir(tmp_path)
-    sizes = ["--ini_size", "0.9", "--KV_class3", "0.8"]
-    predict("--enable_squeeze", "--model_arch", "Mistral", *sizes, model="SmolLM2-135M-Mistral")
-    [line] = read("pred_Long/SmolLM2-135M-Mistral/0.9/80/samsum.jsonl")
-    assert line["pred"].strip() == "Bob did not get the tickets."
