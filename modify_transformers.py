@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
+
+from squeeze import threads
 
 
 def version() -> str:
@@ -121,6 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
         arguments
     )
+    os.environ |= threads.settings()
     for what, function in CHECKS:
         try:
             print(f"ok      {what}: {function()}", flush=True)

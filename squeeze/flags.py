@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from squeeze import threads
 from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, InputError, SqueezeConfig
 from squeeze.request_files import HELM_TASKS
 
@@ -320,9 +322,10 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
     """Run a command and return its exit code.
 
     Bad input, or a package of a version that was not tested, is one sentence on stderr and code 2, never a traceback;
-    an error of another program has that program's code.
+    an error of another program has that program's code. Threads are chosen before anything imports torch.
     """
     try:
+        os.environ |= threads.settings()
         main(None)
     except (InputError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ The prompts, settings and ROUGE are those of HELM's own `summarization_xsum` and
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from helm.benchmark.adaptation.common_adapter_specs import get_summarization_adapter_spec
@@ -25,8 +26,12 @@ from helm.benchmark.scenarios.scenario import (
     ScenarioSpec,
 )
 
+from squeeze import threads
 from squeeze.config import InputError
 from squeeze.files import parse_jsonl, read_bytes
+
+# For `SqueezeClient`, which imports torch in HELM's process after its plugins.
+os.environ |= threads.settings()
 
 #: In-context examples, taken from the start of the file.
 EXAMPLES = 5

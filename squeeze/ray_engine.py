@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from squeeze import threads
 from squeeze.config import InputError
 from squeeze.distributed import Ranks
 from squeeze.jobs import Job, prepare_all
@@ -73,7 +74,7 @@ class Cluster:
             "num_cpus": num_cpus,
             "num_gpus": gpus,
             "max_retries": max_retries,
-            "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+            "runtime_env": {"env_vars": {"PYTHONPATH": path, **threads.settings(int(num_cpus))}},
         }
 
     def prepare(self, commands: Sequence[Sequence[str]]) -> list[Job | InputError]:

@@ -4,7 +4,11 @@ import json
 import os
 from pathlib import Path
 
+from squeeze.threads import cores, settings
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Of the processes of pytest-xdist each has its share of the cores.
+os.environ |= settings(cores() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 
 import pytest
 import torch

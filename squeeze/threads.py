@@ -1,0 +1,49 @@
+"""OpenMP's threads, for the commands: how many, and what they do while they wait.
+
+PyTorch's threads on a CPU are OpenMP's. By default they spin while they wait for one another, which is fast on cores
+that nothing else wants; where one of them is not running, the others burn what it needs, and a step takes ten times as
+long (docs/speed.md). OpenMP reads the environment when torch is imported, so a command says this before that.
+"""
+
+from __future__ import annotations
+
+import os
+
+#: Any of these in the environment: the user has chosen, and nothing is changed.
+COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+#: What `settings` gave for this process, which is no choice of the user's.
+_given: dict[str, str] = {}
+
+
+def cores() -> int:
+    """CPU cores that this process may use, by its affinity and the quota of its control group."""
+    from joblib import cpu_count  # which takes a sixth of a second to import
+
+    return cpu_count(only_physical_cores=True)
+
+
+def settings(threads: int | None = None) -> dict[str, str]:
+    """Variables to set before torch is imported, without those that the user has set.
+
+    >>> os.environ |= settings()
+
+    Args:
+        threads: of one process; None: the cores, divided by the processes of this machine that a launcher such as
+            torchrun started for one run.
+    """
+    asked = {name for name, value in os.environ.items() if _given.get(name) != value}
+    found: dict[str, str] = {}
+    if asked.isdisjoint(COUNTS):
+        found["OMP_NUM_THREADS"] = str(max(1, cores() // _processes() if threads is None else threads))
+    if asked.isdisjoint(POLICIES):
+        found["OMP_WAIT_POLICY"] = "PASSIVE"
+    if threads is None:
+        _given.update(found)
+    return found
+
+
+def _processes() -> int:
+    value = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(value)) if value.isdecimal() else 1
