@@ -131,8 +131,8 @@ class SqueezeLayer(CacheLayerMixin):
             rows = rows + self.evictor.slot(self.position, self.budget, self.held, self.scores)
         rows = rows.view(-1)
         # Not scatter_, which for 16-bit types goes through a copy of the whole buffer on the CPU.
-        self.keys.view(-1, head_dim).index_copy_(0, rows, keys.reshape(-1, head_dim))
-        self.values.view(-1, head_dim).index_copy_(0, rows, values.reshape(-1, head_dim))
+        self.keys.view(-1, head_dim).index_copy_(0, rows, keys.reshape(-1, head_dim).to(self.keys.dtype))
+        self.values.view(-1, head_dim).index_copy_(0, rows, values.reshape(-1, head_dim).to(self.values.dtype))
         if self.evictor.needs_scores:
             self.scores.view(-1).index_fill_(0, rows, 0.0)
             self.held.view(-1).index_copy_(0, rows, self.position.int().expand(batch, heads).reshape(-1))

@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from squeeze.config import DTYPES, InputError
+from squeeze.folder_config import generation_config, model_config
 from squeeze.models import weight_files
 from squeeze.packing import pack
+from squeeze.rope import LengthwiseRope, depends_on_length
 
 
 def pick_device(device: str | None, local_rank: int = 0) -> torch.device:
@@ -80,7 +82,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer for inference, without running code that came with them.
 
-    On the CPU the linear layers are packed (`squeeze.packing`).
+    Of the folder's configuration only the architecture and the special tokens count (`squeeze.folder_config`). On the
+    CPU the linear layers are packed (`squeeze.packing`).
 
     Args:
         folder: from `fetch`.
@@ -90,9 +93,12 @@ def load(
         InputError: the files are not a whole model, or flash-attn is not installed.
     """
     tokenizer = load_tokenizer(folder)
+    config = model_config(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
+            generation_config=generation_config(folder, config.vocab_size, tokenizer),
             dtype=dtype,
             attn_implementation="sdpa" if attn == "auto" else attn,
             use_safetensors=not allow_pickle or bool(weight_files(folder)),
@@ -112,7 +118,9 @@ def load(
         raise InputError(f"the weights in {folder} lack {len(missing)} tensors of the model, among them {missing[0]}")
     if device_map is None:
         pack(model)
-    model.generation_config.max_length = None  # Llama-2's files set it, and `generate` warns beside max_new_tokens
+    if depends_on_length(model.config):
+        rotary = model.model.rotary_emb
+        rotary.forward = LengthwiseRope(rotary)
     return model.eval(), tokenizer
 
 

@@ -16,6 +16,7 @@ import torch
 
 from squeeze.batching import unless_out_of_memory
 from squeeze.config import InputError
+from squeeze.rope import unscaled_length
 
 if TYPE_CHECKING:
     from squeeze.squeezed_model import Prefill, SqueezedModel
@@ -53,12 +54,18 @@ def measure(
     Returns:
         Mean KL(full || cut) over the held-out tokens in nats, for each share, layer and multiple.
     Raises:
-        InputError: the prompt is too short to hold out its tail.
+        InputError: the prompt is too short to hold out its tail, or its length changes the model's RoPE.
     """
     if len(prompt) < 4 * TAIL:
         raise InputError(
             f"a prompt of {len(prompt)} tokens is too short to measure loss curves on: it must have {4 * TAIL}, "
             f"{TAIL} of them held out; take longer ones, or an allocation that need not measure on this prompt"
+        )
+    if run.rope is not None and len(prompt) > unscaled_length(run.model.config):
+        raise InputError(
+            f"a prompt of {len(prompt)} tokens is too long to measure loss curves on: beyond "
+            f"{unscaled_length(run.model.config)} tokens the model's RoPE depends on the length, and what a layer's "
+            "cache costs cannot be told from that"
         )
     layers, length = run.model.config.num_hidden_layers, len(prompt) - TAIL
     most = min(len(prompt), run.window or len(prompt))

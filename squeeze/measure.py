@@ -8,6 +8,7 @@ them, so that peers can be measured in an environment of their own with the very
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import resource
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
 #: Gives way to other configurations; takes what is known so far.
@@ -139,8 +140,8 @@ def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
         spec["model"], dtype=getattr(torch, spec["dtype"]), attn_implementation=spec["attn"]
     )
     model.to(device).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.max_length = None
+    # Nothing of how the model's author wanted to generate; this file knows nothing of the project's own loading.
+    model.generation_config, model.config.use_cache = GenerationConfig(), True
     ids = prompts(spec).to(device)
     result: dict[str, Any] = {"weight_bytes": weight_bytes(model)}
     if spec["engine"] == "squeeze":
@@ -177,7 +178,8 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
     if budgets == "squeezed":
         raise ValueError("no squeezed cache has measured the budgets that this one is to have")
     found: dict[str, Any] = {}
-    cache = DynamicCache(config=model.config)
+    windowed = "sliding_window" in inspect.signature(type(model.config)).parameters
+    cache = DynamicCache(config=model.config) if windowed else DynamicCache()  # which a leftover key would mislead
     context: Any = nullcontext()
     if engine == "squeeze":
         from squeeze import SqueezeConfig, squeezed

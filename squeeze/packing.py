@@ -66,22 +66,21 @@ class Parts:
     """The product of several layers at once, handed out piece by piece.
 
     Module code asks one layer after the other with the same input: the first one asked multiplies for all, and the
-    last one lets go of input and output.
+    last one lets go of input and output. Where threads ask in between each other, some of them multiply again.
     """
 
     def __init__(self, packed: PackedLinear):
         self.packed = packed
-        self.inputs: torch.Tensor | None = None
-        self.outputs: tuple[torch.Tensor, ...] = ()
+        self.held: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
 
     def take(self, index: int, inputs: torch.Tensor) -> torch.Tensor:
         """Output of layer `index`, a view of the whole product."""
-        if inputs is not self.inputs:
-            self.inputs, self.outputs = inputs, self.packed(inputs).split(self.packed.sizes, dim=-1)
-        output = self.outputs[index]
+        held = self.held  # read once: another thread may put its own there
+        if held is None or held[0] is not inputs:
+            self.held = held = inputs, self.packed(inputs).split(self.packed.sizes, dim=-1)
         if index == len(self.packed.sizes) - 1:
-            self.inputs, self.outputs = None, ()
-        return output
+            self.held = None
+        return held[1][index]
 
 
 class PackedPart(nn.Module):

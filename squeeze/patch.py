@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -22,8 +23,9 @@ from squeeze import attention
 from squeeze.cache import SqueezeCache, SqueezeLayer
 from squeeze.clock import now
 from squeeze.compiling import compiled
-from squeeze.config import SqueezeConfig
+from squeeze.config import InputError, SqueezeConfig
 from squeeze.importance import similarity
+from squeeze.rope import LengthwiseRope, depends_on_length
 from squeeze.squeezed_model import Prefill, SqueezedModel
 
 #: What the patched forward pass uses of an attention module.
@@ -32,62 +34,104 @@ ATTENTION_ATTRIBUTES = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "sca
 
 
 @contextmanager
-def squeezed(model: PreTrainedModel, config: SqueezeConfig) -> Iterator[SqueezedModel]:
+def squeezed(model: Any, config: SqueezeConfig) -> Iterator[SqueezedModel]:
     """Give `model.generate` a per-layer KV budget inside the `with` block; afterwards the model is what it was.
 
-    For inference: no gradient flows through attention on a squeezed cache.
+    For inference: no gradient flows through attention on a squeezed cache. Threads may use the model at the same time:
+    their forward passes take turns, and `run` tells of the last prefill of any of them.
 
     >>> with squeezed(model, SqueezeConfig(algorithm="h2o", ini_size=0.2, kv_class3=0.1)) as run:
     ...     tokens = model.generate(**inputs, max_new_tokens=64)
     ...     print(run.budgets, run.kv_bytes)
 
+    Args:
+        model: of transformers, or what PEFT (adapters), torch.compile or DistributedDataParallel made of one.
     Raises:
         InputError: the model's architecture is not supported, or `config` does not fit the model.
         ImportError: the installed transformers is not one that the patch was tested with.
-        ValueError: the model is squeezed already; from `generate`, decoding that evicted tokens make impossible
-            (beams, assisted decoding, a prompt fed in chunks).
+        ValueError: the model is squeezed already. From `generate`, and from calls of the model itself: what a squeezed
+            cache cannot do (beams, assisted decoding, attention probabilities, a prompt fed in pieces), and a call
+            that would make another cache of its own.
     """
+    model = unwrap(model)
     if "_prepare_cache_for_generation" in vars(model):
         raise ValueError("the model is squeezed already: leave the outer `with squeezed(...)` first")
     run = SqueezedModel(model, config)
     step = compiled(_decode_block, model.device) if config.compile else None
     decoder = model.model
-    handles = [
-        decoder.register_forward_pre_hook(functools.partial(_begin, run), with_kwargs=True),
-        decoder.register_forward_hook(functools.partial(_end, run), with_kwargs=True),
-    ]
-    undo = [
-        _replace(model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, run)),
-        _replace(decoder, "forward", functools.partial(_decoder_forward, run, decoder.forward)),
-    ]
+    undo = ExitStack()
     try:
+        _replace(undo, model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, run))
+        _replace(undo, model, "init_continuous_batching", _no_continuous_batching)
+        _replace(undo, decoder, "forward", functools.partial(_decoder_forward, run, decoder.forward))
+        if depends_on_length(model.config):
+            run.rope = _lengthwise(undo, decoder.rotary_emb)
         for layer in decoder.layers:
-            handles.append(layer.register_forward_pre_hook(functools.partial(_enter, run), with_kwargs=True))
-            handles.append(layer.post_attention_layernorm.register_forward_pre_hook(functools.partial(_mix, run)))
+            hook = layer.register_forward_pre_hook(functools.partial(_enter, run), with_kwargs=True)
+            undo.callback(hook.remove)
+            hook = layer.post_attention_layernorm.register_forward_pre_hook(functools.partial(_mix, run))
+            undo.callback(hook.remove)
             module = layer.self_attn
-            # accelerate keeps the forward it wrapped under another name; its wrapper must stay outside ours.
-            name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-            undo.append(_replace(module, name, functools.partial(_forward, run, module, getattr(module, name))))
+            name = _forward_name(module)
+            _replace(undo, module, name, functools.partial(_forward, run, module, getattr(module, name)))
             if step is not None:
-                undo.append(_replace(layer, "forward", functools.partial(_block_forward, step, layer, layer.forward)))
+                _replace(undo, layer, "forward", functools.partial(_block_forward, step, layer, layer.forward))
         yield run
     finally:
-        for handle in handles:
-            handle.remove()
-        for restore in undo:
-            restore()
+        with run.lock:  # a forward pass of another thread ends first
+            undo.close()
 
 
-def _replace(owner: object, name: str, value: object):
-    """Set an instance attribute; returns a function that puts back what was there, or that nothing was."""
-    missing = object()
-    before = vars(owner).get(name, missing)
+def unwrap(model: Any) -> PreTrainedModel:
+    """The causal language model of transformers in what PEFT, torch.compile or DistributedDataParallel made of it.
+
+    Raises:
+        InputError: there is none, or PEFT puts learned tokens before every prompt.
+    """
+    found = model
+    while not isinstance(found, PreTrainedModel):
+        if getattr(getattr(found, "active_peft_config", None), "is_prompt_learning", False):
+            raise InputError(
+                "a PEFT model with learned prompts or prefixes puts tokens before every prompt that a squeezed cache "
+                "does not know of: use an adapter such as LoRA"
+            )
+        if hasattr(found, "get_base_model"):
+            found = found.get_base_model()
+        elif isinstance(getattr(found, "_orig_mod", None), nn.Module):
+            found = found._orig_mod
+        elif isinstance(getattr(found, "module", None), nn.Module):
+            found = found.module
+        else:
+            raise InputError(f"squeezed takes a causal language model of transformers, got {type(model).__name__}")
+    if not found.can_generate():
+        raise InputError(f"squeezed takes a causal language model, and a {type(found).__name__} generates nothing")
+    return found
+
+
+def _replace(undo: ExitStack, owner: object, name: str, value: object) -> None:
+    """Set an instance attribute; `undo` puts back what was there, or that nothing was."""
+    own = vars(owner)
+    if name in own:
+        undo.callback(setattr, owner, name, own[name])
+    else:
+        undo.callback(delattr, owner, name)
     setattr(owner, name, value)
-    return (
-        functools.partial(delattr, owner, name)
-        if before is missing
-        else functools.partial(setattr, owner, name, before)
-    )
+
+
+def _forward_name(module: nn.Module) -> str:
+    """The forward pass to replace: accelerate keeps the one it wrapped, and its wrapper must stay outside of ours."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+def _lengthwise(undo: ExitStack, rotary: nn.Module) -> LengthwiseRope:
+    """Angles by each sequence's own length, as `squeeze.loading` gave them to the model, or from now on."""
+    name = _forward_name(rotary)
+    there = vars(rotary).get(name)
+    if isinstance(there, LengthwiseRope):
+        return there
+    made = LengthwiseRope(rotary)
+    _replace(undo, rotary, name, made)
+    return made
 
 
 def _prepare_cache(run: SqueezedModel, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
@@ -108,7 +152,10 @@ def _prepare_cache(run: SqueezedModel, generation_config, model_kwargs, generati
                 "chunks of SqueezeConfig(prefill_chunk=...)"
             )
     if generation_config.use_cache is False:
-        raise ValueError("use_cache=False leaves nothing to squeeze: generate outside `with squeezed(...)`")
+        raise ValueError(
+            "use_cache is False, in the call or in model.generation_config, which leaves nothing to squeeze: "
+            "set it to True, or generate outside of `with squeezed(...)`"
+        )
     if cache is None:
         prompt = model_kwargs["position_ids"].shape[-1]
         # max_cache_length is one less than prompt and new tokens: the last token is never fed back.
@@ -116,37 +163,77 @@ def _prepare_cache(run: SqueezedModel, generation_config, model_kwargs, generati
     return None
 
 
+def _no_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stands in for `init_continuous_batching`, by which `generate_batch` makes a paged cache of its own."""
+    raise ValueError("continuous batching has a cache of its own: use model.generate inside `with squeezed(...)`")
+
+
 def _squeeze_cache(kwargs: dict) -> SqueezeCache | None:
     cache = kwargs.get("past_key_values")
     return cache if isinstance(cache, SqueezeCache) else None
 
 
-def _begin(run: SqueezedModel, decoder, args, kwargs):
-    """Before the decoder: lengths come from the 2-D padding mask, and transformers is spared building a 4-D one."""
-    cache = _squeeze_cache(kwargs)
-    if cache is None:
-        return None
-    inputs = args[0] if args else kwargs.get("input_ids")
-    if inputs is None:
-        inputs = kwargs["inputs_embeds"]
-    batch, tokens = inputs.shape[:2]
-    if cache.compressed:
-        cache.begin(tokens, batch, None)
-    else:
-        cache.begin(tokens, batch, kwargs.get("attention_mask"))
+# Hooks and stand-ins are not for Dynamo, which would trace them into scikit-learn: the graph of a model that its user
+# compiled breaks off here.
+@torch.compiler.disable
+def _decoder_forward(
+    run: SqueezedModel,
+    original,
+    input_ids=None,
+    attention_mask=None,
+    position_ids=None,
+    past_key_values=None,
+    inputs_embeds=None,
+    use_cache=None,
+    **kwargs,
+):
+    """Stands in for the decoder's forward pass, for one thread at a time: a prompt, or a decode step."""
+    given = {"input_ids": input_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+    given |= {"past_key_values": past_key_values, "use_cache": use_cache} | kwargs
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    cache = past_key_values
+    with run.lock:
+        if not isinstance(cache, SqueezeCache) or inputs is None:
+            if cache is None and (run.model.config.use_cache if use_cache is None else use_cache):
+                raise ValueError(
+                    "inside `with squeezed(...) as run` a call of the model itself names its cache: "
+                    "past_key_values=run.cache(max_new_tokens), or use_cache=False for none"
+                )
+            return original(attention_mask=attention_mask, **given)
+        if kwargs.get("output_attentions", getattr(run.model.config, "output_attentions", False)):
+            raise ValueError(
+                "output_attentions is not supported with a squeezed cache, which keeps no probabilities: leave it out"
+            )
+        layer = run.model.model.layers[0]
+        if layer.training and layer.gradient_checkpointing:
+            raise ValueError(
+                "training with gradient checkpointing takes its cache from a layer: call model.eval() first"
+            )
+        batch, tokens = inputs.shape[:2]
+        # A mask that has four dimensions is handed through as it is, and transformers builds none; the patched
+        # attention does not look at it, since the cache knows each sequence's length.
+        given["attention_mask"] = inputs.new_zeros(1, 1, 1, 1)
+        if cache.compressed:
+            cache.begin(tokens, batch, None)
+            output = original(**given)
+            cache.end_step()
+            return output
+        cache.begin(tokens, batch, attention_mask)
         run.begin_prefill(cache, inputs if inputs.ndim == 2 else None)
-    # A mask that has four dimensions is handed through as it is; the patched attention does not look at it.
-    return args, kwargs | {"attention_mask": inputs.new_zeros(1, 1, 1, 1)}
+        output = _prefill(run, original, cache, given)
+        run.finish_prefill(cache)
+        return output
 
 
-def _decoder_forward(run: SqueezedModel, original, *args, **kwargs):
-    """Stands in for the decoder's forward pass: a prefill that was done already is not done again."""
-    cache, inputs = _squeeze_cache(kwargs), args[0] if args else kwargs.get("input_ids")
-    if cache is not None and not cache.compressed and run.config.prefill_chunk is not None:
-        run.shared_seconds = 0.0
-        return _prefill_in_chunks(original, cache, run.config.prefill_chunk, **kwargs | {"input_ids": inputs})
-    if cache is None or cache.compressed or not run.share_prefills or inputs is None:
-        return original(*args, **kwargs)
+def _prefill(run: SqueezedModel, original, cache: SqueezeCache, given: dict[str, Any]):
+    """The decoder's forward pass over a prompt: whole, in chunks, or not at all where it was done already."""
+    run.shared_seconds = 0.0
+    if run.config.prefill_chunk is not None:
+        return _prefill_in_chunks(run, original, cache, run.config.prefill_chunk, **given)
+    inputs = given["input_ids"]
+    more = given.get("output_hidden_states", run.model.config.output_hidden_states)  # than is kept
+    if not run.share_prefills or inputs is None or more or given.get("return_dict") is False:
+        return original(**given)
     way = (run.evictor.needs_scores, run.config.attn)
     known = run.kept_prefill
     if (
@@ -156,13 +243,12 @@ def _decoder_forward(run: SqueezedModel, original, *args, **kwargs):
     ):
         run.kept_prefill = known = None  # let go of the old one first
         start = now(inputs.device)
-        output = original(*args, **kwargs)
+        output = original(**given)
         seconds = now(inputs.device) - start
         layers = [(layer.keys, layer.values, layer.scores) for layer in cache.layers]
         run.kept_prefill = Prefill(
             inputs, cache.prompt_lengths, way, layers, run.measured, output.last_hidden_state, seconds
         )
-        run.shared_seconds = 0.0
         return output
     for layer, held in zip(cache.layers, known.layers, strict=True):
         layer.fill(*held)
@@ -171,32 +257,39 @@ def _decoder_forward(run: SqueezedModel, original, *args, **kwargs):
 
 
 def _prefill_in_chunks(
-    original, cache: SqueezeCache, size: int, input_ids=None, inputs_embeds=None, position_ids=None, **kwargs
-) -> BaseModelOutputWithPast:
+    run: SqueezedModel, original, cache: SqueezeCache, size: int, input_ids, inputs_embeds, position_ids, **given
+) -> BaseModelOutputWithPast | tuple:
     """The decoder's forward pass over a prompt, `size` columns at a time.
 
     Counted from the end, where left-padded prompts meet: so the chunks of a prompt do not depend on its batch.
     """
     inputs, name = (input_ids, "input_ids") if inputs_embeds is None else (inputs_embeds, "inputs_embeds")
+    return_dict = given.pop("return_dict", run.model.config.return_dict)
     tokens = inputs.shape[1]
     if position_ids is None:
         position_ids = torch.arange(tokens, device=inputs.device)[None]
-    states = []
-    for end in range((tokens - 1) % size + 1, tokens + 1, size):
-        start = max(end - size, 0)
-        cache.begin_chunk(start, end)
-        chunk = {name: inputs[:, start:end], "position_ids": position_ids[:, start:end]}
-        states.append(original(**kwargs, **chunk).last_hidden_state)
-    return BaseModelOutputWithPast(last_hidden_state=torch.cat(states, dim=1), past_key_values=cache)
+    if run.rope is not None:
+        run.rope.lengths = position_ids.amax(dim=-1) + 1
+    parts = []
+    try:
+        for end in range((tokens - 1) % size + 1, tokens + 1, size):
+            start = max(end - size, 0)
+            cache.begin_chunk(start, end)
+            chunk = {name: inputs[:, start:end], "position_ids": position_ids[:, start:end]}
+            parts.append(original(**given, **chunk, return_dict=True))
+    finally:
+        if run.rope is not None:
+            run.rope.lengths = None
+    output = BaseModelOutputWithPast(
+        last_hidden_state=torch.cat([part.last_hidden_state for part in parts], dim=1), past_key_values=cache
+    )
+    if parts[0].hidden_states is not None:
+        by_layer = zip(*(part.hidden_states for part in parts), strict=True)
+        output.hidden_states = tuple(None if each[0] is None else torch.cat(each, dim=1) for each in by_layer)
+    return output.to_tuple() if return_dict is False else output
 
 
-def _end(run: SqueezedModel, decoder, args, kwargs, output):
-    """After the decoder: count the step, or, after the prefill, cut the cache to its budgets."""
-    cache = _squeeze_cache(kwargs)
-    if cache is not None:
-        cache.end_step() if cache.compressed else run.finish_prefill(cache)
-
-
+@torch.compiler.disable
 def _enter(run: SqueezedModel, layer, args, kwargs):
     """Before a decoder layer: remember the residual stream, if this is a prefill."""
     cache = _squeeze_cache(kwargs)
@@ -209,10 +302,16 @@ def _enter(run: SqueezedModel, layer, args, kwargs):
 def _mix(run: SqueezedModel, norm, args):
     """Before the post-attention norm: its input is the stream after self-attention."""
     if run.entering is not None:
-        run.measured.append(similarity(run.entering, args[0], *run.entering_lengths))
-        run.entering = None
+        _measure(run, args[0])
 
 
+@torch.compiler.disable  # apart, since a compiled decode step comes through `_mix`
+def _measure(run: SqueezedModel, stream: torch.Tensor) -> None:
+    run.measured.append(similarity(run.entering, stream, *run.entering_lengths))
+    run.entering = None
+
+
+@torch.compiler.disable
 def _forward(
     run: SqueezedModel,
     module,
@@ -233,34 +332,50 @@ def _forward(
             **kwargs,
         )
     cache = past_key_values
+    layer = cache.layers[module.layer_idx]
     if cache.compressed:
-        return _decode(module, hidden_states, position_embeddings, cache.layers[module.layer_idx]), None
+        return _decode(module, hidden_states, position_embeddings, layer), None
     queries, keys, values = _project(module, hidden_states, position_embeddings)
     # A copy, where they are a part of a larger product that would stay in memory with them.
     values = values.detach().contiguous()
-    output, scores = attention.prefill(
-        queries,
-        keys,
-        values,
-        lengths=cache.lengths,
-        scale=module.scaling,
-        window=run.window,
-        fused=run.config.attn != "eager",
-        with_scores=run.evictor.needs_scores,
-        past=cache.past(module.layer_idx),
-    )
+    with _without_autocast(queries.device):
+        output, scores = attention.prefill(
+            queries,
+            keys,
+            values,
+            lengths=cache.lengths,
+            scale=module.scaling,
+            window=run.window,
+            fused=run.config.attn != "eager",
+            with_scores=run.evictor.needs_scores,
+            past=cache.past(module.layer_idx),
+        )
     cache.fill(module.layer_idx, keys.detach(), values, scores)
     return _output(module, output), None
 
 
 def _project(module, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries and keys after RoPE, and values: `(batch, heads or kv_heads, tokens, head_dim)`."""
+    """Queries and keys after RoPE, and values: `(batch, heads or kv_heads, tokens, head_dim)`.
+
+    Under autocast all are of its dtype, in which the model's own attention would multiply them.
+    """
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
     queries, keys, values = (
         projection(hidden_states).view(shape).transpose(1, 2)
         for projection in (module.q_proj, module.k_proj, module.v_proj)
     )
-    return *apply_rotary_pos_emb(queries, keys, *position_embeddings), values
+    queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return queries.to(dtype), keys.to(dtype), values.to(dtype)
+    return queries, keys, values
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """No dtype is changed inside: attention here has float32 softmax and sums, and products into buffers."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _output(module, attended):
@@ -270,8 +385,10 @@ def _output(module, attended):
 def _decode(module, hidden_states, position_embeddings, layer: SqueezeLayer):
     """Self-attention of a decode step."""
     queries, keys, values = _project(module, hidden_states, position_embeddings)
-    layer.write(keys.detach(), values.detach())
-    return _output(module, attention.decode(queries, layer, module.scaling))
+    with _without_autocast(queries.device):
+        layer.write(keys.detach(), values.detach())
+        attended = attention.decode(queries.to(layer.keys.dtype), layer, module.scaling)
+    return _output(module, attended.to(queries.dtype))
 
 
 def _decode_block(block, hidden_states, position_embeddings, layer: SqueezeLayer):
@@ -281,6 +398,7 @@ def _decode_block(block, hidden_states, position_embeddings, layer: SqueezeLayer
     return hidden_states + block.mlp(block.post_attention_layernorm(hidden_states))
 
 
+@torch.compiler.disable
 def _block_forward(step, block, original, hidden_states, **kwargs):
     """Stands in for a decoder layer's forward pass where the decode step is compiled."""
     cache = _squeeze_cache(kwargs)

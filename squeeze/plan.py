@@ -104,24 +104,22 @@ def _prefills(job: Job) -> list[Any]:
 
 def _measuring(job: Job, lengths: Sequence[int]) -> int:
     """Tokens that are run for the loss curves of prompts of these lengths."""
-    from transformers import AutoConfig
-
     from squeeze import loss_curves
+    from squeeze.folder_config import model_config
 
     if job.config is None or job.config.allocation != "measured":
         return 0
-    layers = AutoConfig.from_pretrained(job.model).num_hidden_layers
+    layers = model_config(job.model).num_hidden_layers
     return sum(loss_curves.cost(length, 1, layers) for length in lengths)
 
 
 def _most_bytes(job: Job, prompts: Sequence[Prompt]) -> tuple[int, int]:
     """The most bytes of keys and values that a batch holds while it decodes, and in its prefill."""
-    from transformers import AutoConfig
-
     from squeeze.batching import share
+    from squeeze.folder_config import model_config
     from squeeze.predict import full_cache_bytes
 
-    config = AutoConfig.from_pretrained(job.model)
+    config = model_config(job.model)
     token = full_cache_bytes(config, 1, job.dtype)
     kept = full = 0
     for batch in share(prompts, job.how.batch_size, ALONE):

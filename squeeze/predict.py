@@ -17,6 +17,7 @@ from squeeze.batching import Work
 from squeeze.clock import now
 from squeeze.config import InputError
 from squeeze.distributed import ALONE, Ranks
+from squeeze.folder_config import own_window, valid_ids
 from squeeze.longbench import Data, build_prompt
 from squeeze.prompting import clean, encode_prompt, generation_settings
 from squeeze.request_files import Requests
@@ -133,7 +134,12 @@ def generate(
 
 
 def pad_left(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as one batch on the model's device: token ids and mask, `(batch, longest)`."""
+    """Prompts as one batch on the model's device: token ids and mask, `(batch, longest)`.
+
+    Raises:
+        InputError: a prompt has no tokens, or one that the model does not have.
+    """
+    check_tokens(model, prompts)
     device = model.get_input_embeddings().weight.device
     pad = _pad_token(model)
     tokens = pad_sequence(list(prompts), batch_first=True, padding_value=pad, padding_side="left").to(device)
@@ -141,10 +147,23 @@ def pad_left(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> tuple[t
     return tokens, (torch.arange(tokens.shape[1], device=device) >= tokens.shape[1] - lengths).long()
 
 
+def check_tokens(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> None:
+    """Raises InputError where a tokenizer does not belong to a model: a token is missing there, or there is none."""
+    there = model.get_input_embeddings().num_embeddings
+    for prompt in prompts:
+        if not len(prompt):
+            raise InputError("the tokenizer makes no tokens of a prompt: nothing can follow it")
+        if int(prompt.max()) >= there:
+            raise InputError(
+                f"the tokenizer gives token {int(prompt.max())}, and the model's tokens are 0 to {there - 1}: they do "
+                "not belong together"
+            )
+
+
 def stop_tokens(model: PreTrainedModel, settings: dict[str, Any]) -> torch.Tensor:
     """Token ids that end an answer, `(stops,)`."""
     stops = settings.get("eos_token_id", model.generation_config.eos_token_id)
-    return torch.tensor([stops] if isinstance(stops, int) else stops or [])
+    return torch.tensor(valid_ids(stops, model.get_input_embeddings().num_embeddings), dtype=torch.long)
 
 
 def _until_stop(tokens: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
@@ -155,16 +174,14 @@ def _until_stop(tokens: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
 
 def _pad_token(model: PreTrainedModel) -> int:
     """Any token: no padding is ever attended, but `generate` wants one."""
+    there = model.get_input_embeddings().num_embeddings
     generation = model.generation_config
-    if generation.pad_token_id is not None:
-        return generation.pad_token_id
-    eos = generation.eos_token_id
-    return eos[0] if isinstance(eos, list) else eos or 0
+    return [*valid_ids(generation.pad_token_id, there), *valid_ids(generation.eos_token_id, there), 0][0]
 
 
 def full_cache_bytes(config: PretrainedConfig, length: int, dtype: torch.dtype) -> int:
     """Bytes of all keys and values of `length` tokens, or of what the model's own window needs for the next one."""
-    window = getattr(config, "sliding_window", None)
+    window = own_window(config)
     held = min(length, window - 1) if window else length
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * held * dtype.itemsize

@@ -99,6 +99,7 @@ def generation_settings(tokenizer: PreTrainedTokenizerBase, dataset: str) -> dic
     """What LongBench passes to `generate`: greedy, and for samsum a stop at a newline that is not the first token."""
     settings: dict[str, Any] = {"max_new_tokens": generation_lengths()[dataset], "num_beams": 1, "do_sample": False}
     if dataset == "samsum":
-        newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
-        settings |= {"min_new_tokens": 1, "eos_token_id": [tokenizer.eos_token_id, newline]}
+        newline = tokenizer.encode("\n", add_special_tokens=False)[-1:]
+        ends = [token for token in (tokenizer.eos_token_id, *newline) if token is not None]
+        settings |= {"min_new_tokens": 1} | ({"eos_token_id": ends} if ends else {})
     return settings

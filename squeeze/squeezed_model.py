@@ -5,6 +5,7 @@ Of the model it knows its sizes, its embeddings and its RoPE; `squeeze.patch` ma
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,8 @@ from squeeze.cache import SqueezeCache
 from squeeze.compatibility import check_transformers
 from squeeze.config import DEFAULT_ALGORITHM, InputError, SqueezeConfig
 from squeeze.evictors import make_evictor
+from squeeze.folder_config import own_window
+from squeeze.rope import LengthwiseRope, depends_on_length
 
 
 @dataclass
@@ -57,6 +60,8 @@ class SqueezedModel:
         share_prefills: keep the last prefill, all of its keys and values, for other configurations on the same prompts
             (`use`); what they give is the same as without.
         shared_seconds: what the last prefill took if it was taken over from an earlier one, else 0.
+        lock: held by a forward pass; threads that use the model take turns by it.
+        rope: the angles of a model whose RoPE depends on the length of a sequence; None for others.
         kept_prefill, entering, entering_lengths, measured: of the prefill under way, for `squeeze.patch`: the last one
             that is kept, the stream that entered a layer with the lengths in it, and similarities so far.
     """
@@ -64,6 +69,8 @@ class SqueezedModel:
     def __init__(self, model: PreTrainedModel, config: SqueezeConfig):
         check_transformers()
         self.model = model
+        self.lock = threading.RLock()
+        self.rope: LengthwiseRope | None = None
         self.compiled = config.compile
         self.use(config)
         self.similarities: np.ndarray | None = None
@@ -101,7 +108,7 @@ class SqueezedModel:
             raise ValueError("compiling is decided on when the model is squeezed: leave the `with` block first")
         self.config = replace(config, algorithm=algorithm)
         self.evictor = make_evictor(algorithm, config.start_size)
-        self.window = getattr(model.config, "sliding_window", None)
+        self.window = own_window(model.config)
         if config.budgets is not None and min(config.budgets) < self.evictor.minimum_budget:
             raise InputError(
                 f"budgets must be at least {self.evictor.minimum_budget} tokens for {algorithm}, "
@@ -116,8 +123,8 @@ class SqueezedModel:
             if config.calibration is None:
                 raise InputError("the allocation calibrated needs loss curves: calibration=read_calibration(FILE)")
             config.calibration.check(algorithm, config.start_size, layers)
-        rope = model.config.rope_parameters["rope_type"]
-        if self.evictor.sinks and rope in ("dynamic", "longrope"):
+        if self.evictor.sinks and depends_on_length(model.config):
+            rope = model.config.rope_parameters["rope_type"]
             raise InputError(f"streaming moves sink tokens by fixed angles; the model's RoPE is of type {rope}")
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
