@@ -66,8 +66,9 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A model's tokenizer; InputError if its files are not whole."""
+    config = model_config(folder)  # transformers would read its own, with all that is in the file
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
 

@@ -54,7 +54,7 @@ def test_layers_with_one_input_are_multiplied_together_and_nothing_is_kept():
         for (module, name), output in zip(names, expected, strict=True):
             torch.testing.assert_close(getattr(module, name)(inputs), output, **TOLERANCE[torch.float32])
         assert len(calls) == 3
-        assert attn.q_proj.parts.inputs is mlp.gate_proj.parts.inputs is None and not attn.q_proj.parts.outputs
+        assert attn.q_proj.parts.held is mlp.gate_proj.parts.held is None
         torch.testing.assert_close(attn.k_proj(other), alone, **TOLERANCE[torch.float32])
 
 
