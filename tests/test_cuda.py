@@ -3,12 +3,14 @@
 import copy
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, random_model
+from test_rope import ROPES
 from tiny import save_rows, save_tiny
 from torch.nn.utils.rnn import pad_sequence
 
@@ -149,6 +151,43 @@ def test_loss_curves_are_the_cpus(gpu):
         with squeezed(one, SqueezeConfig("h2o", "0.3", "0.3")) as run:
             found.append(torch.tensor(loss_curves.measure(run, prompt, [Fraction(3, 10)])))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_autocast_of_a_float32_model(gpu, algorithm):
+    """As near to float32 as the model itself is under autocast, read and answered on a cache in half precision."""
+    model = random_model("llama", hidden_size=384, initializer_range=0.1).to(gpu)
+    ids = IDS[:1].to(gpu)
+    settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    exact = torch.stack(model.generate(ids, **settings).logits)
+    with torch.autocast("cuda", torch.bfloat16):
+        full = torch.stack(model.generate(ids, **settings).logits)
+        with squeezed(model, SqueezeConfig(algorithm, budgets=[100] * 5)):
+            output = model.generate(ids, **settings)
+    found = torch.stack(output.logits)
+    assert {layer.keys.dtype for layer in output.past_key_values.layers} == {torch.bfloat16}
+    assert (found[0].float() - exact[0]).abs().mean() < 2 * (full[0].float() - exact[0]).abs().mean()
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_angles_by_length_are_the_cpus(gpu, rope):
+    model = random_model("llama", **copy.deepcopy(ROPES[rope]))
+    config = SqueezeConfig("h2o", budgets=[1000] * 5)
+    ids, mask = IDS.repeat(1, 3), torch.cat([MASK.repeat_interleave(2, dim=1), torch.ones_like(MASK)], dim=1)
+    expected, _ = generate(model, config, ids, mask)
+    found, _ = generate(copy.deepcopy(model).to(gpu), config, ids, mask)
+    assert found.equal(expected)
+
+
+def test_threads_get_what_they_get_alone(gpu):
+    model = random_model("llama").to(gpu)
+    prompts = [IDS.flatten()[None, :length].to(gpu) for length in (120, 110, 100, 90)]
+    settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    with squeezed(model, SqueezeConfig("h2o", "0.4", "0.1")):
+        alone = [model.generate(ids, **settings) for ids in prompts]
+        with ThreadPoolExecutor(4) as pool:
+            found = pool.map(lambda ids: model.generate(ids, **settings), prompts * 3)
+            assert all(one.equal(expected) for one, expected in zip(found, alone * 3, strict=True))
 
 
 def test_running_out_of_memory_is_noticed_and_passes(gpu):
