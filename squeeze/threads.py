@@ -2,7 +2,7 @@
 
 PyTorch's threads on a CPU are OpenMP's. By default they spin while they wait for one another, which is fast on cores
 that nothing else wants; where one of them is not running, the others burn what it needs, and a step takes ten times as
-long (docs/speed.md). OpenMP reads the environment when torch is imported, so a command says this before that.
+long (docs/library.md). OpenMP reads the environment when torch is imported, so a command says this before that.
 """
 
 from __future__ import annotations
