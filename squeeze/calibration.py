@@ -140,11 +140,11 @@ def read_calibration(path: Path) -> Calibration:
     """
     if not path.exists():
         raise InputError(f"{path} is not there: python -m squeeze.calibrate makes it")
-    content = read_object(path)
-    version = content.get("version")
-    if version != VERSION:
-        raise InputError(f"{path} is of version {shown(version)}, and {VERSION} is known here: {AGAIN}")
     try:
+        content = read_object(path)
+        version = content.get("version")
+        if version != VERSION:
+            raise InputError(f"{path} is of version {shown(version)}, and {VERSION} is known here")
         curves = check(content, Curves, str(path))
     except InputError as error:
         raise InputError(f"{error}: {AGAIN}") from None

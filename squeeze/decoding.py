@@ -161,6 +161,9 @@ def _said(document: Any, kind: Any, error: str) -> str:
     missing = re.fullmatch(r"Object missing required field `(.*)`", words)
     if missing:
         return f"{field} has no field {missing[1]}"
+    one_of = re.fullmatch(r"Expected `str` matching regex '\^\((.*)\)\\\\Z'", words)
+    if one_of:
+        return f"{field} is none of {one_of[1].replace('|', ', ')}, got {shown(_at(document, path))}"
     wanted = re.fullmatch(r"Expected `([a-z |]+)`(?: (.*?))?(?:, got .*)?", words)
     value = _at(document, path)
     if wanted:

@@ -50,5 +50,5 @@ def test_what_cannot_be_answered_is_a_sentence(change, said):
 
 @pytest.mark.parametrize("name", ["max_tokens", "temperature", "prompt"])
 def test_a_request_without_a_setting(name):
-    with pytest.raises(InputError, match=f"here has no {name}"):
+    with pytest.raises(InputError, match=f"here has no field {name}"):
         parse({field: value for field, value in RAW.items() if field != name}, "here")

@@ -158,7 +158,7 @@ def test_what_was_not_written_by_a_run_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"run\.json does not know"):
         go_on(tmp_path, 1)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(InputError, match="not a run's manifest"):
+    with pytest.raises(InputError, match=r"run\.json line 1 is not JSON: --overwrite replaces the run"):
         go_on(tmp_path, 1)
     go_on(tmp_path, 1, overwrite=True)
 
