@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -14,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from squeeze import models
+from squeeze.bench_files import bandwidth, full_speeds, speed
 from squeeze.config import ALGORITHMS, ALLOCATIONS, DTYPES, InputError
 from squeeze.files import write_json
 from squeeze.flags import Parser, run_command
@@ -149,27 +149,6 @@ def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]
     if args.peer_python and "h2o" in args.algorithm:  # attention weights, which eager attention alone gives
         observed = {"engine": "kvpress", "python": args.peer_python, "algorithm": "h2o", "attn": "eager"}
         found.append(base | observed | {"cache": "ObservedAttentionPress", **cut})
-    return found
-
-
-def bandwidth(records: Sequence[dict[str, Any]]) -> float:
-    """Bytes per second of a copy, the median over all processes of the run."""
-    measured = [record["result"]["copy_bandwidth"] for record in records if "error" not in record["result"]]
-    return statistics.median(measured) if measured else 1.0
-
-
-def speed(record: dict[str, Any]) -> float:
-    """Tokens decoded per second."""
-    return record["spec"]["batch_size"] / record["result"]["step_seconds"]["median"]
-
-
-def full_speeds(records: Sequence[dict[str, Any]]) -> dict[int, float]:
-    """Batch size → the best speed of a full DynamicCache."""
-    found: dict[int, float] = {}
-    for record in records:
-        spec = record["spec"]
-        if spec["engine"] == "transformers" and "budgets" not in spec and "error" not in record["result"]:
-            found[spec["batch_size"]] = max(speed(record), found.get(spec["batch_size"], 0.0))
     return found
 
 

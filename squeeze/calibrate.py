@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from tqdm import tqdm
 
 from squeeze import calibration
 from squeeze.config import InputError, parse_fraction
+from squeeze.decoding import Count, Positive
 from squeeze.distributed import ALONE
 from squeeze.files import write_json
 from squeeze.flags import Parser, run_command
 from squeeze.jobs import Job, prepare
+from squeeze.records import Nats
 from squeeze.runs import Run, versions
 from squeeze.samples import Samples
 from squeeze.work import load
@@ -37,8 +39,16 @@ It is done once for a model and an eviction method. An interrupted calibration g
 #: Of the embedded rows: a story, a paper, articles, a report, a meeting, news, questions by example and code.
 DATASETS = "narrativeqa,qasper,hotpotqa,gov_report,qmsum,multi_news,triviaqa,repobench-p"
 
-#: A line of the file of samples.
-FIELDS = ("dataset", "row", "prompt_tokens", "loss")
+
+class MeasuredSample(TypedDict):
+    """A prompt's loss curves, `(shares, layers, multiples)`."""
+
+    dataset: str
+    row: Count
+    prompt_tokens: Positive
+    loss: list[list[list[Nats]]]
+    index: Count
+    stats: dict[str, Any]
 
 
 def parser() -> Parser:
@@ -103,8 +113,9 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     rows = [(one, row) for one in job.data for row in range(one.count(job.args.sample_num))]
     settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | how
     folder = Path("calibration") / name / algorithm
-    with Run(folder, settings, job.info, args.overwrite, FIELDS) as run:
+    with Run(folder, settings, job.info, args.overwrite, MeasuredSample) as run:
         samples = run.open("curves", {"data": data, "rows": [[one.dataset, row] for one, row in rows]}, len(rows))
+        check_whole(samples, len(shares), len(loss_curves.MULTIPLES))
         run.start(samples)
         if samples.missing:
             measure(job, samples, rows, shares)
@@ -116,7 +127,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
         "model": job.settings["model"],
         "name": name,
         "dtype": job.settings["dtype"],
-        "prompts": [{key: record[key] for key in FIELDS[:3]} for record in samples.records],
+        "prompts": [{key: record[key] for key in ("dataset", "row", "prompt_tokens")} for record in samples.records],
         "data": data,
         "versions": versions(),
         "loss": np.round(losses, 7).tolist(),
@@ -127,6 +138,15 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}; what was measured is in {folder}") from None
     print(f"{out}: loss curves of {losses.shape[2]} layers at {len(shares)} sizes, {len(losses)} prompts")
+
+
+def check_whole(samples: Samples, shares: int, multiples: int) -> None:
+    """Raises InputError where the curves that are there are not those of one model."""
+    layers = {len(curves) for record in samples.records for curves in record["loss"]}
+    lengths = {len(curve) for record in samples.records for curves in record["loss"] for curve in curves}
+    counts = {len(record["loss"]) for record in samples.records}
+    if samples.records and (counts, lengths, len(layers)) != ({shares}, {multiples}, 1):
+        raise InputError(f"{samples.folder} has curves that are not whole: --overwrite measures them anew")
 
 
 def _shown(source: str) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
-from squeeze.config import InputError, SqueezeConfig
+from squeeze.config import ALGORITHMS, InputError, SqueezeConfig
+from squeeze.decoding import Count, check, shown
 from squeeze.files import read_bytes, read_object
+from squeeze.records import Nats
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +25,21 @@ AGAIN = "make it again with python -m squeeze.calibrate"
 
 #: Nats: what uniform budgets lose counts as no less where it is divided by.
 LEAST = 1e-6
+
+
+#: Exactly as `Fraction` writes it.
+Ratio = Annotated[str, Meta(pattern=r"^[0-9]{1,40}(/[1-9][0-9]{0,39})?\Z")]
+
+
+class Curves(TypedDict):
+    """What is read of the file."""
+
+    algorithm: Annotated[str, Meta(pattern=f"^({'|'.join(ALGORITHMS)})\\Z")]
+    start_size: Count | None
+    shares: Annotated[list[Ratio], Meta(min_length=1)]
+    multiples: Annotated[list[Ratio], Meta(min_length=1)]
+    model: dict[str, Any]
+    loss: list[list[list[list[Nats]]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,29 +140,30 @@ def read_calibration(path: Path) -> Calibration:
     """
     if not path.exists():
         raise InputError(f"{path} is not there: python -m squeeze.calibrate makes it")
-    content = read_object(path)
-    if content.get("version") != VERSION:
-        raise InputError(f"{path} is of version {content.get('version')}, and {VERSION} is known here: {AGAIN}")
     try:
-        shares, multiples = (tuple(Fraction(str(one)) for one in content[key]) for key in ("shares", "multiples"))
-        losses = np.array(content["loss"], dtype=np.float64)
-        found = Calibration(
-            algorithm=content["algorithm"],
-            start_size=content["start_size"],
-            shares=shares,
-            multiples=multiples,
-            losses=losses,
-            model=dict(content["model"]),
-            source=str(path),
-            sha256=hashlib.sha256(read_bytes(path)).hexdigest(),
-        )
-        whole = losses.ndim == 4 and losses.shape[1::2] == (len(shares), len(multiples)) and losses.size > 0
-        ascending = all(list(some) == sorted(set(some)) and some[0] > 0 for some in (shares, multiples))
-        whole = whole and Fraction(1) in multiples
-    except (KeyError, TypeError, ValueError, IndexError):
-        whole = ascending = False
-    if not whole or not ascending:
+        content = read_object(path)
+        version = content.get("version")
+        if version != VERSION:
+            raise InputError(f"{path} is of version {shown(version)}, and {VERSION} is known here")
+        curves = check(content, Curves, str(path))
+    except InputError as error:
+        raise InputError(f"{error}: {AGAIN}") from None
+    shares, multiples = (tuple(map(Fraction, some)) for some in (curves["shares"], curves["multiples"]))
+    ascending = all(list(some) == sorted(set(some)) and some[0] > 0 for some in (shares, multiples))
+    try:
+        losses = np.array(curves["loss"], dtype=np.float64)
+    except ValueError:  # curves of different lengths
+        losses = np.empty(0)
+    whole = losses.ndim == 4 and losses.shape[1::2] == (len(shares), len(multiples)) and losses.size > 0
+    if not (whole and ascending and shares[-1] <= 1 and Fraction(1) in multiples):
         raise InputError(f"{path} is damaged, its curves are not whole: {AGAIN}")
-    if not math.isfinite(losses.sum()):
-        raise InputError(f"{path} has losses that are not numbers: {AGAIN}")
-    return found
+    return Calibration(
+        algorithm=curves["algorithm"],
+        start_size=curves["start_size"],
+        shares=shares,
+        multiples=multiples,
+        losses=losses,
+        model=curves["model"],
+        source=str(path),
+        sha256=hashlib.sha256(read_bytes(path)).hexdigest(),
+    )

@@ -58,7 +58,7 @@ class LogProbs(LogitsProcessor):
         final = self.inner(input_ids, scores)
         tokens = final.argmax(dim=-1, keepdim=True)
         self.chosen.append(logprobs.gather(1, tokens)[:, 0].cpu())
-        values, ids = logprobs.topk(self.count, dim=-1)
+        values, ids = logprobs.topk(min(self.count, logprobs.shape[-1]), dim=-1)
         self.top.append((values.cpu(), ids.cpu()))
         return final
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squeeze.config import InputError
+from squeeze.files import read_object
 from squeeze.flags import run_command
 
 if TYPE_CHECKING:
@@ -66,9 +67,8 @@ def find_gguf() -> Path:
 def is_converted(folder: Path) -> bool:
     """True if `folder` holds a finished conversion of this very GGUF file."""
     try:
-        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-        return stamp == STAMP_CONTENT and (folder / "model.safetensors").is_file()
-    except (OSError, ValueError):
+        return read_object(folder / STAMP) == STAMP_CONTENT and (folder / "model.safetensors").is_file()
+    except InputError:
         return False
 
 

@@ -22,9 +22,6 @@ from squeeze.scoring import interval
 from squeeze.squeezed_model import SqueezedModel
 from squeeze.stopping import StopStrings
 
-#: A line of the published file: means over the tokens compared, and how many those are.
-PUBLISHED = ("kl", "agreement", "tokens")
-
 
 @dataclass
 class Answer:
@@ -184,7 +181,7 @@ def describe(stats: Sequence[dict[str, Any]]) -> str:
 def summarize(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `run.json` says: means over samples of what was compared, each with its 95% bootstrap interval."""
     kept = sum(one["kv_bytes"] for one in stats) / sum(one["full_kv_bytes"] for one in stats)
-    compared = [one for one in stats if one["tokens"]]
+    compared = [one for one in stats if one["kl"] is not None and one["agreement"] is not None]
     summary: dict[str, Any] = {"samples": len(stats), "compared": len(compared), "kept": round(kept, 4)}
     summary["tokens"] = sum(one["tokens"] for one in stats)
     for key in ("kl", "agreement") if compared else ():

@@ -8,18 +8,10 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-import msgspec
+from typing import Any
 
 from squeeze.config import InputError
-
-Kind = TypeVar("Kind")
-
-NEWLINE = b"\n"
-
-#: Half of a character beyond the first 65,536, as JSON can write it and UTF-8 cannot.
-SURROGATE = re.compile(rb"(\\u[dD][89a-fA-F][0-9a-fA-F]{2})")
+from squeeze.decoding import NEWLINE, Kind, NotJson, decode
 
 #: A list of numbers in indented JSON; inside a string a newline is written as two characters.
 NUMBERS = re.compile(r"\[\n\s*([-+.\deE,\s]+?)\n\s*\]")
@@ -31,57 +23,13 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-
-
-def decode(data: bytes, kind: type[Kind], where: str | Path, line: int | None = None) -> Kind:
-    """Read one JSON document that came from outside, in the form that it must have.
-
-    Numbers that no machine number holds, text that is no UTF-8, and nesting without an end are errors as well: what
-    this returns can be computed with and written again.
-
-    Args:
-        kind: what is wanted, as msgspec describes it: a `msgspec.Struct`, `dict[str, int]`, ...
-        where: what the file is called in an error.
-        line: which of its lines this is, in JSON Lines; None for a file that is one document.
-    Raises:
-        InputError: it is not that; the message names the file, the line and the field.
-    """
-    place = f"{where} line {line}" if line is not None else str(where)
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except msgspec.ValidationError as error:
-        raise InputError(f"{place}: {_said(error)}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{place} is not UTF-8 text") from None
-    except (msgspec.DecodeError, RecursionError) as error:
-        surrogate = SURROGATE.search(data)
-        if surrogate and _is_json(data):
-            half = surrogate[1].decode()
-            raise InputError(f"{place} has half of a character, {half}, which is no text") from None
-        reached = re.search(r"byte (\d+)", str(error))
-        if line is None and reached:
-            place += f" line {data[: int(reached[1])].count(NEWLINE) + 1}"
-        raise InputError(f"{place} is not JSON") from None
-
-
-def _said(error: msgspec.ValidationError) -> str:
-    """What msgspec found, the field first: `stats.notes[...]: expected array, got int`."""
-    said, _, field = str(error).replace("`", "").partition(" - at $")
-    words = said[:1].lower() + said[1:]
-    return f"{field.lstrip('.')}: {words}" if field else words
-
-
-def _is_json(data: bytes) -> bool:
-    try:
-        json.loads(data)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    except ValueError as error:  # a name with a byte that is zero
+        raise InputError(f"cannot read {path!r}: {error}") from None
 
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:
     """A file's JSON document, see `decode`; InputError if it cannot be read or is not of that kind."""
-    return decode(read_bytes(path).removeprefix(codecs.BOM_UTF8), kind, path)
+    return decode(read_bytes(path), kind, path)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -89,9 +37,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return read_json(path, dict[str, Any])
 
 
-def parse_jsonl(
-    data: bytes, source: str | Path, fields: Sequence[str], kind: type[Kind] = dict[str, Any]
-) -> list[tuple[int, Kind]]:
+def parse_jsonl(data: bytes, source: str | Path, kind: type[Kind]) -> list[tuple[int, Kind]]:
     """Read JSON Lines.
 
     Lines end at a newline only: text may hold other characters that `str.splitlines` would split at. Blank lines
@@ -100,29 +46,30 @@ def parse_jsonl(
     Args:
         data: the file's bytes.
         source: what the file is called in an error.
-        fields: what every line must have.
         kind: of every line, see `decode`.
     Returns:
-        (line number counted from 1, its object) for each line.
+        (line number counted from 1, what it says) for each line.
     Raises:
-        InputError: a line is not of that kind, or lacks a field; there is no line at all.
+        InputError: a line is not of that kind; there is no line at all.
     """
+    lines = data.removeprefix(codecs.BOM_UTF8).split(NEWLINE)
     rows = []
-    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).split(NEWLINE), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = decode(line, kind, source, number)
-        except InputError as error:
-            cut = ": the file ends in the middle of a line" if number == data.count(NEWLINE) + 1 else ""
-            raise InputError(f"{error}{cut if str(error).endswith('is not JSON') else ''}") from None
-        missing = [field for field in fields if field not in row]
-        if missing:
-            raise InputError(f"{source} line {number} has no field {missing[0]}")
-        rows.append((number, row))
+            rows.append((number, decode(line, kind, source, number)))
+        except NotJson as error:
+            cut = ": the file ends in the middle of a line" if number == len(lines) else ""
+            raise InputError(f"{error}{cut}") from None
     if not rows:
         raise InputError(f"{source} has no rows")
     return rows
+
+
+def read_jsonl(path: Path, kind: type[Kind]) -> list[tuple[int, Kind]]:
+    """A file of JSON Lines, see `parse_jsonl`; InputError if it cannot be read."""
+    return parse_jsonl(read_bytes(path), path, kind)
 
 
 def to_jsonl(rows: Sequence[dict[str, Any]]) -> str:

@@ -20,8 +20,9 @@ from helm.common.request import GeneratedOutput, Request, RequestResult, Token, 
 from helm.proxy.retry import NonRetriableException
 
 from squeeze.config import InputError, SqueezeConfig
-from squeeze.files import parse_jsonl, read_bytes
-from squeeze.request_files import PUBLISHED, Decoding, key, parse
+from squeeze.files import read_jsonl
+from squeeze.records import AnsweredRequest, Completions
+from squeeze.request_files import Decoding, key, parse
 
 
 class ReplayClient(Client):
@@ -35,10 +36,14 @@ class ReplayClient(Client):
 
     def __init__(self, predictions: str) -> None:
         self.predictions = predictions
-        self._results: dict[str, dict[str, Any]] = {}
+        self._results: dict[str, Completions] = {}
         self._settings: dict[str, Decoding] = {}
-        for number, line in parse_jsonl(read_bytes(Path(predictions)), predictions, PUBLISHED):
+        for number, line in read_jsonl(Path(predictions), AnsweredRequest):
             request = parse(line["request"], f"{predictions} line {number}")
+            for place, choice in enumerate(line["result"]["choices"]):
+                if len(choice["logprobs"]["tokens"]) != len(choice["logprobs"]["token_logprobs"]):
+                    where = f"{predictions} line {number}: result.choices[{place}].logprobs"
+                    raise InputError(f"{where} does not have a log-probability for each token")
             self._results[key(request.prompt, request.decoding)] = line["result"]
             self._settings[request.prompt] = request.decoding
 
@@ -53,7 +58,7 @@ class ReplayClient(Client):
             result = self._results.get(key(request.prompt, decoding))
             if result is None:
                 raise InputError(self._what_is_missing(request.prompt, decoding))
-        seconds, size = (result["request_time"][name] for name in ("batch_time", "batch_size"))
+        seconds, size = result["request_time"]["batch_time"], result["request_time"]["batch_size"]
         completions = []
         for choice in result["choices"]:
             logprobs = choice["logprobs"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypedDict
 
 from helm.benchmark.adaptation.common_adapter_specs import get_summarization_adapter_spec
 from helm.benchmark.metrics.common_metric_specs import get_basic_metric_specs
@@ -28,7 +29,7 @@ from helm.benchmark.scenarios.scenario import (
 
 from squeeze import threads
 from squeeze.config import InputError
-from squeeze.files import parse_jsonl, read_bytes
+from squeeze.files import read_jsonl
 
 # For `SqueezeClient`, which imports torch in HELM's process after its plugins.
 os.environ |= threads.settings()
@@ -43,6 +44,11 @@ WORDS = 512
 TEMPERATURE = 0.3
 
 ROUGE = ("rouge_1", "rouge_2", "rouge_l")
+
+
+class Article(TypedDict):
+    document: str
+    summary: str
 
 
 class ArticlesScenario(Scenario):
@@ -69,13 +75,13 @@ class ArticlesScenario(Scenario):
         Raises:
             InputError: a line is not one of them, or there are too few.
         """
-        rows = parse_jsonl(read_bytes(Path(self.articles)), self.articles, ("document", "summary"))
+        rows = read_jsonl(Path(self.articles), Article)
         if len(rows) <= EXAMPLES:
             raise InputError(f"{self.articles} has {len(rows)} articles: {EXAMPLES} are examples, so 6 is the least")
         instances = []
         for place, (number, row) in enumerate(rows):
-            if not all(isinstance(row[field], str) and row[field].strip() for field in ("document", "summary")):
-                raise InputError(f"{self.articles} line {number}: document or summary is not a text, or it is blank")
+            if not (row["document"].strip() and row["summary"].strip()):
+                raise InputError(f"{self.articles} line {number}: document or summary is blank")
             summary = Reference(Output(text=" ".join(row["summary"].split())), tags=[CORRECT_TAG])
             article = Input(text=" ".join(row["document"].split()[:WORDS]))
             split = TRAIN_SPLIT if place < EXAMPLES else TEST_SPLIT

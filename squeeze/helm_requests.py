@@ -20,9 +20,10 @@ from typing import Any
 
 from squeeze import models
 from squeeze.config import InputError
-from squeeze.files import read_object, to_jsonl, write_json, write_whole
+from squeeze.files import read_json, to_jsonl, write_json, write_whole
 from squeeze.flags import Parser, run_command
 from squeeze.helm_env import OUTPUT, Deployment, find_model, helm, write_environment
+from squeeze.helm_files import HelmRequest, RequestState, ScenarioState
 from squeeze.request_files import SAMPLE_NUM, note_path
 
 
@@ -90,7 +91,7 @@ def check_full() -> None:
         raise InputError(f"HELM's own scenario cannot be scored without {', '.join(missing)}: {how}")
 
 
-def dry_run(entry: str, folder: Path, positions: int, sample_num: int) -> list[dict[str, Any]]:
+def dry_run(entry: str, folder: Path, positions: int, sample_num: int) -> list[RequestState]:
     """HELM's requests for a run entry, and how many in-context examples each has.
 
     Args:
@@ -118,15 +119,15 @@ def dry_run(entry: str, folder: Path, positions: int, sample_num: int) -> list[d
             *("--run-entries", f"{entry},model={name}"),
         )
         [state] = made.glob("*/scenario_state.json")
-        return read_object(state)["request_states"]
+        return read_json(state, ScenarioState)["request_states"]
     finally:
         shutil.rmtree(made, ignore_errors=True)
         shutil.rmtree(environment, ignore_errors=True)
 
 
-def published(request: dict[str, Any]) -> dict[str, Any]:
+def published(request: HelmRequest) -> dict[str, Any]:
     """One of HELM's requests in the published layout: as HELM has long put it to completion APIs."""
-    found = {
+    found: dict[str, Any] = {
         "best_of": request["top_k_per_token"],
         "echo": request["echo_prompt"],
         "logprobs": request["top_k_per_token"],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,11 +17,14 @@ from typing import Any
 
 from squeeze import models
 from squeeze.config import InputError
-from squeeze.files import read_bytes, read_object, write_json
+from squeeze.decoding import check, shown
+from squeeze.files import read_bytes, read_json, write_json
 from squeeze.flags import Parser, add_cache_flags, check_flags, config_from_flags, for_model, run_command
 from squeeze.helm_env import ENVIRONMENT, OUTPUT, Deployment, engine, find_model, helm, write_environment
+from squeeze.helm_files import Stat, Suite
 from squeeze.helm_requests import SCENARIOS, check_full, run_entry
 from squeeze.inventory import describe
+from squeeze.manifest import AnsweredOrigin, Manifest, RequestsSummary, check_settings
 from squeeze.request_files import HELM_TASKS
 from squeeze.runs import run_folder
 from squeeze.tables import table
@@ -76,10 +78,10 @@ def read_run(folder: Path, args: argparse.Namespace) -> Predictions:
     """
     if not (folder / "run.json").is_file():
         raise InputError(f"there is no run in {folder}: python pred.py --pred {args.pred} makes one")
-    manifest = read_object(folder / "run.json")
-    summary = manifest.get("datasets", {}).get(args.pred)
-    if summary is None:
+    found = _summary(folder, args.pred)
+    if found is None:
         raise InputError(f"{folder} has no predictions of {args.pred}")
+    settings, summary = found
     file = folder / f"{args.pred}.jsonl"
     if "samples" not in summary or not file.is_file():
         raise InputError(f"{folder} is not finished: start pred.py again to go on")
@@ -90,14 +92,27 @@ def read_run(folder: Path, args: argparse.Namespace) -> Predictions:
             f"{folder} has {have} predictions, but HELM will ask {want}, all of {summary['data']['source']}: go on "
             f"with pred.py --sample_num {want}, or make fewer requests with squeeze.helm_requests --sample_num {have}"
         )
-    flags = summary["starts"][-1]["flags"]
-    model, config = find_model(flags["model"], flags["model_path"])
-    columns = describe(manifest["settings"], summary)
-    columns |= {"model": summary["starts"][-1]["model"]["name"], "KV kept": f"{100 * summary['kept']:.1f}%"}
+    start = summary["starts"][-1]
+    model, config = find_model(start["flags"]["model"], start["flags"].get("model_path"))
+    columns = describe(settings, summary)
+    columns |= {"model": start["model"]["name"], "KV kept": f"{100 * summary['kept']:.1f}%"}
     return Predictions(folder, file, entry, sample_num, model, models.positions(config), columns)
 
 
-def _scenario(folder: Path, data: dict[str, Any], args: argparse.Namespace) -> tuple[str, int]:
+def _summary(folder: Path, task: str) -> tuple[dict[str, Any], Any] | None:
+    """A run's settings and what it says about a task: `RequestsSummary` where it is finished; None if nothing."""
+    path = folder / "run.json"
+    manifest = read_json(path, Manifest)
+    check_settings(manifest["settings"], path)
+    summary = manifest["datasets"].get(task)
+    if summary is None or "measure" in manifest["settings"]:
+        return None
+    if "samples" in summary:
+        check(summary, RequestsSummary, f"{path}: {task}")
+    return manifest["settings"], summary
+
+
+def _scenario(folder: Path, data: AnsweredOrigin, args: argparse.Namespace) -> tuple[str, int]:
     """HELM's run entry and number of instances: as noted when the requests were made, or by the flags."""
     note = data["made_by"]
     if note is None:
@@ -124,7 +139,7 @@ def score(task: str, found: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
     suite = RUNS / task
     if suite.is_dir() and not (suite / MARK).is_file():
         raise InputError(f"{suite} is there and was not made by this command: move it away")
-    known: dict[str, dict[str, Any]] = read_object(suite / MARK)["runs"] if suite.is_dir() else {}
+    known: dict[str, Any] = dict(read_json(suite / MARK, Suite)["runs"]) if suite.is_dir() else {}
     fresh = [one for one in found if known.get(one.engine, {}).get("sha256") != one.sha256]
     if fresh and not all(SCENARIOS[_short(one.entry)].local for one in fresh):
         check_full()
@@ -161,7 +176,10 @@ def _helm_folders(suite: Path, name: str) -> list[Path]:
 def _short(entry: str) -> str:
     """The name in `SCENARIOS` of a run entry."""
     name = entry.split(":")[0]
-    return next(short for short, scenario in SCENARIOS.items() if scenario.run_spec == name)
+    found = [short for short, scenario in SCENARIOS.items() if scenario.run_spec == name]
+    if not found:
+        raise InputError(f"the run entry {shown(entry)} is of none of the scenarios {', '.join(SCENARIOS)}")
+    return found[0]
 
 
 def _helm_run(task: str, found: Sequence[Predictions], sample_num: int) -> None:
@@ -201,11 +219,12 @@ def rouge(run: Path) -> dict[str, float]:
     Raises:
         InputError: HELM wrote none.
     """
-    stats = json.loads(read_bytes(run / "stats.json"))
     found = {
-        stat["name"]["name"]: stat["mean"]
-        for stat in stats
-        if stat["name"].get("split") == "test" and "perturbation" not in stat["name"] and "mean" in stat
+        stat["name"]["name"]: mean
+        for stat in read_json(run / "stats.json", list[Stat])
+        if stat["name"].get("split") == "test"
+        and stat["name"].get("perturbation") is None
+        and (mean := stat.get("mean")) is not None
     }
     missing = [name for name in (*ROUGE, "num_instances") if name not in found]
     if missing:
@@ -243,13 +262,19 @@ def find_folders(args: argparse.Namespace) -> list[Path]:
     named = run_folder(args.pred, name, for_model(config, model_type), model_type, args.seed)
     data = _finished(named, args.pred)
     others = sorted(path.parent for path in Path(f"pred_{args.pred}", name).rglob("run.json"))
-    return [named, *(one for one in others if one != named and data is not None and _finished(one, args.pred) == data)]
+    found = [named]
+    for one in others if data is not None else ():
+        try:
+            found += [one] if one != named and _finished(one, args.pred) == data else []
+        except InputError as error:
+            print(f"left out: {error}")
+    return found
 
 
-def _finished(folder: Path, task: str) -> dict[str, Any] | None:
+def _finished(folder: Path, task: str) -> AnsweredOrigin | None:
     """The requests that a run has answered; None if it has not answered all of them, or measured something else."""
-    manifest = read_object(folder / "run.json") if (folder / "run.json").is_file() else {}
-    summary = {} if "measure" in manifest.get("settings", {}) else manifest.get("datasets", {}).get(task, {})
+    found = _summary(folder, task) if (folder / "run.json").is_file() else None
+    summary = found[1] if found else {}
     return summary["data"] if "samples" in summary and summary["samples"] >= summary["data"]["rows"] else None
 
 

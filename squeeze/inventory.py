@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from squeeze.config import BY_LOSS, InputError
-from squeeze.files import read_object
+from squeeze.files import read_json
+from squeeze.manifest import Manifest, check_settings, check_summary
 from squeeze.request_files import HELM_TASKS
 
 COLUMNS = (
@@ -96,49 +97,31 @@ def find(paths: Sequence[Path]) -> Inventory:
 
 def _read(folder: Path, found: Inventory) -> None:
     """Add a run's data sets to `found`, or why they are left out."""
+    path = folder / "run.json"
     try:
-        manifest = read_object(folder / "run.json")
-        settings, datasets = manifest.get("settings"), manifest.get("datasets")
-        if not isinstance(settings, dict) or not isinstance(datasets, dict):
-            raise InputError(f"{folder / 'run.json'} is not a run's manifest")
+        manifest = read_json(path, Manifest)
+        settings, datasets = manifest["settings"], manifest["datasets"]
+        check_settings(settings, path)
     except InputError as error:
         found.problems.append(str(error))
         found.damaged = True
         return
     partial = {path.name.split(".")[0]: path.name for path in sorted(folder.glob("*.partial*.jsonl"))}
-    for dataset, summary in {**dict.fromkeys(partial), **datasets}.items():
-        if dataset in partial or not isinstance(summary, dict) or "samples" not in summary:
+    for dataset in {**dict.fromkeys(partial), **datasets}:
+        summary = datasets.get(dataset, {})
+        if dataset in partial or "samples" not in summary:
             which = f" ({partial[dataset]} is there)" if dataset in partial else ""
             found.problems.append(f"{folder}: {dataset} is not finished{which}: {GO_ON}")
             continue
         entry = Entry(folder, dataset, settings, summary)
-        missing = _missing(entry)
-        if missing:
-            found.problems.append(f"{folder / 'run.json'} has no usable {missing} of {dataset}")
-            found.damaged = True
-        else:
+        try:
+            check_summary(summary, entry.fidelity, path, dataset)
             found.entries.append(entry)
+        except InputError as error:
+            found.problems.append(str(error))
+            found.damaged = True
     if not datasets:
         found.problems.append(f"{folder} has no data set yet: {GO_ON}")
-
-
-def _missing(entry: Entry) -> str | None:
-    """The first thing that `run.json` should say about a finished data set and does not, or not in the right form."""
-    names: dict[str, Any] = {"samples": int, "kept": int | float}
-    if not entry.fidelity:
-        names |= {"kv_bytes": int | float, "tokens_per_second": int | float}
-    if entry.settings.get("cache") != "full":
-        names |= {"algorithm": str, "allocation": str, "ini_size": int | float}
-        if entry.settings.get("allocation") not in BY_LOSS:
-            names |= {"KV_class3": int | float}
-    said = entry.summary | entry.settings
-    for name, kind in names.items():
-        if not isinstance(said.get(name), kind) or isinstance(said[name], bool):
-            return name
-    try:
-        return None if isinstance(entry.start["model"]["name"], str) else "model"
-    except (KeyError, IndexError, TypeError):
-        return "model"
 
 
 def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:

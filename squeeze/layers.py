@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
 from squeeze import calibration
 from squeeze.config import InputError
-from squeeze.files import parse_jsonl, read_bytes, read_object
+from squeeze.files import read_bytes, read_json
+from squeeze.manifest import Manifest
+from squeeze.records import LayeredSample, check_layers, read_samples
 from squeeze.results import GROUP
 
 
@@ -37,18 +38,17 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
         InputError: the run's samples are damaged or have no budgets.
     """
     path = folder / "samples" / f"{dataset}.jsonl"
+    samples = read_samples(read_bytes(path), path, LayeredSample)
+    check_layers(samples, LayeredSample, path)
     rows = []
-    for number, record in parse_jsonl(read_bytes(path), path, ("index", "stats")):
-        stats = record["stats"]
-        try:
-            classes, budgets, tokens = stats["classes"], stats["budgets"], int(stats["prompt_tokens"])
-            similarities = stats.get("similarities") or [None] * len(budgets)
-            for layer, (similarity, one, budget) in enumerate(zip(similarities, classes, budgets, strict=True)):
-                row = {"prompt": int(record["index"]), "layer": layer, "similarity": similarity}
-                rows.append(row | {"layer_class": int(one), "budget": int(budget), "share": budget / tokens})
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
-            said = "has no usable classes and budgets of every layer"
-            raise InputError(f"{path} line {number} {said}: {json.dumps(stats)[:60]}") from None
+    for sample in samples:
+        stats = sample["stats"]
+        similarities = stats.get("similarities", [None] * len(stats["budgets"]))
+        for layer, (similarity, one, budget) in enumerate(
+            zip(similarities, stats["classes"], stats["budgets"], strict=True)
+        ):
+            row = {"prompt": sample["index"], "layer": layer, "similarity": similarity}
+            rows.append(row | {"layer_class": one, "budget": budget, "share": budget / stats["prompt_tokens"]})
     found = pd.DataFrame(rows)
     found["similarity"] = found["similarity"].astype(float)
     return found
@@ -65,6 +65,6 @@ def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibratio
     """
     place = calibration.place(name, algorithm)
     found = calibration.read_calibration(place) if place.exists() else None
-    if found is None or found.sha256 != read_object(folder / "run.json")["settings"].get("calibration"):
+    if found is None or found.sha256 != read_json(folder / "run.json", Manifest)["settings"].get("calibration"):
         raise InputError(f"{folder} was made from loss curves that are not in {place} any more")
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 import sys
 import zipfile
@@ -17,19 +16,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from string import Formatter
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
+from msgspec import Meta
 
 from squeeze.config import InputError
-from squeeze.files import parse_jsonl, read_bytes
+from squeeze.decoding import Count, Positive
+from squeeze.files import parse_jsonl, read_bytes, read_json
 from squeeze.flags import Parser, run_command
 from squeeze.models import quiet_hub
+from squeeze.records import Prediction
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 HUB_DATASET = "THUDM/LongBench"
-FIELDS = ("input", "context", "answers", "length", "all_classes")
 
 #: LongBench-E: other rows of these, about as many of each length; their files end in `_e`.
 LONGBENCH_E = (
@@ -45,16 +47,45 @@ CLASSIFICATION = frozenset({"trec", "lsht"})
 PARAGRAPH = {"passage_retrieval_en": "Paragraph ", "passage_retrieval_zh": "段落"}
 
 
+class Row(TypedDict):
+    """A row as LongBench publishes it; others of its fields are kept."""
+
+    input: str
+    context: str
+    answers: Annotated[list[str], Meta(min_length=1)]
+    length: Count
+    all_classes: list[str] | None
+    dataset: NotRequired[str | None]
+
+
 @cache
 def prompt_formats() -> dict[str, str]:
-    """The prompt of each of the 21 data sets, with `{context}` and `{input}` to fill in."""
-    return json.loads((CONFIG / "dataset2prompt.json").read_text(encoding="utf-8"))
+    """The prompt of each of the 21 data sets, with `{context}` and `{input}` to fill in.
+
+    Raises:
+        InputError: the file has been edited, and a prompt asks for something else.
+    """
+    path = CONFIG / "dataset2prompt.json"
+    found = read_json(path, dict[str, str])
+    for dataset, text in found.items():
+        try:
+            asked = [one for one in Formatter().parse(text) if one[1] is not None]
+        except ValueError as error:
+            raise InputError(f"{path}: {dataset} cannot be filled in: {error}") from None
+        for _, name, how, conversion in asked:
+            if name not in ("context", "input") or how or conversion:
+                raise InputError(f"{path}: {dataset} asks for {{{name}}}: there are {{context}} and {{input}} only")
+    return found
 
 
 @cache
 def generation_lengths() -> dict[str, int]:
     """The most tokens to generate for each of the 21 data sets."""
-    return json.loads((CONFIG / "dataset2maxlen.json").read_text(encoding="utf-8"))
+    path = CONFIG / "dataset2maxlen.json"
+    found = read_json(path, dict[str, Positive])
+    for dataset in prompt_formats().keys() - found.keys():
+        raise InputError(f"{path} has no field {dataset}")
+    return found
 
 
 def dataset_names(text: str, task: str = "Long") -> list[str]:
@@ -93,7 +124,7 @@ class Data:
     """
 
     dataset: str
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     source: str
     revision: str | None
     sha256: str
@@ -128,7 +159,7 @@ def load_data(dataset: str, data_dir: str | None, task: str = "Long") -> Data:
     name = f"{dataset}_e" if task == "e" else dataset
     content, source, revision = _local_file(name, data_dir) if data_dir is not None else _hub_file(name)
     rows = []
-    for number, row in parse_jsonl(content, source, FIELDS):
+    for number, row in parse_jsonl(content, source, Row):
         _check_row(row, dataset, f"{source} line {number}")
         rows.append(row)
     return Data(dataset, rows, source, revision, hashlib.sha256(content).hexdigest())
@@ -164,37 +195,28 @@ def _hub_file(name: str) -> tuple[bytes, str, str | None]:
         raise InputError(f"{archive} is no whole zip file: delete it, so that it is downloaded again") from None
 
 
-def _check_row(row: dict[str, Any], dataset: str, where: str) -> None:
-    for field in ("input", "context"):
-        if not isinstance(row[field], str):
-            raise InputError(f"{where}: {field} is not text")
+def _check_row(row: Row, dataset: str, where: str) -> None:
     if not (row["input"] + row["context"]).strip():
         raise InputError(f"{where}: the prompt is empty, input and context are both blank")
-    if row.get("dataset", dataset) in prompt_formats().keys() - {dataset}:
-        raise InputError(f"{where} is a row of {row['dataset']}, not of {dataset}")
+    other = row.get("dataset")
+    if other != dataset and other in prompt_formats():
+        raise InputError(f"{where} is a row of {other}, not of {dataset}")
     check_lists(row, dataset, where)
-    if not isinstance(row["length"], int):
-        raise InputError(f"{where}: length is not a whole number")
 
 
-def check_lists(row: dict[str, Any], dataset: str, where: str) -> None:
+def check_lists(row: Row | Prediction, dataset: str, where: str) -> None:
     """Check the answers and classes of a row or a prediction.
 
     Raises:
         InputError: they are not what the data set's metric needs.
     """
-    answers, classes = row["answers"], row["all_classes"]
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise InputError(f"{where}: answers is not a list of texts")
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise InputError(f"{where}: all_classes is neither a list of texts nor null")
-    if dataset in CLASSIFICATION and not classes:
+    if dataset in CLASSIFICATION and not row["all_classes"]:
         raise InputError(f"{where}: all_classes is empty, and {dataset} is scored by it")
-    if dataset in PARAGRAPH and not all(re.search(PARAGRAPH[dataset] + r"\d", answer) for answer in answers):
+    if dataset in PARAGRAPH and not all(re.search(PARAGRAPH[dataset] + r"\d", answer) for answer in row["answers"]):
         raise InputError(f"{where}: an answer does not name a paragraph, as in {PARAGRAPH[dataset]}1")
 
 
-def build_prompt(dataset: str, row: dict[str, Any]) -> str:
+def build_prompt(dataset: str, row: Row) -> str:
     """Fill a row into its data set's prompt."""
     return prompt_formats()[dataset].format(**row)
 

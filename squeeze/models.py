@@ -16,7 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
 
 from squeeze.config import DEFAULT_ALGORITHM, InputError
-from squeeze.files import read_bytes, read_object
+from squeeze.decoding import Positive
+from squeeze.files import read_bytes, read_json, read_object
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -65,8 +66,8 @@ def resolve(model: str, model_path: str | None = None) -> ModelSource:
     Raises:
         InputError: there is no such model.
     """
-    paths: dict[str, str] = read_object(ROOT / "config/model2path.json")
-    lengths: dict[str, int] = read_object(ROOT / "config/model2maxlen.json")
+    paths = read_json(ROOT / "config/model2path.json", dict[str, str])
+    lengths = read_json(ROOT / "config/model2maxlen.json", dict[str, Positive])
     name = run_name(model)
     if model_path is not None:
         path = _local(Path.cwd(), model_path) or _hub(model_path)

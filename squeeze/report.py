@@ -7,15 +7,19 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from squeeze.bench_files import read_bench
 from squeeze.config import InputError
-from squeeze.files import read_object
+from squeeze.files import read_json
 from squeeze.flags import Parser, run_command
 from squeeze.inventory import COLUMNS, Entry, Inventory, describe, find
 from squeeze.request_files import HELM_TASKS
 from squeeze.tables import table
 
+Score = Annotated[float, Meta(ge=0, le=100)]
 FIDELITY_COLUMNS = (*COLUMNS[:6], "KL", "95% interval", "agreement", "KV kept", "tokens")
 EXAMPLES = """examples
   every run below pred_Long as a table, with the scores that eval.py wrote:
@@ -81,9 +85,14 @@ def line(entry: Entry, score: Any) -> dict[str, str]:
 
 
 def recorded_score(entry: Entry) -> Any:
-    """The score that `eval.py`, or HELM, wrote into the run's folder; None if none did."""
+    """The score that `eval.py`, or HELM, wrote into the run's folder; None if none did.
+
+    Raises:
+        InputError: what is there is damaged.
+    """
     path = entry.folder / "result.json"
-    return read_object(path).get(entry.dataset) if path.exists() else None
+    kind: Any = dict[str, Score | dict[str, Score | None]]
+    return read_json(path, kind).get(entry.dataset) if path.exists() else None
 
 
 def _text(score: Any) -> str:
@@ -111,8 +120,10 @@ def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = N
 
     Args:
         scores: of (folder, data set), in place of what was written beside the runs; what is not in it is left out.
+    Raises:
+        InputError: there is nothing that could be printed.
     """
-    lines, compared = [], []
+    lines, compared, benches = [], [], []
     for entry in found.entries:
         key = str(entry.folder), entry.dataset
         if scores is not None and key not in scores:
@@ -120,7 +131,19 @@ def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = N
         if entry.fidelity:
             compared.append(fidelity_line(entry))
         else:
-            lines.append(line(entry, recorded_score(entry) if scores is None else scores[key]))
+            score = None if scores is None else scores[key]
+            try:
+                score = recorded_score(entry) if scores is None else score
+            except InputError as error:
+                found.problems.append(str(error))
+            lines.append(line(entry, score))
+    for path in found.benches:
+        try:
+            benches.append((path, read_bench(path)["runs"]))
+        except InputError as error:
+            found.problems.append(str(error))
+    if not lines and not compared and not benches:
+        raise InputError("; ".join(found.problems))
     for dataset in dict.fromkeys(one["dataset"] for one in lines):
         chosen = [one for one in lines if one["dataset"] == dataset]
         scale = "ROUGE-1/2/L by HELM" if dataset in HELM_TASKS else "LongBench's score"
@@ -129,20 +152,16 @@ def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = N
     for dataset in dict.fromkeys(one["dataset"] for one in compared):
         print(f"{dataset}: KL divergence from the full cache, nats a token, and agreement of the likeliest token")
         print(table(FIDELITY_COLUMNS, [one for one in compared if one["dataset"] == dataset]))
-    for path in found.benches:
-        print_bench(path)
+    for path, records in benches:
+        print_bench(path, records)
 
 
-def print_bench(path: Path) -> None:
-    """Print the table that `squeeze.bench` printed; nothing where the file is damaged."""
+def print_bench(path: Path, records: Sequence[Any]) -> None:
+    """Print the table that `squeeze.bench` printed."""
     from squeeze import bench
 
-    try:
-        records = read_object(path)["runs"]
-        copies, full = bench.bandwidth(records), bench.full_speeds(records)
-        made = [bench.row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]
-    except (InputError, KeyError, TypeError, ZeroDivisionError):
-        return
+    copies, full = bench.bandwidth(records), bench.full_speeds(records)
+    made = [bench.row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]
     if made:
         print(f"{path}: speed and memory by squeeze.bench")
         print(table(bench.COLUMNS, made))

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypedDict
 
 from squeeze.config import InputError
-from squeeze.files import read_object, write_json
+from squeeze.files import read_json, write_json
 
 #: Lists what an earlier report wrote; a folder without it is someone else's.
 MARK = "report.json"
 MADE_BY = "python -m squeeze.report"
+
+
+class Mark(TypedDict):
+    made_by: str
+    files: list[str]
 
 
 def check_folder(folder: Path) -> list[str]:
@@ -27,12 +33,11 @@ def check_folder(folder: Path) -> list[str]:
     known: list[str] = []
     if MARK in there:
         try:
-            mark = read_object(folder / MARK)
+            mark = read_json(folder / MARK, Mark)
         except InputError:
-            mark = {}
-        if mark.get("made_by") == MADE_BY and isinstance(mark.get("files"), list):
-            known = [name for name in mark["files"] if isinstance(name, str) and Path(name).name == name]
-            known.append(MARK)
+            mark = Mark(made_by="", files=[])
+        if mark["made_by"] == MADE_BY:
+            known = [*(name for name in mark["files"] if Path(name).name == name), MARK]
     foreign = [name for name in there if name not in known or not (folder / name).is_file()]
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""

@@ -7,13 +7,13 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from msgspec import Meta
 
 from squeeze.config import InputError
-from squeeze.files import parse_jsonl, read_bytes, read_object
-
-#: A line of the published prediction file.
-PUBLISHED = ("request", "result")
+from squeeze.decoding import Amount, Count, Positive, check
+from squeeze.files import parse_jsonl, read_bytes, read_json
 
 #: What `--pred` calls them: the prompts of HELM's two summarization scenarios.
 HELM_TASKS = {"xsum": "HELM's XSum", "cnndm": "HELM's CNN/DailyMail"}
@@ -48,21 +48,14 @@ class Decoding:
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("n", 1), ("logprobs", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"{name} must be a whole number, {least} or more, got {value}")
-        for name in ("temperature", "top_p"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InputError(f"{name} must be a number, got {value}")
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be a whole number, {least} or more, got {getattr(self, name)}")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not all(isinstance(word, str) and word for word in self.stop):
+        if not all(self.stop):
             raise InputError(f"stop must be texts that are not empty, got {list(self.stop)}")
-        if self.random is not None and not isinstance(self.random, str):
-            raise InputError(f"random must be a text, got {self.random}")
 
     @property
     def key(self) -> dict[str, Any]:
@@ -71,6 +64,33 @@ class Decoding:
         found |= {"temperature": float(self.temperature), "top_p": float(self.top_p)}
         del found["logprobs"]
         return found
+
+
+class Asked(TypedDict):
+    """What is read of a request; `Decoding` knows the ranges."""
+
+    prompt: str
+    max_tokens: Count
+    temperature: Amount
+    top_p: NotRequired[Amount]
+    n: NotRequired[Annotated[int, Meta(ge=0, le=10_000)]]
+    stop: NotRequired[str | list[str] | None]
+    logprobs: NotRequired[Annotated[int, Meta(ge=0, le=10_000)] | None]
+    random: NotRequired[str | None]
+    best_of: NotRequired[Count]
+
+
+class Line(TypedDict):
+    request: dict[str, Any]
+
+
+class MadeBy(TypedDict):
+    """What of `squeeze.helm_requests`' note is read again when HELM scores."""
+
+    requests_sha256: str
+    scenario: str
+    run_entry: str
+    max_eval_instances: Positive
 
 
 @dataclass(frozen=True)
@@ -130,50 +150,42 @@ def read_requests(task: str, path: str | None) -> Requests:
             f"--out {source} makes them (--scenario {task}_local --articles FILE from articles of your own)"
         )
     content = read_bytes(source)
-    rows = [
-        parse(row["request"], f"{source} line {number}") for number, row in parse_jsonl(content, source, PUBLISHED[:1])
-    ]
+    rows = [parse(row["request"], f"{source} line {number}") for number, row in parse_jsonl(content, source, Line)]
     digest = hashlib.sha256(content).hexdigest()
     return Requests(task, rows, str(source), digest, _note(source, digest))
 
 
-def parse(raw: Any, where: str) -> Request:
+def parse(raw: dict[str, Any], where: str) -> Request:
     """Read one request.
 
     Raises:
         InputError: it has no prompt, or asks for what cannot be done.
     """
-    if not isinstance(raw, dict):
-        raise InputError(f"{where}: request is not a JSON object")
-    if not isinstance(raw.get("prompt"), str) or not raw["prompt"].strip():
+    asked = check(raw, Asked, where)
+    if not asked["prompt"].strip():
         raise InputError(f"{where} has no prompt")
-    for name in ("max_tokens", "temperature"):
-        if name not in raw:
-            raise InputError(f"{where} has no {name}")
-    stop = raw.get("stop") or []
-    if not isinstance(stop, str | list):
-        raise InputError(f"{where}: stop is neither a text nor a list of texts, got {stop}")
+    stop = asked.get("stop") or []
     try:
         decoding = Decoding(
-            max_tokens=raw["max_tokens"],
-            temperature=raw["temperature"],
-            top_p=raw.get("top_p", 1.0),
-            n=raw.get("n", 1),
+            max_tokens=asked["max_tokens"],
+            temperature=asked["temperature"],
+            top_p=asked.get("top_p", 1.0),
+            n=asked.get("n", 1),
             stop=tuple([stop] if isinstance(stop, str) else stop),
-            logprobs=raw.get("logprobs") or 0,
-            random=raw.get("random"),
+            logprobs=asked.get("logprobs") or 0,
+            random=asked.get("random"),
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     if raw.get("echo"):
         raise InputError(f"{where} asks for echo, which a file of completions cannot have")
-    if raw.get("best_of", 1) not in range(decoding.n + 1):
+    if asked.get("best_of", 1) > decoding.n:
         raise InputError(f"{where} asks for the best of {raw['best_of']} completions: only n is supported")
     known = {"model", "request_type", "prompt", "echo", "best_of", *asdict(decoding)}
     for name in raw.keys() - known:
         if raw[name]:
             raise InputError(f"{where} asks for {name}, which is not supported")
-    return Request(raw["prompt"], decoding, raw)
+    return Request(asked["prompt"], decoding, raw)
 
 
 def note_path(path: Path) -> Path:
@@ -184,8 +196,8 @@ def note_path(path: Path) -> Path:
 def _note(path: Path, digest: str) -> dict[str, Any] | None:
     """How the file was made, if that note is about this very file."""
     note = note_path(path)
-    found = read_object(note) if note.is_file() else {}
-    return found if found.get("requests_sha256") == digest else None
+    found: Any = read_json(note, MadeBy) if note.is_file() else None
+    return found if found and found["requests_sha256"] == digest else None
 
 
 def key(prompt: str, decoding: Decoding) -> str:

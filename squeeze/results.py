@@ -8,23 +8,26 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import pandas as pd
+from msgspec import Meta
 
 from squeeze import scoring
-from squeeze.bench import speed
+from squeeze.bench_files import read_bench, speed
 from squeeze.config import ALLOCATIONS, InputError
-from squeeze.files import parse_jsonl, read_bytes, read_object
+from squeeze.decoding import check
+from squeeze.files import read_jsonl, read_object
 from squeeze.flags import TASKS
 from squeeze.inventory import Entry, Inventory, describe
-from squeeze.metrics import METRICS
+from squeeze.records import Answered, Compared
 from squeeze.request_files import HELM_TASKS
-from squeeze.request_files import PUBLISHED as HELM_FIELDS
 from squeeze.runs import check_count
 
-#: HELM's main metric of its summarization tasks, and the others that `script/helm.sh` writes.
+#: HELM's main metric of its summarization tasks, and the others that `script/helm.sh` writes, in percent.
 HELM_SCORE, HELM_SCORES = "ROUGE-2", ("ROUGE-1", "ROUGE-2", "ROUGE-L")
+Percent = Annotated[float, Meta(ge=0, le=100)]
+Rouge = TypedDict("Rouge", {"ROUGE-1": Percent, "ROUGE-2": Percent, "ROUGE-L": Percent})
 #: What runs must have in common to be compared.
 GROUP = ["model", "benchmark", "dataset"]
 WITHIN = (1, 3, 5)
@@ -79,9 +82,8 @@ def read(found: Inventory) -> Results:
     for path in found.benches:
         try:
             benches += _bench(path)
-        except (InputError, KeyError, TypeError, ZeroDivisionError) as error:
-            said = str(error) if isinstance(error, InputError) else f"{path} is not a file of squeeze.bench"
-            problems.append(said)
+        except InputError as error:
+            problems.append(str(error))
     return Results(
         _sorted(pd.DataFrame(runs, columns=RUN_COLUMNS)),
         _sorted(pd.DataFrame(compared, columns=FIDELITY_COLUMNS)),
@@ -105,8 +107,7 @@ def _common(entry: Entry) -> dict[str, Any]:
     named = describe(settings, summary)
     full = settings["cache"] == "full"
     task = entry.dataset if entry.dataset in HELM_TASKS else scoring.task_of(entry.folder)
-    data = summary.get("data")
-    versions = start.get("versions")
+    versions = start.get("versions", {})
     return {
         "model": start["model"]["name"],
         "benchmark": TASKS[task],
@@ -119,17 +120,13 @@ def _common(entry: Entry) -> dict[str, Any]:
         "samples": summary["samples"],
         "kept": summary["kept"],
         "layers_per_class": named["classes"],
-        "device": str(start.get("device", "")),
+        "device": start.get("device", ""),
         "settings": ", ".join(f"{key} {value}" for key, value in settings.items() if key not in OWN),
-        "versions": _words(versions) if isinstance(versions, dict) else "",
-        "command": str(start.get("command", "")),
-        "data": str(data.get("sha256", "")) if isinstance(data, dict) else "",
+        "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value is not None),
+        "command": start.get("command", ""),
+        "data": summary.get("data", {}).get("sha256", ""),
         "folder": str(entry.folder),
     }
-
-
-def _words(found: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in found.items() if value is not None)
 
 
 def _run(entry: Entry) -> dict[str, Any]:
@@ -137,15 +134,16 @@ def _run(entry: Entry) -> dict[str, Any]:
     path = entry.folder / f"{entry.dataset}.jsonl"
     row = _common(entry) | {key: entry.summary[key] for key in ("kv_bytes", "tokens_per_second")}
     if entry.dataset in HELM_TASKS:
-        check_count(entry.folder, entry.dataset, len(parse_jsonl(read_bytes(path), path, HELM_FIELDS)))
+        check_count(entry.folder, entry.dataset, len(read_jsonl(path, Answered)))
         if entry.unscored:
             return row
-        said = read_object(entry.folder / "result.json").get(entry.dataset)
-        if not isinstance(said, dict) or not all(isinstance(said.get(name), int | float) for name in HELM_SCORES):
-            raise InputError(f"{entry.folder / 'result.json'} has no ROUGE of {entry.dataset}: sh script/helm.sh")
-        return row | said | {"score": said[HELM_SCORE]}
-    if entry.dataset not in METRICS:
-        raise InputError(f"{path} is named after none of the data sets")
+        result = entry.folder / "result.json"
+        said = read_object(result).get(entry.dataset)
+        try:
+            rouge: dict[str, Any] = {**check(said, Rouge, f"{result}: {entry.dataset}")}
+        except InputError as error:
+            raise InputError(f"{error}: sh script/helm.sh scores it") from None
+        return row | {name: rouge[name] for name in HELM_SCORES} | {"score": rouge[HELM_SCORE]}
     task = scoring.task_of(entry.folder)
     found = scoring.score_file(entry.folder, path, task, rouge=False)
     low, high = found["interval"]
@@ -155,27 +153,26 @@ def _run(entry: Entry) -> dict[str, Any]:
 def _fidelity(entry: Entry) -> dict[str, Any]:
     """A row of `Results.fidelity`; InputError if the comparisons are damaged."""
     path, summary = entry.folder / f"{entry.dataset}.jsonl", entry.summary
-    check_count(entry.folder, entry.dataset, len(parse_jsonl(read_bytes(path), path, ("kl",))))
+    check_count(entry.folder, entry.dataset, len(read_jsonl(path, Compared)))
     row = _common(entry) | {"compared": summary.get("compared"), "tokens": summary.get("tokens")}
     if "kl" not in summary:
         raise InputError(f"{entry.folder}: {entry.dataset} has no tokens to compare: the answers are one token long")
-    try:
-        kl, same = ([summary[key][part] for part in ("mean", "low", "high")] for key in ("kl", "agreement"))
-    except (KeyError, TypeError):
-        raise InputError(f"{entry.folder / 'run.json'} has no usable kl of {entry.dataset}") from None
-    row |= dict(zip(("kl", "low", "high"), kl, strict=True))
-    return row | dict(zip(("agreement", "agreement_low", "agreement_high"), same, strict=True))
+    for key, names in (("kl", ("kl", "low", "high")), ("agreement", ("agreement", "agreement_low", "agreement_high"))):
+        row |= dict(zip(names, (summary[key][part] for part in ("mean", "low", "high")), strict=True))
+    return row
 
 
 def _bench(path: Path) -> list[dict[str, Any]]:
     """Rows of `Results.bench`, without the measurements that failed."""
-    content = read_object(path)
+    content = read_bench(path)
     rows = []
     for record in content["runs"]:
         spec, found = record["spec"], record["result"]
         if "error" in found:
             continue
-        row = {key: spec[key] for key in ("device", "prompt_length", "engine", "cache", "dtype", "batch_size")}
+        row: dict[str, Any] = {
+            key: spec[key] for key in ("device", "prompt_length", "engine", "cache", "dtype", "batch_size")
+        }
         row |= {"file": str(path), "machine": content.get("machine", ""), "model": Path(spec["model"]).name}
         step = found["step_seconds"]
         row |= {"tokens_per_second": speed(record), "prefill_seconds": found["prefill_seconds"]["median"]}

@@ -15,8 +15,10 @@ from typing import IO, Any
 
 from squeeze.config import DEFAULT_ALGORITHM, InputError, SqueezeConfig
 from squeeze.distributed import ALONE, Ranks
-from squeeze.files import write_json
-from squeeze.samples import PUBLISHED, Samples
+from squeeze.files import read_json, write_json
+from squeeze.manifest import Begun, Counted
+from squeeze.records import Sample
+from squeeze.samples import Samples
 
 RESULTS = ("result.json", "result_detail.json")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
@@ -80,7 +82,7 @@ class Run:
         settings: everything that changes results, the same for all data sets.
         info: how this process was started and on what; `run.json` lists every start of a data set.
         overwrite: drop the samples that are there, all of them if they were made with other settings.
-        published: the fields of a sample that its published file has.
+        kind: of a sample, see `squeeze.records`.
         ranks: this process among those of the run: only the first reads and locks the folder, and writes `run.json`.
     Raises:
         InputError: the folder holds a run with other settings.
@@ -92,7 +94,7 @@ class Run:
         settings: dict[str, Any],
         info: dict[str, Any],
         overwrite: bool = False,
-        published: Sequence[str] = PUBLISHED,
+        kind: type[Any] = Sample,
         ranks: Ranks = ALONE,
     ) -> None:
         self.ranks = ranks
@@ -101,7 +103,7 @@ class Run:
         self.settings = settings
         self.info = info
         self.overwrite = overwrite
-        self.published = published
+        self.kind = kind
         self._lock: IO[str] | None = None
         self._read()
 
@@ -130,12 +132,12 @@ class Run:
         if not self.path.exists():
             return None
         try:
-            manifest = json.loads(self.path.read_text(encoding="utf-8"))
-            return {"settings": dict(manifest["settings"]), "datasets": dict(manifest["datasets"])}
-        except (OSError, ValueError, KeyError, TypeError):
+            found = read_json(self.path, Begun)
+            return {"settings": found["settings"], "datasets": found["datasets"]}
+        except InputError as error:
             if self.overwrite:
                 return {"settings": {}, "datasets": {}}
-            raise InputError(f"{self.path} is not a run's manifest: --overwrite replaces the run") from None
+            raise InputError(f"{error}: --overwrite replaces the run") from None
 
     def open(self, dataset: str, settings: dict[str, Any], total: int) -> Samples:
         """Read what is there of one data set's first `total` samples.
@@ -145,7 +147,7 @@ class Run:
         Raises:
             InputError: the samples that are there were made with other settings, or cannot be read.
         """
-        samples = Samples(self.folder, dataset, settings, total, self.published, str(self.ranks.rank or ""))
+        samples = Samples(self.folder, dataset, settings, total, self.kind, str(self.ranks.rank or ""))
         if self.overwrite or not self.ranks.first:
             return samples
         previous = self.manifest["datasets"].get(dataset)
@@ -238,11 +240,10 @@ def _lock(folder: Path) -> IO[str]:
 
 def check_count(folder: Path, dataset: str, lines: int) -> None:
     """Raises InputError if `run.json` knows of another number of samples than the prediction file has lines."""
-    try:
-        manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        samples = manifest["datasets"][dataset]["samples"]
-    except (OSError, ValueError, KeyError, TypeError):
+    path = folder / "run.json"
+    if not path.exists():
         return  # not a folder of this project's
+    samples = read_json(path, Counted)["datasets"].get(dataset, {}).get("samples", lines)
     if samples != lines:
         raise InputError(f"{folder / dataset}.jsonl has {lines} lines, but run.json counts {samples} samples")
 

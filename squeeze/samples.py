@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from squeeze.config import InputError
-from squeeze.files import parse_jsonl, to_jsonl, write_whole
-
-#: A line of the published prediction file.
-PUBLISHED = ("pred", "answers", "all_classes", "length")
+from squeeze.files import read_bytes, to_jsonl, write_whole
+from squeeze.records import Sample, check_layers, published, read_samples
 
 #: Seconds after which finished samples are forced to the disk, so that a power cut costs no more.
 SYNC_SECONDS = 3
@@ -27,10 +25,11 @@ class Samples:
     """The finished samples of one data set, in the order of their index.
 
     Args:
+        kind: of a sample, see `squeeze.records`: `index`, what is published of it, and `stats`, what was measured.
         writer: which of several processes this one is, the first being ""; only that one merges and publishes.
 
     Attributes:
-        records: the finished samples: `index`, the published fields, and `stats`, what was measured.
+        records: the finished samples, of that kind.
         missing: indices that are still to be run.
     """
 
@@ -40,13 +39,13 @@ class Samples:
         dataset: str,
         settings: dict[str, Any],
         total: int,
-        fields: Sequence[str] = PUBLISHED,
+        kind: type[Any] = Sample,
         writer: str = "",
     ) -> None:
         self.folder = folder
         self.dataset = dataset
         self.settings = settings
-        self.fields = fields
+        self.kind = kind
         self.partial = folder / (f"{dataset}.partial.{writer}.jsonl" if writer else f"{dataset}.partial.jsonl")
         self.finished = folder / "samples" / f"{dataset}.jsonl"
         self.published = folder / f"{dataset}.jsonl"
@@ -76,14 +75,13 @@ class Samples:
         Raises:
             InputError: a file is not what was written into it.
         """
-        found: dict[int, dict[str, Any]] = {}
+        found: dict[int, Any] = {}
         for source in self.partials or [self.finished]:
             whole = _whole_lines(source)
-            rows = parse_jsonl(whole, source, ("index", "stats", *self.fields)) if whole else []
-            if len({row["index"] for _, row in rows}) < len(rows):
-                raise InputError(f"{source} has a sample twice: --overwrite starts anew")
+            rows = read_samples(whole, source, self.kind) if whole else []
             # A merge that was cut short leaves a sample in two files, the same in both.
-            found = {row["index"]: row for _, row in rows} | found
+            found = {row["index"]: row for row in rows} | found
+        check_layers(list(found.values()), self.kind, self.partials[0] if self.partials else self.finished)
         self.records = [found[index] for index in sorted(found)]
         self.missing = [index for index in range(self.total) if index not in found]
 
@@ -121,7 +119,8 @@ class Samples:
 
     def publish(self) -> None:
         """Write `<dataset>.jsonl` and all that is known of its samples, and let go of the partial files."""
-        write_whole(self.published, to_jsonl([{key: row[key] for key in self.fields} for row in self.records]))
+        fields = published(self.kind)
+        write_whole(self.published, to_jsonl([{key: row[key] for key in fields} for row in self.records]))
         self.finished.parent.mkdir(exist_ok=True)
         write_whole(self.finished, to_jsonl(self.records))
         for path in self.partials:
@@ -134,7 +133,7 @@ class Samples:
 
 
 def _whole_lines(path: Path) -> bytes:
-    data = path.read_bytes() if path.exists() else b""
+    data = read_bytes(path) if path.exists() else b""
     return data[: data.rfind(b"\n") + 1]
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from squeeze.config import InputError
-from squeeze.files import parse_jsonl, read_bytes
+from squeeze.files import read_jsonl
 from squeeze.longbench import check_lists
 from squeeze.metrics import METRICS, rouge_l
+from squeeze.records import Prediction, PredictionByLength
 from squeeze.runs import check_count
 
 ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL")
@@ -36,20 +37,20 @@ BUCKETS = ("0-4k", "4-8k", "8k+")
 CONFIDENCE, RESAMPLES = 0.95, 10_000
 
 
-def read_predictions(path: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+def read_predictions(path: Path, task: str = "Long") -> list[Any]:
     """Read a prediction file, this project's or another's that LongBench's `eval.py` reads.
 
     Args:
-        fields: what every line must have beside the prediction, the answers and the classes.
+        task: `Long`, or `e`, whose lines must have the row's length, too.
+    Returns:
+        `squeeze.records.Prediction` of each line.
     Raises:
         InputError: the file is empty, ends in the middle of a line, or has a line that is not a prediction.
     """
-    rows = parse_jsonl(read_bytes(path), path, ("pred", "answers", "all_classes", *fields))
+    kind: type[Any] = PredictionByLength if task == "e" else Prediction
+    rows = read_jsonl(path, kind)
     for number, row in rows:
-        where = f"{path} line {number}"
-        if not isinstance(row["pred"], str):
-            raise InputError(f"{where}: pred is not text")
-        check_lists(row, dataset_of(path), where)
+        check_lists(row, dataset_of(path), f"{path} line {number}")
     return [row for _, row in rows]
 
 
@@ -75,10 +76,10 @@ def score_file(folder: Path, path: Path, task: str, rouge: bool = True) -> dict[
         InputError: the file is not whole, or is no prediction file.
     """
     dataset = dataset_of(path)
-    rows = read_predictions(path, ("length",) if task == "e" else ())
+    if dataset not in METRICS:
+        raise InputError(f"{path} is named after none of the data sets")
+    rows = read_predictions(path, task)
     check_count(folder, dataset, len(rows))
-    if task == "e" and not all(isinstance(row["length"], int | float) for row in rows):
-        raise InputError(f"{path}: a length is not a number, and LongBench-E is scored by it")
     each = sample_scores(dataset, rows)
     low, high = interval(each)
     details = rouge_details(dataset, rows) if rouge else [{} for _ in rows]

@@ -18,7 +18,7 @@ def progress(stats: Sequence[dict[str, Any]]) -> str:
 def tokens_per_second(stats: Sequence[dict[str, Any]]) -> float:
     """Decode speed: every new token but the first, which the prefill gives, over the time they took."""
     seconds = sum(one["decode_seconds"] for one in stats)
-    return sum(max(one["new_tokens"] - 1, 0) for one in stats) / seconds if seconds else 0.0
+    return sum(max(one["new_tokens"] - 1, 0) for one in stats) / seconds if seconds > 1e-9 else 0.0
 
 
 def summarize(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -46,6 +46,6 @@ def summarize(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for key in ("classes", "budgets"):
             mean = np.array([one[key] for one in stats]).mean(axis=0)
             summary[key] = {"first": stats[0][key], "mean": [round(float(value), 2) for value in mean]}
-        noted = [one["notes"] for one in stats if one["notes"]]
+        noted = [one["notes"] for one in stats if one.get("notes")]
         summary |= {"samples_with_notes": len(noted), "first_notes": noted[0] if noted else []}
     return summary

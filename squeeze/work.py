@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from squeeze import request_files
+from squeeze import records
 from squeeze.distributed import Ranks
 from squeeze.jobs import Job
 from squeeze.longbench import Data
 from squeeze.request_files import HELM_TASKS, Requests
 from squeeze.runs import Run
-from squeeze.samples import PUBLISHED, Samples
+from squeeze.samples import Samples
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -29,12 +29,12 @@ class Kind:
     """What is done with a prompt.
 
     Args:
-        published: the fields of a line of the published file.
+        sample: the kind of what is there of a sample when it is done, see `squeeze.records`.
         work: makes the work on a run's batches.
         summarize, describe: what was measured, for `run.json` and in a few words.
     """
 
-    published: Sequence[str]
+    sample: type[Any]
     work: Callable[..., Work]
     summarize: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
     describe: Callable[[Sequence[dict[str, Any]]], str]
@@ -45,10 +45,10 @@ def kind_of(args: argparse.Namespace) -> Kind:
     from squeeze import completions, fidelity, predict, stats
 
     if args.fidelity:
-        return Kind(fidelity.PUBLISHED, fidelity.Comparison().measure, fidelity.summarize, fidelity.describe)
+        return Kind(records.ComparedSample, fidelity.Comparison().measure, fidelity.summarize, fidelity.describe)
     if args.pred in HELM_TASKS:
-        return Kind(request_files.PUBLISHED, completions.answer, stats.summarize, stats.progress)
-    return Kind(PUBLISHED, predict.predict, stats.summarize, stats.progress)
+        return Kind(records.AnsweredSample, completions.answer, stats.summarize, stats.progress)
+    return Kind(records.PredictedSample, predict.predict, stats.summarize, stats.progress)
 
 
 class OpenJob:
@@ -61,7 +61,7 @@ class OpenJob:
     def __init__(self, job: Job, process: Ranks) -> None:
         self.job = job
         self.kind = kind_of(job.args)
-        self.run = Run(job.place, job.settings, job.info, job.args.overwrite, self.kind.published, process)
+        self.run = Run(job.place, job.settings, job.info, job.args.overwrite, self.kind.sample, process)
         self.samples: list[Samples] = [
             self.run.open(one.dataset, one.settings, one.count(job.args.sample_num)) for one in job.data
         ]

@@ -189,12 +189,18 @@ def save_curves(path, **changes):
     [
         ({"version": 1}, "is of version 1, and 3 is known here: make it again with python -m squeeze.calibrate"),
         ({"loss": [[[[0.0]]]]}, "is damaged, its curves are not whole"),
-        ({"loss": [[[[0.0, 1.0]] * 5, [[0.0, float("nan")]] * 5]]}, "has losses that are not numbers"),
+        (
+            {"loss": [[[[0.0, 1.0]] * 5, [[0.0, float("nan")]] * 5]]},
+            r"loss\[0\]\[1\]\[0\]\[1\] is NaN, which is no number that JSON has: make it again",
+        ),
         ({"shares": ["2/5", "1/10"]}, "is damaged"),
-        ({"shares": []}, "is damaged"),
+        ({"shares": []}, r"shares is not a list of length >= 1, got \[\]: make it again"),
         ({"multiples": ["1/2", "2"]}, "is damaged"),
-        ({"multiples": ["a", "b"]}, "is damaged"),
-        ({"model": 3}, "is damaged"),
+        ({"multiples": ["a", "b"]}, r"multiples\[0\] is not text matching"),
+        ({"multiples": ["1/0", "1"]}, r"multiples\[0\] is not text matching"),
+        ({"shares": ["1e999999999", "1"]}, r"shares\[0\] is not text matching"),
+        ({"algorithm": "lru"}, r"algorithm is none of sliding_window, streaming, h2o, got \"lru\""),
+        ({"model": 3}, "model is not a JSON object, got 3: make it again"),
     ],
 )
 def test_a_damaged_file_is_a_sentence(tmp_path, changes, said):

@@ -41,9 +41,9 @@ def test_an_article_is_512_words_on_one_line(tmp_path):
         ([*articles(6), {"document": "It is."}], r"a\.jsonl line 7 has no field summary"),
         (
             [*articles(6), {"document": " \n", "summary": "It is."}],
-            r"a\.jsonl line 7: document or summary is not",
+            r"a\.jsonl line 7: document or summary is blank",
         ),
-        ([*articles(6), {"document": "It is.", "summary": 5}], r"a\.jsonl line 7: document or summary is not"),
+        ([*articles(6), {"document": "It is.", "summary": 5}], r"a\.jsonl line 7: summary is not text, got 5"),
         ([*articles(6), ["It is."]], r"a\.jsonl line 7 is not a JSON object"),
     ],
 )

@@ -62,7 +62,7 @@ def test_what_holds_no_finished_run_is_a_sentence(tmp_path, capsys):
     assert "is finished: start pred.py again" in capsys.readouterr().err
     (tmp_path / "run/run.json").write_text("{}")
     assert report.main([str(tmp_path)]) == 2
-    assert "run.json is not a run's manifest" in capsys.readouterr().err
+    assert "run.json has no field settings" in capsys.readouterr().err
 
 
 def test_scores_by_length_stand_side_by_side(tmp_path, capsys):

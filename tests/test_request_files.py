@@ -33,9 +33,10 @@ def test_requests_that_decode_alike_have_one_key():
     ("change", "said"),
     [
         ({"prompt": " "}, "here has no prompt"),
-        ({"prompt": 5}, "here has no prompt"),
-        ({"stop": 5}, "stop is neither a text nor a list of texts, got 5"),
-        ({"stop": [5]}, "stop must be texts"),
+        ({"prompt": 5}, "here: prompt is not text, got 5"),
+        ({"stop": 5}, "stop is not text or a list or null, got 5"),
+        ({"stop": [5]}, r"stop\[0\] is not text, got 5"),
+        ({"stop": [""]}, "stop must be texts"),
         ({"max_tokens": 0}, "here: max_tokens must be a whole number"),
         ({"echo": True}, "here asks for echo"),
         ({"best_of": 3}, "here asks for the best of 3 completions"),
@@ -49,5 +50,5 @@ def test_what_cannot_be_answered_is_a_sentence(change, said):
 
 @pytest.mark.parametrize("name", ["max_tokens", "temperature", "prompt"])
 def test_a_request_without_a_setting(name):
-    with pytest.raises(InputError, match=f"here has no {name}"):
+    with pytest.raises(InputError, match=f"here has no field {name}"):
         parse({field: value for field, value in RAW.items() if field != name}, "here")

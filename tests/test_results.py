@@ -129,8 +129,8 @@ def torn(folder):
         (line_lost, "has 5 lines, but run.json counts 6 samples"),
         (torn, "line 6 is not JSON: the file ends in the middle of a line"),
         (lambda folder: (folder / "samsum.jsonl").unlink(), "No such file"),
-        (change(starts=[]), "run.json has no usable model of samsum"),
-        (change(kept="much"), "run.json has no usable kept of samsum"),
+        (change(starts=[]), "run.json: samsum: starts is not a list of length >= 1, got []"),
+        (change(kept="much"), 'run.json: samsum: kept is not a number, got "much"'),
     ],
 )
 def test_what_is_not_whole_is_named_and_left_out(damage, words):
@@ -154,7 +154,9 @@ def test_helm_has_its_rouge_or_the_command_that_scores():
     assert results.shown_score(full) == {"ROUGE-1": 30.0, "ROUGE-2": 9.5, "ROUGE-L": 22.0}
     assert pd.isna(row(found.runs, "pred_xsum/M/0.4/25")["score"])
     assert found.unscored == ["sh script/helm.sh pred_xsum/M/0.4/25"]
-    assert found.problems == ["pred_xsum/M/0.4/10/result.json has no ROUGE of xsum: sh script/helm.sh"]
+    assert found.problems == [
+        "pred_xsum/M/0.4/10/result.json: xsum: ROUGE-2 is not a number, got null: sh script/helm.sh scores it"
+    ]
 
 
 def test_fidelity_and_bench():
@@ -167,7 +169,7 @@ def test_fidelity_and_bench():
     assert row(found.fidelity, "runs/0.4/20/fidelity")["kl"] == 0.25
     assert list(found.bench["batch_size"]) == [1, 1, 8, 8], "what failed is no row"
     assert found.bench["tokens_per_second"].iloc[2] == pytest.approx(8 / 0.1)
-    assert found.problems == ["runs/other/bench.json is not a file of squeeze.bench"]
+    assert found.problems == ["runs/other/bench.json: runs[0] has no field spec"]
 
 
 def frame(rows):
@@ -240,7 +242,11 @@ def test_layers_of_the_run_in_the_middle():
     old = make_run(Path("old"), ini_size=0.4, KV_class3=0.2, similarities=False)
     assert parse_layers(old, "samsum")["similarity"].isna().all()
     write_lines(old / "samples/samsum.jsonl", [{"index": 0, "stats": {"classes": [1], "budgets": [1, 2]}}])
-    with pytest.raises(InputError, match="line 1 has no usable classes and budgets"):
+    with pytest.raises(InputError, match="line 1: stats has no field prompt_tokens"):
+        parse_layers(old, "samsum")
+    stats = {"prompt_tokens": 9, "classes": [1], "budgets": [1, 2]}
+    write_lines(old / "samples/samsum.jsonl", [{"index": 0, "stats": stats}])
+    with pytest.raises(InputError, match="has samples of 1 and 2 layers"):
         parse_layers(old, "samsum")
 
 

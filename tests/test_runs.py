@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squeeze import InputError, SqueezeConfig
+from squeeze.records import PredictedSample
 from squeeze.runs import Run, cache_settings, check_count, run_folder, versions
+from squeeze.samples import Samples
 
 SETTINGS = {"dtype": "float32", "ini_size": 0.2}
 DATA = {"data_sha256": "0"}
@@ -158,9 +160,70 @@ def test_what_was_not_written_by_a_run_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"run\.json does not know"):
         go_on(tmp_path, 1)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(InputError, match="not a run's manifest"):
+    with pytest.raises(InputError, match=r"run\.json line 1 is not JSON: --overwrite replaces the run"):
         go_on(tmp_path, 1)
     go_on(tmp_path, 1, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[" * 100_000, "run.json has lists or objects more than 100 deep"),
+        ("{}", "run.json has no field settings"),
+        ('{"settings": {}, "datasets": {"samsum": 5}}', "run.json: datasets.samsum is not a JSON object, got 5"),
+        (
+            '{"settings": {}, "datasets": {"samsum": {"settings": {}, "starts": [5]}}}',
+            r"run.json: datasets.samsum.starts\[0\] is not a JSON object, got 5",
+        ),
+        (
+            '{"settings": {"seed": 1e400}, "datasets": {}}',
+            "run.json: settings.seed is 1e400, which is out of the range",
+        ),
+    ],
+)
+def test_a_damaged_manifest_is_named_and_can_be_replaced(tmp_path, content, said):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(InputError, match=f"{said}.*: --overwrite replaces the run"):
+        go_on(tmp_path, 1)
+    go_on(tmp_path, 1, overwrite=True)
+    check_count(tmp_path, "samsum", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"index": "0"}, 'line 1: index is not a whole number, got "0"'),
+        ({"index": -1}, "line 1: index is not a whole number >= 0, got -1"),
+        ({"index": True}, "line 1: index is not a whole number, got true"),
+        ({"stats": []}, r"line 1: stats is not a JSON object, got \[\]"),
+        ({"pred": None}, "line 1: pred is not text, got null"),
+        ({"answers": []}, r"line 1: answers is not a list of length >= 1, got \[\]"),
+    ],
+)
+def test_a_damaged_sample_is_named(tmp_path, change, said):
+    go_on(tmp_path, 2, stop=1)
+    partial = tmp_path / "samsum.partial.jsonl"
+    partial.write_text(json.dumps(json.loads(partial.read_text()) | change) + "\n")
+    with pytest.raises(InputError, match=f"samsum.partial.jsonl {said}"):
+        go_on(tmp_path, 2)
+
+
+def test_samples_of_other_layers_are_refused(tmp_path):
+    layers = {"classes": [1, 3], "budgets": [9, 5], "notes": []}
+    measured = dict.fromkeys(("prompt_tokens", "new_tokens", "prefill_seconds", "decode_seconds"), 1)
+    measured |= dict.fromkeys(("kv_bytes", "full_kv_bytes", "state_bytes", "peak_memory_bytes"), 1)
+    for other in ({}, {"classes": [1], "budgets": [9], "notes": []}, layers | {"budgets": [9]}):
+        rows = [record(0) | {"stats": measured | layers}, record(1) | {"stats": measured | other}]
+        (tmp_path / "samsum.partial.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        samples = Samples(tmp_path, "samsum", {}, 2, PredictedSample)
+        with pytest.raises(InputError, match=r"samsum\.partial\.jsonl has samples of [01] and 2 layers"):
+            samples.read()
+
+
+def test_samples_beyond_those_asked_for_are_kept(tmp_path):
+    go_on(tmp_path, 4, stop=3)
+    _, samples = go_on(tmp_path, 2)
+    assert [one["index"] for one in samples.records] == [0, 1, 2] and samples.complete
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
