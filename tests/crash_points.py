@@ -195,8 +195,8 @@ def copy(source, target):
 
 
 def contents(folder):
-    """Every file below a folder, with its bytes, and every folder, with None."""
+    """Every file below a folder, with its bytes, and everything else, with None."""
     return {
-        str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }

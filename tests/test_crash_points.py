@@ -141,19 +141,21 @@ def finished(place, act):
     return found, place / "whole"
 
 
-def interrupt_everywhere(place, act, check=lambda killed: None, step=1):
+def interrupt_everywhere(place, act, check=lambda now, done: None, step=1):
     """Kill `act` before each of its changes, in turn, and do it again to its end.
 
     Args:
-        check: is called after each kill, and gives what is called after the start that follows.
+        check: is called after each kill, with the folder and the samples that were computed, and gives what is called
+            with those that the start that follows computes.
         step: only every so manieth point.
     """
     found, whole = finished(place, act)
     assert len(found.changes) > 3
     for point in list(points(found.changes))[::step]:
         copy(place / "before", place / "now")
-        assert run(act, place / "now", point).killed
-        then = check(place / "now")
+        killed = run(act, place / "now", point)
+        assert killed.killed
+        then = check(place / "now", killed.done)
         last = run(act, place / "now")
         assert not last.said, last.said
         same(place / "now", whole)
@@ -161,16 +163,20 @@ def interrupt_everywhere(place, act, check=lambda killed: None, step=1):
             then(last.done)
 
 
-def truth(run_folder=RUN, dataset="samsum", total=4, keeps=True):
-    """For `interrupt_everywhere`: only what was missing is computed, and `run.json` says how much was there.
+def truth(run_folder=RUN, dataset="samsum", total=4, keeps=True, processes=1):
+    """For `interrupt_everywhere`: nothing that was computed is lost, only what was missing is computed, and `run.json`
+    says how much was there.
 
     Args:
         keeps: whether what was there counts.
     """
 
-    def check(now):
+    def check(now, computed):
         folder = now / run_folder
-        there, before = on_disk(folder, dataset) if keeps else set(), starts(folder, dataset)
+        there = on_disk(folder, dataset)
+        # Each process may lose the one that it was about to write.
+        assert len({one[1] for one in computed} - there) <= processes
+        there, before = there if keeps else set(), starts(folder, dataset)
         whole = (folder / f"{dataset}.jsonl").exists() and not list(folder.glob(f"{dataset}.partial*"))
 
         def then(done):
@@ -243,7 +249,8 @@ def test_two_processes(place, both, again, step):
             assert killed[rank].killed
             if not both and killed[1 - rank].said:
                 assert killed[1 - rank].said.endswith("stops: another process of the run has ended")
-            then = truth()(place / "now")
+            done = [index for found in killed for index in found.done]
+            then = truth(processes=2)(place / "now", done)
             last = run_pair(act, place / "now") if again == 2 else [run(lambda: act(distributed.ALONE), place / "now")]
             assert not any(found.said for found in last), (point, last)
             then([index for found in last for index in found.done])
