@@ -20,7 +20,7 @@ import yaml
 
 from squeeze import models
 from squeeze.config import InputError
-from squeeze.files import Open, write_whole, writing
+from squeeze.files import Open, read_bytes, write_whole, writing
 from squeeze.flags import Parser, add_cache_flags, check_flags, config_from_flags, for_model, run_command
 from squeeze.runs import run_folder
 
@@ -116,7 +116,7 @@ def write_environment(folder: Path, deployments: Sequence[Deployment]) -> None:
     }
     for name in contents:
         path = folder / name
-        if path.exists() and not path.read_text("utf-8").startswith(MARK):
+        if path.exists() and not read_bytes(path).startswith(MARK.encode()):
             raise InputError(f"{path} is there and was not written by this project: move it away")
     with writing(f"into {folder}"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -169,6 +169,7 @@ class Run:
         return samples
 
     def _find(self, samples: Samples) -> None:
+        """Read the samples that are there, which must be those of this run."""
         dataset, settings = samples.dataset, samples.settings
         previous = self.manifest["datasets"].get(dataset)
         if previous is None and samples.exist:
@@ -193,7 +194,7 @@ class Run:
                     self._read()  # another process may have written meanwhile
                 samples.check()
                 if not self.overwrite:
-                    samples.read()
+                    self._find(samples)
         samples.missing, complete = self.ranks.share((samples.missing, samples.complete))
         samples.begin = None if complete else partial(self.begin, samples)
 
