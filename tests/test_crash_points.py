@@ -14,7 +14,21 @@ from made_runs import make_run
 from tiny import save_rows, save_tiny
 
 import pred
-from squeeze import calibrate, calibration, distributed, jobs, page, predict, report, sweep, work
+from squeeze import (
+    calibrate,
+    calibration,
+    distributed,
+    embedded,
+    helm_env,
+    helm_requests,
+    jobs,
+    page,
+    predict,
+    report,
+    sweep,
+    work,
+)
+from squeeze.files import write_json, write_whole
 from squeeze.grid import read_grid
 from squeeze.samples import PUBLISHED
 
@@ -305,3 +319,31 @@ def test_calibrate(place, monkeypatch):
     folder = Path("calibration/tiny/h2o")
     calibrate.job_of(calibrate.parser().parse_args(flags))
     interrupt_everywhere(place, lambda: calibrate.calibrate(flags), check=truth(folder, "curves", total=3))
+
+
+def test_helm_requests(place, monkeypatch):
+    """What HELM's dry run needs and writes is gone afterwards, also that of a dry run that was killed."""
+
+    def helm(_, *arguments):
+        folder = helm_env.OUTPUT / "runs" / arguments[arguments.index("--suite") + 1] / "some"
+        folder.mkdir(parents=True)
+        write_json(folder / "scenario_state.json", {"request_states": [{}]})
+
+    monkeypatch.setattr(helm_requests, "helm", helm)
+    interrupt_everywhere(place, lambda: helm_requests.dry_run("xsum_local", Path("tiny"), 100, 2), step=2)
+    assert not [name for name in contents(place / "now/helm") if "requests" in name]
+
+
+def test_a_model_that_is_converted(place):
+    """A folder of an older conversion is replaced by a whole one."""
+    folder = Path("models/M")
+    (place / "before" / folder).mkdir(parents=True)
+    (place / "before" / folder / "old").write_text("old")
+
+    def act():
+        with embedded._replacing(folder) as work:
+            for name in ("config.json", embedded.STAMP):
+                write_whole(work / name, "{}")
+
+    interrupt_everywhere(place, act)
+    assert set(contents(place / "now/models")) == {"M", "M/config.json", f"M/{embedded.STAMP}"}
