@@ -187,20 +187,25 @@ def test_a_folder_in_which_nothing_was_computed_is_left_as_it_was_found(tmp_path
         assert contents(root) == before
 
 
+@pytest.mark.parametrize("there", [0, 2])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_two_processes_of_which_one_fails_at_once_leave_nothing(tmp_path, failing):
+def test_two_processes_of_which_one_fails_at_once_leave_what_was_there(tmp_path, failing, there):
+    if there:
+        go_on(tmp_path / "run", there)
+    before = contents(tmp_path)
+
     def act(ranks):
         with Run(Path("run"), SETTINGS, {}, ranks=ranks) as run:
-            samples = run.open("samsum", DATA, 2)
+            samples = run.open("samsum", DATA, 4)
             run.start(samples)
             if ranks.rank == failing:
                 raise InputError("out of memory")
-            samples.append([record(ranks.rank)])
+            samples.append([record(2 + ranks.rank)])
 
     found = run_pair(act, tmp_path)
     assert found[failing].said == "InputError: out of memory"
     assert found[1 - failing].said.endswith("another process of the run has ended")
-    assert contents(tmp_path) == {}
+    assert contents(tmp_path) == before
 
 
 def test_overwrite_drops_what_the_manifest_lists_and_nothing_else(tmp_path, victim):
