@@ -10,7 +10,7 @@ from typing import Any
 
 from squeeze import scoring
 from squeeze.config import InputError
-from squeeze.files import write_json
+from squeeze.files import read_bytes, write_json, writing
 from squeeze.flags import check_flags, config_from_flags, eval_parser, for_model, run_command
 from squeeze.longbench import dataset_names
 from squeeze.models import guess_model_type, run_name
@@ -41,11 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("; ".join(left_out.values()))
     scores = {dataset: detail["buckets" if task == "e" else "score"] for dataset, detail in details.items()}
     groups = scoring.group_scores({dataset: detail["score"] for dataset, detail in details.items()})
-    try:
+    with writing(folder / "result.json"):
         write_json(folder / "result_detail.json", {"datasets": details, "groups": groups, "left_out": left_out})
         write_json(folder / "result.json", scores)
-    except OSError as error:
-        raise InputError(f"cannot write {folder / 'result.json'}: {error.strerror}") from None
     print_scores(details, groups, task)
     if left_out:
         print(f"left out: {len(left_out)} of {len(left_out) + len(details)} data sets")
@@ -150,7 +148,7 @@ def prediction_files(folder: Path, datasets: str | None, task: str = "Long") -> 
     wanted = dataset_names(datasets, task) if datasets not in (None, "all") else None
     for path in partial:
         if wanted is None or scoring.dataset_of(path) in wanted:
-            count = path.read_bytes().count(b"\n")
+            count = read_bytes(path).count(b"\n")
             raise InputError(f"{path} is half-written, {count} samples so far: start pred.py again to go on")
     missing = [dataset for dataset in wanted or () if dataset not in finished]
     if missing or not finished:

@@ -2,6 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from squeeze import interrupt
+
+if interrupt.is_command():
+    interrupt.ends()
+
 from squeeze.config import InputError, SqueezeConfig
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import platform
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from squeeze import models
 from squeeze.bench_files import bandwidth, full_speeds, speed
 from squeeze.config import ALGORITHMS, ALLOCATIONS, DTYPES, InputError
-from squeeze.files import write_json
+from squeeze.files import write_json, write_whole, writing
 from squeeze.flags import Parser, run_command
 from squeeze.longbench import build_prompt, load_data
 from squeeze.tables import table
@@ -205,8 +206,8 @@ def fitting(records: Sequence[dict[str, Any]], memory: float) -> dict[str, int]:
     return found
 
 
-def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Tokens per second, and memory, over the batch size: a line for each cache."""
+def plot(records: Sequence[dict[str, Any]]) -> bytes:
+    """Tokens per second, and memory, over the batch size, as PNG: a line for each cache."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -227,8 +228,10 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, what in zip(axes, ("decode, tokens per second", "peak memory, GB"), strict=True):
         axis.set(xlabel="batch size", ylabel=what, ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    figure.savefig(path, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
     pyplot.close(figure)
+    return image.getvalue()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -253,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     todo = specs(args, folder, tokens)
     records: list[dict[str, Any]] = []
     shared: dict[str, Any] = {}
-    args.out.mkdir(parents=True, exist_ok=True)
+    with writing(f"into {args.out}"):
+        args.out.mkdir(parents=True, exist_ok=True)
     together = (
         groupby(todo, key=lambda spec: spec["batch_size"]) if args.in_turns else ((None, [spec]) for spec in todo)
     )
@@ -261,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for _, group in together:
             for record in run(list(group), shared, bar):
                 records.append(record)
-                write_json(args.out / "bench.json", {"machine": platform.platform(), "runs": records})
+                with writing(args.out / "bench.json"):
+                    write_json(args.out / "bench.json", {"machine": platform.platform(), "runs": records})
                 bar.write(table(COLUMNS, [row(record, bandwidth(records))]).splitlines()[-1])
     copies, full = bandwidth(records), full_speeds(records)
     print(table(COLUMNS, [row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]))
@@ -273,7 +278,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.memory_gb:
         for name, batch in fitting(records, 1e9 * args.memory_gb).items():
             print(f"{name}: batches of up to {batch} fit into {args.memory_gb:g} GB")
-    plot(records, args.out / "bench.png")
+    with writing(args.out / "bench.png"):
+        write_whole(args.out / "bench.png", plot(records))
     print(args.out / "bench.json", args.out / "bench.png")
 
 

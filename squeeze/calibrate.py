@@ -17,7 +17,7 @@ from squeeze import calibration
 from squeeze.config import InputError, parse_fraction
 from squeeze.decoding import Count, Positive
 from squeeze.distributed import ALONE
-from squeeze.files import write_json
+from squeeze.files import write_json, writing
 from squeeze.flags import Parser, run_command
 from squeeze.jobs import Job, prepare
 from squeeze.records import Nats
@@ -132,11 +132,9 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
         "versions": versions(),
         "loss": np.round(losses, 7).tolist(),
     }
-    try:
+    with writing(out, f"; what was measured is in {folder}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, content)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}; what was measured is in {folder}") from None
     print(f"{out}: loss curves of {losses.shape[2]} layers at {len(shares)} sizes, {len(losses)} prompts")
 
 

@@ -13,14 +13,13 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squeeze.config import InputError
-from squeeze.files import read_object
+from squeeze.files import lock, read_object, writing
 from squeeze.flags import run_command
 
 if TYPE_CHECKING:
@@ -157,17 +156,28 @@ def _require_equal(first: PreTrainedModel, second: PreTrainedModel, tokens: torc
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder` that takes its place when the block ends without an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield work
-        work.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    """Yield a temporary folder beside `folder` that takes its place when the block ends without an error.
+
+    Raises:
+        InputError: another process makes it, or it cannot be written.
+    """
+    claim, work = (folder.parent / f".{folder.name}.{what}" for what in ("lock", "unfinished"))
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held = lock(claim)
+    if held is None:
+        raise InputError(f"{folder} is being made by another process: wait for it, or end it")
+    with held:
+        try:
+            shutil.rmtree(work, ignore_errors=True)  # what a process that was killed left
+            work.mkdir()
+            yield work
+            if folder.exists():
+                shutil.rmtree(folder)
+            work.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            claim.unlink()
 
 
 def main(argv: object = None) -> None:

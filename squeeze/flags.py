@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from squeeze import threads
+from squeeze import interrupt, threads
 from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, InputError, SqueezeConfig
 from squeeze.request_files import HELM_TASKS
 
@@ -324,13 +325,25 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
     Bad input, or a package of a version that was not tested, is one sentence on stderr and code 2, never a traceback;
     an error of another program has that program's code. Threads are chosen before anything imports torch.
     """
+    code, command = 0, False
     try:
-        os.environ |= threads.settings()
-        main(None)
-    except (InputError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        command = interrupt.raises()
+        try:
+            os.environ |= threads.settings()
+            main(None)
+        except (InputError, ImportError) as error:
+            if interrupt.came():
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            code = getattr(error, "code", 2)
+        with contextlib.suppress(OSError):  # nobody reads any more
+            sys.stdout.flush()
+    except BaseException as error:
+        if not (interrupt.came() or isinstance(error, KeyboardInterrupt)):
+            raise
+        print(interrupt.WORD, file=sys.stderr)
+        code = interrupt.CODE
+    finally:
+        if command:
+            interrupt.ends()
+    return code

@@ -20,7 +20,7 @@ import yaml
 
 from squeeze import models
 from squeeze.config import InputError
-from squeeze.files import write_whole
+from squeeze.files import Open, read_bytes, write_whole, writing
 from squeeze.flags import Parser, add_cache_flags, check_flags, config_from_flags, for_model, run_command
 from squeeze.runs import run_folder
 
@@ -116,14 +116,12 @@ def write_environment(folder: Path, deployments: Sequence[Deployment]) -> None:
     }
     for name in contents:
         path = folder / name
-        if path.exists() and not path.read_text("utf-8").startswith(MARK):
+        if path.exists() and not read_bytes(path).startswith(MARK.encode()):
             raise InputError(f"{path} is there and was not written by this project: move it away")
-    try:
+    with writing(f"into {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             write_whole(folder / name, MARK + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}") from None
 
 
 class HelmError(InputError):
@@ -144,13 +142,17 @@ def helm(command: str, *arguments: str) -> None:
     program = Path(sys.executable).with_name(command)
     if not program.exists():
         raise InputError(f"{command} is not in {program.parent}: pip install -r requirements-helm.txt")
-    LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{command}.log"
     # HELM does not look for plugins and clients in the working directory.
     path = os.pathsep.join(filter(None, (str(models.ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-    with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run([str(program), *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment)
+    with writing(log):
+        LOGS.mkdir(parents=True, exist_ok=True)
+        file = Open(log, os.O_WRONLY | os.O_CREAT)
+    with file:
+        os.ftruncate(file.number, 0)
+        streams: Any = {"stdout": file.number, "stderr": subprocess.STDOUT}
+        code = subprocess.run([str(program), *arguments], env=environment, **streams)
     if code.returncode:
         last = last_error(log.read_text("utf-8", errors="replace"))
         raise HelmError(

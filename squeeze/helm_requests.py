@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import os
+import secrets
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +21,9 @@ from typing import Any
 
 from squeeze import models
 from squeeze.config import InputError
-from squeeze.files import read_json, to_jsonl, write_json, write_whole
+from squeeze.files import Open, lock, read_json, to_jsonl, write_json, write_whole, writing
 from squeeze.flags import Parser, run_command
-from squeeze.helm_env import OUTPUT, Deployment, find_model, helm, write_environment
+from squeeze.helm_env import ENVIRONMENT, OUTPUT, Deployment, find_model, helm, write_environment
 from squeeze.helm_files import HelmRequest, RequestState, ScenarioState
 from squeeze.request_files import SAMPLE_NUM, note_path
 
@@ -103,14 +104,12 @@ def dry_run(entry: str, folder: Path, positions: int, sample_num: int) -> list[R
     Raises:
         InputError: HELM fails.
     """
-    suite = f"requests-{os.getpid()}"
-    environment = Path(f"helm/requests-{os.getpid()}")
-    made = OUTPUT / "runs" / suite
     name = "squeeze/requests"
     deployment = Deployment(
         name, "No model, only a tokenizer.", "ReplayClient", {"predictions": ""}, folder, positions
     )
-    try:
+    with _claim() as suite:
+        environment, made = _folders(suite)
         write_environment(environment, [deployment])
         helm(
             "helm-run",
@@ -120,9 +119,39 @@ def dry_run(entry: str, folder: Path, positions: int, sample_num: int) -> list[R
         )
         [state] = made.glob("*/scenario_state.json")
         return read_json(state, ScenarioState)["request_states"]
+
+
+@contextmanager
+def _claim() -> Iterator[str]:
+    """A name for folders that are gone afterwards; those of processes that were killed go now."""
+    with writing("into helm"):
+        ENVIRONMENT.parent.mkdir(parents=True, exist_ok=True)
+        for path in ENVIRONMENT.parent.glob(".requests-*.lock"):
+            stale = lock(path)
+            if stale is not None:
+                _drop(path, stale)
+        suite = f"requests-{secrets.randbelow(10**9)}"
+        path = ENVIRONMENT.parent / f".{suite}.lock"
+        held = lock(path)
+    if held is None:
+        raise InputError(f"{path} is locked by another process: start again")
+    try:
+        yield suite
     finally:
-        shutil.rmtree(made, ignore_errors=True)
-        shutil.rmtree(environment, ignore_errors=True)
+        _drop(path, held)
+
+
+def _drop(path: Path, held: Open) -> None:
+    """Remove the folders that a lock claims, and let go of it."""
+    with held:
+        for folder in _folders(path.name.removeprefix(".").removesuffix(".lock")):
+            shutil.rmtree(folder, ignore_errors=True)
+        path.unlink()
+
+
+def _folders(suite: str) -> tuple[Path, Path]:
+    """HELM's environment for a dry run, and what the dry run writes."""
+    return ENVIRONMENT.with_name(suite), OUTPUT / "runs" / suite
 
 
 def published(request: HelmRequest) -> dict[str, Any]:
@@ -174,12 +203,10 @@ def write_requests(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         "crfm_helm": version("crfm-helm"),
         "requests_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
     }
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note_path(out), note)  # first: a file without a note would be taken for somebody else's
         write_whole(out, text)
-        write_json(note_path(out), note)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from None
     return out, note
 
 

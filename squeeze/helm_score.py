@@ -18,7 +18,7 @@ from typing import Any
 from squeeze import models
 from squeeze.config import InputError
 from squeeze.decoding import check, shown
-from squeeze.files import read_bytes, read_json, write_json
+from squeeze.files import read_bytes, read_json, unfinished, write_json, writing
 from squeeze.flags import Parser, add_cache_flags, check_flags, config_from_flags, for_model, run_command
 from squeeze.helm_env import ENVIRONMENT, OUTPUT, Deployment, engine, find_model, helm, write_environment
 from squeeze.helm_files import Stat, Suite
@@ -137,9 +137,10 @@ def score(task: str, found: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
         InputError: the suite, or a run in it, was made by someone else, or HELM fails.
     """
     suite = RUNS / task
-    if suite.is_dir() and not (suite / MARK).is_file():
+    # A kill may have come before the mark was written.
+    if suite.is_dir() and not (suite / MARK).is_file() and {*suite.iterdir()} - {*unfinished(suite / MARK)}:
         raise InputError(f"{suite} is there and was not made by this command: move it away")
-    known: dict[str, Any] = dict(read_json(suite / MARK, Suite)["runs"]) if suite.is_dir() else {}
+    known: dict[str, Any] = dict(read_json(suite / MARK, Suite)["runs"]) if (suite / MARK).is_file() else {}
     fresh = [one for one in found if known.get(one.engine, {}).get("sha256") != one.sha256]
     if fresh and not all(SCENARIOS[_short(one.entry)].local for one in fresh):
         check_full()
@@ -148,17 +149,21 @@ def score(task: str, found: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
             if one.engine not in known:
                 raise InputError(f"{stale} is there and was not made by this command: move it away")
             print(f"note: {stale} is of earlier predictions and is made anew")
-            shutil.rmtree(stale)
+            with writing(stale):
+                shutil.rmtree(stale)
         known[one.engine] = {"predictions": str(one.folder), "scenario": one.entry, "columns": one.columns}
     if fresh:
-        suite.mkdir(parents=True, exist_ok=True)
-        write_json(suite / MARK, {"runs": known})
+        with writing(f"into {suite}"):
+            suite.mkdir(parents=True, exist_ok=True)
+            (suite / "summary.json").unlink(missing_ok=True)  # it is of other runs, until HELM has made it again
+            write_json(suite / MARK, {"runs": known})
         for number in sorted({one.sample_num for one in fresh}):
             _helm_run(task, [one for one in fresh if one.sample_num == number], number)
         for one in fresh:
             [run] = _helm_folders(suite, one.engine)
             known[one.engine] |= {"sha256": one.sha256, "run": run.name}
-        write_json(suite / MARK, {"runs": known})
+        with writing(f"into {suite}"):
+            write_json(suite / MARK, {"runs": known})
     if fresh or not (suite / "summary.json").is_file():
         helm(
             "helm-summarize",
@@ -209,8 +214,9 @@ def _point_latest(task: str) -> None:
     latest = RUNS / "latest"
     if latest.exists() and not latest.is_symlink():
         raise InputError(f"{latest} is there and is no link of this command's: move it away")
-    latest.unlink(missing_ok=True)
-    latest.symlink_to(task)
+    with writing(latest):
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(task)
 
 
 def rouge(run: Path) -> dict[str, float]:
@@ -242,10 +248,8 @@ def line(suite: Path, known: dict[str, Any]) -> dict[str, str]:
 def write_result(folder: Path, task: str, run: Path) -> None:
     """Write a run's ROUGE, in percent, into its own folder, where `squeeze.report` looks."""
     scores = rouge(run)
-    try:
+    with writing(folder / "result.json"):
         write_json(folder / "result.json", {task: {title: 100 * scores[name] for name, title in ROUGE.items()}})
-    except OSError as error:
-        raise InputError(f"cannot write {folder / 'result.json'}: {error.strerror}") from None
 
 
 def find_folders(args: argparse.Namespace) -> list[Path]:

@@ -302,12 +302,12 @@ def _enter(run: SqueezedModel, layer, args, kwargs):
 def _mix(run: SqueezedModel, norm, args):
     """Before the post-attention norm: its input is the stream after self-attention."""
     if run.entering is not None:
-        _measure(run, args[0])
+        _measure(run, run.entering, args[0])
 
 
 @torch.compiler.disable  # apart, since a compiled decode step comes through `_mix`
-def _measure(run: SqueezedModel, stream: torch.Tensor) -> None:
-    run.measured.append(similarity(run.entering, stream, *run.entering_lengths))
+def _measure(run: SqueezedModel, before: torch.Tensor, after: torch.Tensor) -> None:
+    run.measured.append(similarity(before, after, *run.entering_lengths))
     run.entering = None
 
 

@@ -88,6 +88,8 @@ class Cluster:
 
         def work(todo: Sequence[OpenJob], index: int) -> int:
             how = todo[0].job.how
+            for one in todo:  # before others write
+                one.run.begin(one.samples[index])
             most = max(one.samples[index].total for one in todo)
             shards = min(self.workers, -(-most // how.batch_size))
             # Where there are fewer batches than workers, the runs are divided as well.

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
-import shutil
+import re
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from squeeze.config import DEFAULT_ALGORITHM, InputError, SqueezeConfig
 from squeeze.distributed import ALONE, Ranks
-from squeeze.files import read_json, write_json
+from squeeze.files import Open, lock, read_bytes, read_json, remove, write_json, writing
 from squeeze.manifest import Begun, Counted
 from squeeze.records import Sample
 from squeeze.samples import Samples
 
 RESULTS = ("result.json", "result_detail.json")
+#: What a data set can be called: a manifest may come from anywhere, and its names become those of files.
+PLAIN = re.compile(r"[A-Za-z0-9_-]{1,100}")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 
 
@@ -75,7 +78,8 @@ def versions() -> dict[str, str | None]:
 
 
 class Run:
-    """A run's folder. Nothing is written before `start`, which locks it for this process until `close`.
+    """A run's folder. `start` locks it for this process until `close`, and nothing that is there is changed before
+    the first sample is computed: where that fails, the folder is left as it was found.
 
     Args:
         folder: see `run_folder`.
@@ -104,7 +108,9 @@ class Run:
         self.info = info
         self.overwrite = overwrite
         self.kind = kind
-        self._lock: IO[str] | None = None
+        self._lock: Open | None = None
+        self._made: list[Path] = []
+        self._begun: list[Samples] = []
         self._read()
 
     def _read(self) -> None:
@@ -112,7 +118,8 @@ class Run:
         difference = _difference(previous["settings"], _plain(self.settings)) if previous else None
         if difference and not self.overwrite:
             raise InputError(f"{self.folder} holds a run with {difference}: --overwrite replaces it")
-        self.replaced = bool(difference)
+        #: Data sets of a run with other settings, whose files are dropped.
+        self.replaced = list(filter(PLAIN.fullmatch, previous["datasets"])) if previous and difference else []
         known = previous["datasets"] if previous and not difference else {}
         self.manifest: dict[str, Any] = {"settings": self.settings, "datasets": known}
 
@@ -123,10 +130,18 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Let other processes write into the folder."""
+        """Let other processes write into the folder; it is as it was found if no sample was computed."""
+        if not any(samples.exist for samples in self._begun):
+            for path in reversed(self._made):
+                with suppress(OSError):  # others' files are in it by now
+                    if path.is_dir():
+                        path.rmdir()
+                    else:
+                        path.unlink()
         if self._lock is not None:
+            os.ftruncate(self._lock.number, 0)
             self._lock.close()
-            self._lock = None
+        self._lock, self._made, self._begun = None, [], []
 
     def _previous(self) -> dict[str, Any] | None:
         if not self.path.exists():
@@ -148,8 +163,16 @@ class Run:
             InputError: the samples that are there were made with other settings, or cannot be read.
         """
         samples = Samples(self.folder, dataset, settings, total, self.kind, str(self.ranks.rank or ""))
-        if self.overwrite or not self.ranks.first:
-            return samples
+        if self.ranks.first and not self.overwrite:
+            self._find(samples)
+        if self.ranks.first and not samples.complete:
+            with writing(f"into {self.folder}"):
+                samples.check()
+        return samples
+
+    def _find(self, samples: Samples) -> None:
+        """Read the samples that are there, which must be those of this run."""
+        dataset, settings = samples.dataset, samples.settings
         previous = self.manifest["datasets"].get(dataset)
         if previous is None and samples.exist:
             raise InputError(
@@ -159,45 +182,77 @@ class Run:
         if difference:
             raise InputError(f"{self.folder} holds {dataset} with {difference}: --overwrite replaces it")
         samples.read()
-        return samples
 
     def start(self, samples: Samples) -> None:
-        """Make the folder ready for the samples that are missing, if any are; every process of the run calls this.
+        """Lock the folder if samples are missing, and look at them again; every process of the run calls this.
 
         Raises:
             InputError: the folder cannot be written, or another run's process is writing into it.
         """
         if self.ranks.first and not samples.complete:
-            self._start(samples)
-        samples.missing = self.ranks.share(samples.missing)
+            with writing(f"into {self.folder}"):
+                if self._lock is None:
+                    self._take()
+                    self._read()  # another process may have written meanwhile
+                samples.check()
+                if not self.overwrite:
+                    self._find(samples)
+        samples.missing, complete = self.ranks.share((samples.missing, samples.complete))
+        samples.begin = None if complete else partial(self.begin, samples)
 
-    def _start(self, samples: Samples) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self._lock is None:
-                self._lock = _lock(self.folder)
-                self._read()  # another process may have written meanwhile
-            if not self.overwrite:
-                samples.read()
-            if self.replaced:
-                _remove_run(self.folder)
-                self.replaced = False
-            stale = self.folder.glob(".*.json*.*")  # what `write_whole` was writing when it was killed
-            for path in (*stale, *(self.folder / name for name in RESULTS)):
-                path.unlink(missing_ok=True)
-            if self.overwrite:
-                samples.remove()
-            earlier = [] if self.overwrite else self.manifest["datasets"].get(samples.dataset, {}).get("starts", [])
-            starts = [*earlier, {"samples_done": len(samples.records), **self.info}]
-            self.manifest["datasets"][samples.dataset] = {"settings": samples.settings, "starts": starts}
-            write_json(self.path, self.manifest)
-            samples.reopen()
-        except OSError as error:
-            raise InputError(f"cannot write into {self.folder}: {error.strerror}") from None
+    def _take(self) -> None:
+        """Make the folder where it is not there, and lock it."""
+        self._made = [one for one in (self.folder, *self.folder.parents) if not one.exists()][::-1]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / ".lock"
+        fresh = not path.exists()
+        self._lock = lock(path)
+        if self._lock is None:
+            holder = read_bytes(path).decode(errors="replace").strip() or "another process"
+            raise InputError(f"{self.folder} is being written by {holder}: wait for it, or end it")
+        self._made += [path] if fresh else []
+        os.ftruncate(self._lock.number, 0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+
+    def begin(self, samples: Samples) -> None:
+        """Make the folder ready for new samples; every process of the run calls this once, when it has some or is
+        through, and goes on when all have: before that, nothing in the folder is changed.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        samples.begin = None
+        self.ranks.share(None)
+        if self.ranks.first:
+            with writing(f"into {self.folder}"):
+                self._begin(samples)
+        self.ranks.share(None)
+
+    def _begin(self, samples: Samples) -> None:
+        self._begun.append(samples)
+        for name in RESULTS:
+            remove(self.folder / name)
+        for dataset in self.replaced:
+            Samples(self.folder, dataset, {}, 0).remove()
+        self.replaced = []
+        if self.overwrite:
+            samples.remove()
+        if not self.path.exists():
+            self._made.append(self.path)
+        known = self.manifest["datasets"]
+        earlier = [] if self.overwrite else known.get(samples.dataset, {}).get("starts", [])
+        starts = [*earlier, {"samples_done": len(samples.records), **self.info}]
+        known[samples.dataset] = {"settings": samples.settings, "starts": starts}
+        write_json(self.path, self.manifest)
+        samples.reopen()
+        for dataset in filter(PLAIN.fullmatch, known):  # what a kill left of data sets that this start does not want
+            Samples(self.folder, dataset, {}, 0).sweep()
 
     def note(self, samples: Samples, **found: Any) -> None:
         """Add to what `run.json` will say about the latest start."""
         if self.ranks.first:
+            if samples.begin is not None:
+                samples.begin()
             self.manifest["datasets"][samples.dataset]["starts"][-1] |= found
 
     def finish(
@@ -209,33 +264,17 @@ class Run:
             summarize: turns the samples' `stats` into what `run.json` says about the data set.
             more: what it says beside that.
         """
+        if samples.begin is not None:
+            samples.begin()
         self.ranks.share(None)  # until all have done theirs
         if not self.ranks.first or samples.complete:
             return
         samples.read()
         summary = summarize([record["stats"] for record in samples.records])
         self.manifest["datasets"][samples.dataset] |= {**more, **summary}
-        try:
+        with writing(f"into {self.folder}", "; no sample is lost"):
             write_json(self.path, self.manifest)
             samples.publish()
-        except OSError as error:
-            raise InputError(f"cannot write into {self.folder}: {error.strerror}; no sample is lost") from None
-
-
-def _lock(folder: Path) -> IO[str]:
-    """Take the folder's lock, which ends with this process; InputError says who holds it."""
-    file = (folder / ".lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise InputError(f"{folder} is being written by {holder}: wait for it, or end it") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
 
 
 def check_count(folder: Path, dataset: str, lines: int) -> None:
@@ -246,13 +285,6 @@ def check_count(folder: Path, dataset: str, lines: int) -> None:
     samples = read_json(path, Counted)["datasets"].get(dataset, {}).get("samples", lines)
     if samples != lines:
         raise InputError(f"{folder / dataset}.jsonl has {lines} lines, but run.json counts {samples} samples")
-
-
-def _remove_run(folder: Path) -> None:
-    """Delete what a run wrote into its folder, and nothing else."""
-    for path in [*folder.glob("*.jsonl"), folder / "run.json", *(folder / name for name in RESULTS)]:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(folder / "samples", ignore_errors=True)
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

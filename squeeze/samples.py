@@ -8,13 +8,13 @@ measured on each become `samples/<dataset>.jsonl`.
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from squeeze.config import InputError
-from squeeze.files import read_bytes, to_jsonl, write_whole
+from squeeze.files import Open, check_place, read_bytes, remove, sweep, to_jsonl, write_whole, writing
 from squeeze.records import Sample, check_layers, published, read_samples
 
 #: Seconds after which finished samples are forced to the disk, so that a power cut costs no more.
@@ -31,6 +31,7 @@ class Samples:
     Attributes:
         records: the finished samples, of that kind.
         missing: indices that are still to be run.
+        begin: what is to be done once, before the first sample is added; None where it is done.
     """
 
     def __init__(
@@ -52,12 +53,20 @@ class Samples:
         self.total = total
         self.records: list[dict[str, Any]] = []
         self.missing = list(range(total))
+        self.begin: Callable[[], None] | None = None
+        self._gathered = True  # `partial` holds all of `records`
         self._synced = time.monotonic()
 
     @property
     def partials(self) -> list[Path]:
-        """Partial files of all processes that took part."""
-        return sorted(self.folder.glob(f"{self.dataset}.partial*.jsonl"))
+        """Partial files of all processes that took part: `samsum.partial.jsonl`, `samsum.partial.1.jsonl`, ..."""
+        name = re.compile(rf"{re.escape(self.dataset)}\.partial(\.\d+(-.+)?)?\.jsonl")
+        return sorted(path for path in self.folder.glob("*.partial*") if name.fullmatch(path.name))
+
+    @property
+    def files(self) -> list[Path]:
+        """All that it writes, whether it is there or not."""
+        return sorted({*self.partials, self.partial, self.finished, self.published})
 
     @property
     def exist(self) -> bool:
@@ -76,24 +85,31 @@ class Samples:
             InputError: a file is not what was written into it.
         """
         found: dict[int, Any] = {}
-        for source in self.partials or [self.finished]:
+        own = 0
+        for source in [*self.partials, self.finished]:
             whole = _whole_lines(source)
             rows = read_samples(whole, source, self.kind) if whole else []
-            # A merge that was cut short leaves a sample in two files, the same in both.
+            # What was cut short while files were put together leaves a sample in two of them, the same in both.
             found = {row["index"]: row for row in rows} | found
+            own = len(rows) if source == self.partial else own
         check_layers(list(found.values()), self.kind, self.partials[0] if self.partials else self.finished)
         self.records = [found[index] for index in sorted(found)]
         self.missing = [index for index in range(self.total) if index not in found]
+        self._gathered = own == len(found) and not _torn(self.partial)
+
+    def check(self) -> None:
+        """Raises OSError if anything but a regular file is in the place of a file that is written, or a link in that
+        of a folder."""
+        check_place(self.finished.parent, folder=True)
+        for path in self.files:
+            check_place(path)
 
     def reopen(self) -> None:
         """Put what `read` found into one partial file, whatever it was in, and take back what was published."""
-        others = [path for path in self.partials if path != self.partial]
-        if others or _torn(self.partial) or (self.records and not self.partial.exists()):
+        if not self._gathered:
             write_whole(self.partial, to_jsonl(self.records))
-        for path in others:
-            path.unlink()
-        self.published.unlink(missing_ok=True)
-        self.finished.unlink(missing_ok=True)
+        for path in (*(one for one in self.partials if one != self.partial), self.published, self.finished):
+            remove(path)
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Add a finished batch, handed to the operating system before the next one starts; what is there stays.
@@ -103,33 +119,40 @@ class Samples:
         Raises:
             InputError: it cannot be written.
         """
+        if self.begin is not None:
+            self.begin()
         fresh = [record for record in records if record["index"] in self.missing]
-        try:
-            with self.partial.open("a", encoding="utf-8", newline="\n") as file:
-                file.write(to_jsonl(fresh))
-                file.flush()
-                if time.monotonic() - self._synced > SYNC_SECONDS:
-                    os.fsync(file.fileno())
-                    self._synced = time.monotonic()
-        except OSError as error:
-            raise InputError(f"cannot write {self.partial}: {error.strerror}; earlier samples are kept") from None
+        with (
+            writing(self.partial, "; earlier samples are kept"),
+            Open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file,
+        ):
+            file.write(to_jsonl(fresh).encode("utf-8"))
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                file.sync()
+                self._synced = time.monotonic()
         self.records = sorted([*self.records, *fresh], key=lambda row: row["index"])
         done = {record["index"] for record in fresh}
         self.missing = [index for index in self.missing if index not in done]
 
     def publish(self) -> None:
         """Write `<dataset>.jsonl` and all that is known of its samples, and let go of the partial files."""
+        self.check()
         fields = published(self.kind)
         write_whole(self.published, to_jsonl([{key: row[key] for key in fields} for row in self.records]))
         self.finished.parent.mkdir(exist_ok=True)
         write_whole(self.finished, to_jsonl(self.records))
         for path in self.partials:
-            path.unlink()
+            remove(path)
 
     def remove(self) -> None:
         """Forget every sample of this data set."""
-        for path in (*self.partials, self.finished, self.published):
-            path.unlink(missing_ok=True)
+        for path in self.files:
+            remove(path)
+
+    def sweep(self) -> None:
+        """Remove what was left of writing its files when a process was killed."""
+        for path in self.files:
+            sweep(path)
 
 
 def _whole_lines(path: Path) -> bytes:

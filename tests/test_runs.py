@@ -135,9 +135,7 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
         Run(tmp_path, other, {})
     with pytest.raises(InputError, match=r"samsum with data_sha256 0 \(now 1\): --overwrite"):
         Run(tmp_path, SETTINGS, {}).open("samsum", {"data_sha256": "1"}, 2)
-    (tmp_path / "qmsum.jsonl").write_text("{}\n")
     go_on(tmp_path, 1, settings=other, overwrite=True)
-    assert not (tmp_path / "qmsum.jsonl").exists()
     assert json.loads((tmp_path / "run.json").read_text("utf-8"))["settings"] == other
     assert len((tmp_path / "samsum.jsonl").read_text("utf-8").split("\n")) == 2
 
