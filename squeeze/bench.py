@@ -106,7 +106,7 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
         **{"prompt_length": args.prompt_length, "new_tokens": args.new_tokens, "attn": "sdpa"},
         "turn_steps": TURN_STEPS if args.in_turns else args.new_tokens,
     }
-    layers = models.read_config(folder)["num_hidden_layers"]
+    layers = models.read_config(folder).num_hidden_layers
     everything = {"budgets": [args.prompt_length + args.new_tokens] * layers}
     found = []
     for batch_size in args.batch_size:
@@ -131,7 +131,7 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
 def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
     """What users would run instead, at the same total of tokens."""
     budget = int(float(args.ini_size) * args.prompt_length)
-    layers = models.read_config(Path(base["model"]))["num_hidden_layers"]
+    layers = models.read_config(Path(base["model"])).num_hidden_layers
     cut = {"budgets": [budget] * layers}
     found = []
     for attn in args.peer_attn:

@@ -158,7 +158,7 @@ def write_requests(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         raise InputError(f"{out} is there and was not made by this command: --overwrite replaces it")
     name = models.run_name(args.model)
     folder, config = find_model(args.model, args.model_path)
-    states = dry_run(entry, folder, models.positions(config), args.sample_num)
+    states = dry_run(entry, folder, config.max_position_embeddings, args.sample_num)
     text = to_jsonl([{"request": published(state["request"]) | {"model": name}} for state in states])
     shots = [state["num_train_instances"] for state in states]
     note = {
@@ -166,7 +166,7 @@ def write_requests(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         "run_entry": entry,
         "max_eval_instances": args.sample_num,
         "model": name,
-        "positions": models.positions(config),
+        "positions": config.max_position_embeddings,
         "requests": len(states),
         "with_fewer_examples": sum(count < max(shots) for count in shots),
         "truncated": sum(bool(state.get("prompt_truncated")) for state in states),

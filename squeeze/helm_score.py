@@ -94,7 +94,7 @@ def read_run(folder: Path, args: argparse.Namespace) -> Predictions:
     model, config = find_model(flags["model"], flags["model_path"])
     columns = describe(manifest["settings"], summary)
     columns |= {"model": summary["starts"][-1]["model"]["name"], "KV kept": f"{100 * summary['kept']:.1f}%"}
-    return Predictions(folder, file, entry, sample_num, model, models.positions(config), columns)
+    return Predictions(folder, file, entry, sample_num, model, config.max_position_embeddings, columns)
 
 
 def _scenario(folder: Path, data: dict[str, Any], args: argparse.Namespace) -> tuple[str, int]:
