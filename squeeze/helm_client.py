@@ -146,6 +146,7 @@ class SqueezeClient(CachingClient):
             "dtype": str(self._dtype),
             "seed": seed,
             "chat": chat,
+            **({"chat_template": models.chat_identity(self._folder)} if chat else {}),
             **cache_settings(self._squeeze),
         }
 

@@ -127,7 +127,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
         data=data,
         note=note,
         place=place / "fidelity" if args.fidelity else place,
-        settings=settings | _asked_for(args),
+        settings=settings | _asked_for(args, folder),
         info={
             "command": shlex.join(["python", "pred.py", *argv]),
             "flags": vars(args),
@@ -162,8 +162,8 @@ def prepare_all(commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
     return [attempt(argv) for argv in commands]
 
 
-def _asked_for(args: argparse.Namespace) -> dict[str, Any]:
+def _asked_for(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Settings that change results and are named in a run's settings only where they are not the default."""
-    found: dict[str, Any] = {"chat": True} if args.chat else {}
+    found: dict[str, Any] = {"chat": True, "chat_template": models.chat_identity(folder)} if args.chat else {}
     found |= {"temperature": args.temperature, "top_p": args.top_p} if args.temperature > 0 else {}
     return found | ({"measure": "fidelity"} if args.fidelity else {})

@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import ACT2FN
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from squeeze.config import DTYPES, InputError
-from squeeze.model_config import ModelConfig, read_config
+from squeeze.model_config import ModelConfig, read_config, taken
 from squeeze.model_files import inspect
 from squeeze.packing import pack
 
@@ -68,10 +75,10 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A model's tokenizer; InputError if its files are not whole."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(f"{folder / 'config.json'} cannot be used: {_said(error)}") from error
+    return _load_tokenizer(folder, _load_config(folder))
+
+
+def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
     try:
         # Not by mistral-common, which reads other files, only because it happens to be installed.
         return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, mistral_format=False)
@@ -98,13 +105,13 @@ def load(
     Raises:
         InputError: the files are not a whole model, or a package is not installed that it or `attn` needs.
     """
-    weights, config = inspect(folder, allow_pickle), read_config(folder)
-    tokenizer = load_tokenizer(folder)
-    _check_activation(folder, config)
-    _check_quantization(folder, config)
+    weights, said, config = inspect(folder, allow_pickle), read_config(folder), _load_config(folder)
+    tokenizer = _load_tokenizer(folder, config)
+    _check_quantization(folder, said)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             attn_implementation="sdpa" if attn == "auto" else attn,
             use_safetensors=not weights.pickled,
@@ -116,8 +123,8 @@ def load(
     except torch.OutOfMemoryError:
         raise InputError(f"the model in {folder} does not fit on {device} in {dtype}") from None
     except Exception as error:
-        if config.quantization is not None:
-            raise InputError(f"{_quantized(folder, config)}, which cannot be loaded here: {_said(error)}") from error
+        if said.quantization is not None:
+            raise InputError(f"{_quantized(folder, said)}, which cannot be loaded here: {_said(error)}") from error
         if isinstance(error, ImportError) and attn == "flash_attention_2":
             raise InputError(f"--attn {attn} is not installed here: {_said(error)}") from error
         raise InputError(f"the model in {folder} cannot be loaded: {_said(error)}") from error
@@ -130,11 +137,24 @@ def load(
     return model.eval(), tokenizer
 
 
-def _check_activation(folder: Path, config: ModelConfig) -> None:
-    """Raises InputError if transformers does not know the MLP's activation."""
+def _load_config(folder: Path) -> PretrainedConfig:
+    """The model's config, made from what was checked of its `config.json` and from nothing else.
+
+    What such a file can hold besides does not come through: how attention is computed, what a forward pass returns,
+    labels, names of code.
+    """
+    path = folder / "config.json"
+    try:
+        config = AutoConfig.for_model(read_config(folder).model_type, **taken(folder))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path} cannot be used: {_said(error)}") from error
     if config.hidden_act not in ACT2FN:
         near = ", ".join(difflib.get_close_matches(config.hidden_act, ACT2FN, cutoff=0.4) or ["silu"])
-        raise InputError(f"{folder / 'config.json'}: hidden_act: there is no {config.hidden_act}, perhaps {near}")
+        raise InputError(f"{path}: hidden_act: there is no activation {config.hidden_act!r}, perhaps {near}")
+    config.name_or_path = str(folder)
+    return config
 
 
 def _check_quantization(folder: Path, config: ModelConfig) -> None:

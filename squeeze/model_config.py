@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -15,7 +16,8 @@ from squeeze.files import read_json
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Positive = Annotated[float, Meta(gt=0, le=1e18)]
-Dtype = Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "double", "float", "half"]
+Base = Annotated[float, Meta(gt=1, le=1e18)]
+Whole = Annotated[float, Meta(ge=1, le=1)]  # Llama and Mistral turn all of a head
 
 #: With so many, `models.prompt_limit` leaves a prompt its first and its last token.
 FEWEST_POSITIONS = 4
@@ -30,7 +32,7 @@ ROPE: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 #: Names that RoPE had elsewhere → what it is called now.
-ROPE_BEFORE = {"su": "longrope", "ntk": "dynamic"}
+ROPE_BEFORE = {"su": "longrope"}
 
 LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -39,9 +41,9 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
     """How positions turn the keys: `rope_parameters`, which was called `rope_scaling` before."""
 
     rope_type: str | UnsetType = UNSET
-    type: str | None = None
-    rope_theta: Positive | UnsetType = UNSET
-    partial_rotary_factor: Annotated[float, Meta(ge=1, le=1)] | None = None
+    type: str | UnsetType = UNSET
+    rope_theta: Base | UnsetType = UNSET
+    partial_rotary_factor: Whole | UnsetType = UNSET
     factor: Positive | None = None
     original_max_position_embeddings: Annotated[int, Meta(ge=2, le=2**31 - 1)] | UnsetType = UNSET
     attention_factor: Positive | None = None
@@ -57,9 +59,9 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What this project and transformers take from the `config.json` of a Llama or Mistral model.
+    """What is taken from the `config.json` of a Llama or Mistral model; its other fields have no effect.
 
-    Fields that it leaves out have transformers' defaults; where those differ between the two, None stands for both.
+    Fields that are left out have transformers' defaults; where those of the two differ, `heads` and `inner_size` know.
     """
 
     model_type: str = ""
@@ -74,28 +76,22 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     sliding_window: int | None = None
     hidden_act: str = "silu"
     rms_norm_eps: Annotated[float, Meta(ge=0, le=1)] = 1e-6
-    initializer_range: Annotated[float, Meta(ge=0)] = 0.02
-    attention_dropout: Annotated[float, Meta(ge=0, le=1)] | None = 0.0
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
-    use_cache: bool | None = True
-    pretraining_tp: int | None = 1
+    use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    rope_theta: Positive = 10000.0
+    rope_theta: Base = 10000.0
     rope_scaling: Rope | None = None
     rope_parameters: Rope | None = None
     original_max_position_embeddings: Count | UnsetType = UNSET
-    partial_rotary_factor: Annotated[float, Meta(ge=1, le=1)] | None = None
-    dtype: Dtype | None = None
-    torch_dtype: Dtype | None = None
-    architectures: list[str] | None = None
+    partial_rotary_factor: Whole | UnsetType = UNSET
+    tokenizer_class: str | None = None
     transformers_version: str | None = None
     transformers_weights: str | None = None
     quantization_config: dict[str, Any] | None = None
-    is_encoder_decoder: bool | None = False
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -137,9 +133,24 @@ def read_config(folder: Path) -> ModelConfig:
         found = f"is of type {kind}" if kind else "has no model_type"
         raise InputError(f"the model of {path} {found}: supported are {', '.join(DEFAULT_ALGORITHM)}")
     config = read_json(path, ModelConfig)
-    for problem in (*_foreign(known), *_inconsistent(config), *_rope_problems(known, config)):
+    for problem in chain(_foreign(known), _inconsistent(config), _rope_problems(known, config)):
         raise InputError(f"{path}: {problem}")
     return config
+
+
+def taken(folder: Path) -> dict[str, Any]:
+    """What transformers is given of a model's `config.json`: the fields of `ModelConfig` that it has, in their form.
+
+    Raises:
+        InputError: see `read_config`.
+    """
+    config, known = read_config(folder), read_json(folder / "config.json", dict[str, Any])
+    # Of what turns the keys as it is written: transformers tells a field that is not there from one that is null.
+    return {
+        name: known[name] if name.startswith("rope_") else getattr(config, name)
+        for name in ModelConfig.__struct_fields__
+        if name in known and name != "model_type"
+    }
 
 
 def _foreign(known: dict[str, Any]) -> Iterator[str]:
@@ -148,8 +159,6 @@ def _foreign(known: dict[str, Any]) -> Iterator[str]:
         yield "configuration_files names other files to read in its place: put what is meant into config.json"
     if known.get("per_layer_config"):
         yield "per_layer_config makes layers of different shapes, which are not supported"
-    if known.get("is_encoder_decoder"):
-        yield f"is_encoder_decoder is true, which a model of type {known['model_type']} is not"
 
 
 def _inconsistent(config: ModelConfig) -> Iterator[str]:
@@ -181,11 +190,11 @@ def _rope_problems(known: dict[str, Any], config: ModelConfig) -> Iterator[str]:
         if nested is not None:
             yield f"{field}: {nested} is RoPE of one kind of layers, which {config.model_type} models do not have"
         name = "type" if isinstance(rope.rope_type, UnsetType) else "rope_type"
-        kind = (rope.type or "default") if isinstance(rope.rope_type, UnsetType) else rope.rope_type
+        kind = next((one for one in (rope.rope_type, rope.type) if not isinstance(one, UnsetType)), "default")
         if kind not in ROPE:
             new = ROPE_BEFORE.get(kind)
             renamed = f"; {kind} is called {new} now, and takes {' and '.join(ROPE[new])}" if new else ""
-            yield f"{field}.{name}: there is no RoPE {kind}, only {', '.join(ROPE)}{renamed}"
+            yield f"{field}.{name}: there is no RoPE {kind!r}, only {', '.join(ROPE)}{renamed}"
             continue
         for need in ROPE[kind]:
             if getattr(rope, need) is None:

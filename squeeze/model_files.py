@@ -58,13 +58,16 @@ class Weights:
 
     Args:
         names: of their files, in the folder, sorted.
-        pickled: True if they are not safetensors.
-        index: the file that named them; None where there was no need for one.
+        source: the file that transformers looks for: the weights themselves, or the index that names them.
     """
 
     names: tuple[str, ...]
-    pickled: bool
-    index: str | None
+    source: str
+
+    @property
+    def pickled(self) -> bool:
+        """True if it is `pytorch_model.bin` or its index."""
+        return self.source in PICKLED
 
 
 def inspect(folder: Path, allow_pickle: bool = False) -> Weights:
@@ -150,7 +153,7 @@ def find_weights(folder: Path, config: ModelConfig, allow_pickle: bool = False) 
         raise NoWeights(f"the model folder {folder} has no weights ({' or '.join(SAFE)}){_instead(folder)}")
     confine(folder, chosen)
     if not chosen.endswith(INDEX):
-        return Weights((chosen,), chosen in PICKLED, None)
+        return Weights((chosen,), chosen)
     path = folder / chosen
     index = read_json(path, Index)
     named = sorted(set(index.weight_map.values()))
@@ -163,7 +166,7 @@ def find_weights(folder: Path, config: ModelConfig, allow_pickle: bool = False) 
                 "trust its author"
             )
         confine(folder, name, path)
-    return Weights(tuple(named), not all(name.endswith(".safetensors") for name in named), chosen)
+    return Weights(tuple(named), chosen)
 
 
 def _instead(folder: Path) -> str:
@@ -203,7 +206,7 @@ def confine(folder: Path, name: str, source: Path | None = None) -> None:
 def _is_link(path: Path) -> bool:
     try:
         return path.is_symlink()
-    except ValueError:  # no name that a file can have
+    except (OSError, ValueError):  # no name that a file can have
         return False
 
 
@@ -245,6 +248,6 @@ def identified(folder: Path, weights: Weights) -> tuple[list[str], list[str]]:
     there = {path.name for path in folder.glob(pattern) if path.is_file()}
     settings = settings_files(folder)
     left_out = {name for name in there.difference(weights.names) if not name.startswith("consolidated")}
-    if weights.index is not None and left_out:
-        settings.append(weights.index)
+    if weights.source.endswith(INDEX) and left_out:
+        settings.append(weights.source)
     return settings, sorted(there.union(weights.names))

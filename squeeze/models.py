@@ -18,7 +18,7 @@ from huggingface_hub.utils import logging as hub_logging
 from squeeze.config import InputError
 from squeeze.files import read_bytes, read_json
 from squeeze.model_config import read_config
-from squeeze.model_files import NoWeights, check_texts, find_weights, identified, inspect
+from squeeze.model_files import NoWeights, chat_templates, check_texts, find_weights, identified, inspect
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -203,6 +203,19 @@ def identity(source: ModelSource, folder: Path, allow_pickle: bool = False) -> d
         "weights": {name: _sampled_hash(folder / name) for name in weights},
         "revision": None if source.is_local else folder.name,
     }
+
+
+def chat_identity(folder: Path) -> str | None:
+    """A hash of the chat templates that lie in files of their own; None where there are none.
+
+    They change what `--chat` generates and nothing else, so `identity` goes without.
+    """
+    files = chat_templates(folder)
+    found = hashlib.sha256()
+    for path in files:
+        content = read_bytes(path)
+        found.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest() if files else None
 
 
 def _sampled_hash(path: Path, pieces: int = 256, piece: int = 65536) -> str:

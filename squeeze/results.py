@@ -44,7 +44,7 @@ BENCH_COLUMNS = [
     *("tokens_per_second", "low", "high", "prefill_seconds", "kv_bytes", "peak_bytes"),
 ]
 #: Settings that have columns of their own, or say too much.
-OWN = {"model", "cache", "algorithm", "allocation", "ini_size", "KV_class3", "seed", "measure"}
+OWN = {"model", "cache", "algorithm", "allocation", "ini_size", "KV_class3", "seed", "measure", "chat_template"}
 
 
 @dataclass(frozen=True)
