@@ -19,6 +19,7 @@ from squeeze.files import write_json
 from squeeze.flags import Parser, run_command
 from squeeze.longbench import build_prompt, load_data
 from squeeze.tables import table
+from squeeze.text import say
 from squeeze.turns import run, turns
 
 EXAMPLES = """examples
@@ -290,12 +291,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"limit: weights and KV read once, at the {copies / 1e9:.1f} GB/s of a copy (median of all processes)")
     for record in records:
         if "error" in record["result"]:
-            print(f"{record['spec']['engine']} {record['spec']['cache']}: {record['result']['error']}")
+            say(f"{record['spec']['engine']} {record['spec']['cache']}: {record['result']['error']}")
     if args.memory_gb:
         for name, batch in fitting(records, 1e9 * args.memory_gb).items():
             print(f"{name}: batches of up to {batch} fit into {args.memory_gb:g} GB")
     plot(records, args.out / "bench.png")
-    print(args.out / "bench.json", args.out / "bench.png")
+    say(f"{args.out / 'bench.json'} {args.out / 'bench.png'}")
 
 
 if __name__ == "__main__":

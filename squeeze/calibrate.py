@@ -21,6 +21,7 @@ from squeeze.flags import Parser, run_command
 from squeeze.jobs import Job, prepare
 from squeeze.runs import Run, versions
 from squeeze.samples import Samples
+from squeeze.text import say
 from squeeze.work import load
 
 EXAMPLES = """examples
@@ -126,7 +127,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
         write_json(out, content)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}; what was measured is in {folder}") from None
-    print(f"{out}: loss curves of {losses.shape[2]} layers at {len(shares)} sizes, {len(losses)} prompts")
+    say(f"{out}: loss curves of {losses.shape[2]} layers at {len(shares)} sizes, {len(losses)} prompts")
 
 
 def _shown(source: str) -> str:

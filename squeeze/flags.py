@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from squeeze.compatibility import UntestedVersion, missing_package
 from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, InputError, SqueezeConfig
 from squeeze.request_files import HELM_TASKS
+from squeeze.text import say
 
 TASKS = {"Long": "LongBench", "e": "LongBench-E", **HELM_TASKS}
 MODEL_ARCHS = ("Mistral", "llama", "no_change")
@@ -319,14 +322,21 @@ def for_model(config: SqueezeConfig | None, model_type: str) -> SqueezeConfig | 
 def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
     """Run a command and return its exit code.
 
-    Bad input, or a package of a version that was not tested, is one sentence on stderr and code 2, never a traceback;
-    an error of another program has that program's code.
+    Bad input, a package that is missing, or one of a version that was not tested, is one sentence on stderr and code
+    2, never a traceback; an error of another program has that program's code.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: what a terminal cannot show is no error
     try:
         main(None)
-    except (InputError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, UntestedVersion) as error:
+        say(f"error: {error}", sys.stderr)
         return getattr(error, "code", 2)
+    except ModuleNotFoundError as error:
+        if (said := missing_package(error)) is None:
+            raise
+        say(f"error: {said}", sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -24,6 +24,7 @@ from squeeze.files import write_whole
 from squeeze.flags import Parser, add_cache_flags, check_flags, config_from_flags, for_model, run_command
 from squeeze.model_config import ModelConfig
 from squeeze.runs import run_folder
+from squeeze.text import say
 
 #: Where everything of HELM's lies, relative to the working directory.
 OUTPUT = Path("helm/benchmark_output")
@@ -212,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.enable_squeeze = args.enable_squeeze or args.ini_size is not None or args.KV_class3 is not None
     deployment = live(args)
     write_environment(Path(args.out), [deployment])
-    print(f"{args.out}: {deployment.name}; now, for example")
+    say(f"{args.out}: {deployment.name}; now, for example")
     print(
         f"  PYTHONPATH={models.ROOT} helm-run --plugins squeeze.helm_plugin --local-path {args.out} --suite live -n 1 "
         f"-o {OUTPUT} -m 10 --run-entries simple_mcqa:model={deployment.name}"

@@ -24,6 +24,7 @@ from squeeze.files import read_object, to_jsonl, write_json, write_whole
 from squeeze.flags import Parser, run_command
 from squeeze.helm_env import OUTPUT, Deployment, find_model, helm, write_environment
 from squeeze.request_files import SAMPLE_NUM, note_path
+from squeeze.text import say
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.3, help="of sampling, 0 is greedy (HELM's own: 0.3)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that this command did not make")
     out, note = write_requests(parser.parse_args(argv))
-    print(f"{out}: {note['requests']} requests of {note['run_entry']}")
+    say(f"{out}: {note['requests']} requests of {note['run_entry']}")
     if note["with_fewer_examples"] or note["truncated"]:
         print(
             f"note: to fit into {note['positions']} positions, {note['with_fewer_examples']} have fewer examples than "

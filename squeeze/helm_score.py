@@ -26,6 +26,7 @@ from squeeze.inventory import describe
 from squeeze.request_files import HELM_TASKS
 from squeeze.runs import run_folder
 from squeeze.tables import table
+from squeeze.text import say
 
 RUNS = OUTPUT / "runs"
 ROUGE = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
@@ -132,7 +133,7 @@ def score(task: str, found: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
         for stale in _helm_folders(suite, one.engine):
             if one.engine not in known:
                 raise InputError(f"{stale} is there and was not made by this command: move it away")
-            print(f"note: {stale} is of earlier predictions and is made anew")
+            say(f"note: {stale} is of earlier predictions and is made anew")
             shutil.rmtree(stale)
         known[one.engine] = {"predictions": str(one.folder), "scenario": one.entry, "columns": one.columns}
     if fresh:

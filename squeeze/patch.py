@@ -43,7 +43,7 @@ def squeezed(model: PreTrainedModel, config: SqueezeConfig) -> Iterator[Squeezed
 
     Raises:
         InputError: the model's architecture is not supported, or `config` does not fit the model.
-        ImportError: the installed transformers is not one that the patch was tested with.
+        UntestedVersion: the installed transformers is not one that the patch was tested with.
         ValueError: the model is squeezed already; from `generate`, decoding that evicted tokens make impossible
             (beams, assisted decoding, a prompt fed in chunks).
     """

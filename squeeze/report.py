@@ -15,6 +15,7 @@ from squeeze.flags import Parser, run_command
 from squeeze.inventory import COLUMNS, Entry, Inventory, describe, find
 from squeeze.request_files import HELM_TASKS
 from squeeze.tables import table
+from squeeze.text import say
 
 FIDELITY_COLUMNS = (*COLUMNS[:6], "KL", "95% interval", "agreement", "KV kept", "tokens")
 EXAMPLES = """examples
@@ -124,10 +125,10 @@ def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = N
     for dataset in dict.fromkeys(one["dataset"] for one in lines):
         chosen = [one for one in lines if one["dataset"] == dataset]
         scale = "ROUGE-1/2/L by HELM" if dataset in HELM_TASKS else "LongBench's score"
-        print(f"{dataset}: {scale}; KV is what is held after prefill, mean of the samples")
+        say(f"{dataset}: {scale}; KV is what is held after prefill, mean of the samples")
         print(table(COLUMNS, sorted(chosen, key=lambda one: one["algorithm"] != "full cache")))
     for dataset in dict.fromkeys(one["dataset"] for one in compared):
-        print(f"{dataset}: KL divergence from the full cache, nats a token, and agreement of the likeliest token")
+        say(f"{dataset}: KL divergence from the full cache, nats a token, and agreement of the likeliest token")
         print(table(FIDELITY_COLUMNS, [one for one in compared if one["dataset"] == dataset]))
     for path in found.benches:
         print_bench(path)
@@ -144,7 +145,7 @@ def print_bench(path: Path) -> None:
     except (InputError, KeyError, TypeError, ZeroDivisionError):
         return
     if made:
-        print(f"{path}: speed and memory by squeeze.bench")
+        say(f"{path}: speed and memory by squeeze.bench")
         print(table(bench.COLUMNS, made))
 
 
@@ -163,7 +164,7 @@ def report(argv: Sequence[str] | None = None) -> None:
     if args.out is None:
         print_tables(found)
         for problem in found.problems:
-            print(f"left out: {problem}", file=sys.stderr)
+            say(f"left out: {problem}", sys.stderr)
         return
 
     from squeeze import page, results, sections  # pandas and matplotlib, of which the text tables know nothing
@@ -179,10 +180,10 @@ def report(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "squeeze.report", *(sys.argv[1:] if argv is None else argv)])
     made = sections.make(read)
     for problem in made.problems:
-        print(f"left out: {problem}")
+        say(f"left out: {problem}")
     for what in read.unscored:
-        print(f"not scored yet: {what}")
-    print(write_folder(args.out, page.files(made, command)))
+        say(f"not scored yet: {what}")
+    say(write_folder(args.out, page.files(made, command)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
