@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -56,8 +57,10 @@ def render(figure: Figure, kind: str, command: str) -> bytes:
     """A figure as `svg` or `png`, the same bytes for the same figure, with the command that makes it inside."""
     buffer, command = io.BytesIO(), printable(command)
     for text in figure.findobj(Text):
+        text.set_parse_math(False)
         text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # one for each letter, and for each figure
         if kind == "svg":
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": command})
         else:
@@ -76,9 +79,9 @@ def new_panel(title: str, x: str, y: str, size: tuple[float, float] = SIZE) -> t
     return figure, axes
 
 
-def _label(name: str) -> str:
+def _label(name: str, most: int) -> str:
     """A series' name in the legend, which leaves out those that begin with `_`."""
-    return f" {shorten(name, 70)}" if name.startswith("_") else shorten(name, 70)
+    return f"{' ' * name.startswith('_')}{shorten(name, most)}"
 
 
 def spread(points: pd.DataFrame, step: float) -> np.ndarray:
@@ -138,7 +141,7 @@ def by_kept(
             drawn = {"color": color, "marker": marker, "markersize": 5.5, "linestyle": joined, "linewidth": 1.2}
             for same, part in series.groupby("same", sort=False):
                 face = {} if same else {"markerfacecolor": "white", "markeredgecolor": color}
-                label = _label(f"{name}{'' if same else ' (other samples)'}")
+                label = _label(f"{name}{'' if same else ' (other samples)'}", 30)
                 _with_intervals(axes, part["x"], part[value], part, label, drawn | face)
         low, high = ordered["x"].min(), ordered["x"].max()
         margin = max(5.0 * width, 5 - (high - low) / 2)
@@ -209,7 +212,7 @@ def by_batch(points: pd.DataFrame, value: str, title: str, label: str, intervals
             # From thick to thin, so that lines that lie on each other can all be seen.
             style |= {"markersize": max(10.5 - index, 4), "linewidth": max(3.6 - 0.5 * index, 0.9)}
             drawn = line if intervals else line.assign(low=np.nan, high=np.nan)
-            _with_intervals(axes, line["batch_size"].astype(float), line[value], drawn, _label(str(name)), style)
+            _with_intervals(axes, line["batch_size"].astype(float), line[value], drawn, _label(str(name), 70), style)
         sizes = sorted(set(points["batch_size"]))
         if len(sizes) > 1:
             axes.set_xscale("log", base=2)

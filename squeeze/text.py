@@ -30,7 +30,7 @@ def shorten(text: object, most: int) -> str:
     if len(said) <= most:
         return said
     head = (most - 1) // 2
-    return f"{said[:head]}…{said[head + 1 - most :]}"
+    return f"{said[:head]}…{said[len(said) - (most - 1 - head) :]}"
 
 
 def say(text: object, file: TextIO | None = None) -> None:
