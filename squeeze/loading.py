@@ -81,7 +81,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
     try:
         # Not by mistral-common, which reads other files, only because it happens to be installed.
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, mistral_format=False)
+        found = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, mistral_format=False)
+        found("a")  # some of its settings are looked at only when it is used
+        return found
     except Exception as error:
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {_said(error)}") from error
 

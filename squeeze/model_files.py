@@ -226,7 +226,9 @@ def _read_heads(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
                     part = file.get_slice(key)
                     yield key, Tensor(name, tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF")))
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is not a whole safetensors file: {error}") from None
+            raise InputError(
+                f"the model in {folder} cannot be loaded: {name} is no whole safetensors file ({error})"
+            ) from None
         return
 
     from transformers.modeling_utils import load_state_dict  # what loads them later
@@ -236,7 +238,8 @@ def _read_heads(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in pickled.items():
             yield key, Tensor(name, tuple(tensor.shape), tensor.is_floating_point())
     except Exception as error:
-        raise InputError(f"{path} holds no tensors by name: {' '.join(str(error).split())[:200]}") from None
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"the model in {folder} cannot be loaded: {name} holds no tensors by name ({said})") from None
 
 
 def identified(folder: Path, weights: Weights) -> tuple[list[str], list[str]]:

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
@@ -23,6 +24,8 @@ from squeeze.model_files import NoWeights, chat_templates, check_texts, find_wei
 ROOT = Path(__file__).resolve().parent.parent
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
+#: The least that has a first and a last token.
+Length = Annotated[int, msgspec.Meta(ge=2)]
 #: Positions left for what is generated; the longest generation of LongBench.
 GENERATION_MARGIN = 512
 PICKLES = "pytorch_model*.bin"
@@ -58,7 +61,7 @@ def resolve(model: str, model_path: str | None = None) -> ModelSource:
         InputError: there is no such model.
     """
     paths = read_json(ROOT / "config/model2path.json", dict[str, str])
-    lengths = read_json(ROOT / "config/model2maxlen.json", dict[str, int])
+    lengths = read_json(ROOT / "config/model2maxlen.json", dict[str, Length])
     name = run_name(model)
     if model_path is not None:
         path = _local(Path.cwd(), model_path) or _hub(model_path)
