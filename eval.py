@@ -17,6 +17,7 @@ from squeeze.models import guess_model_type, run_name
 from squeeze.request_files import HELM_TASKS
 from squeeze.runs import run_folder
 from squeeze.tables import table
+from squeeze.text import say
 
 SCORES = ("data set", "samples", "score", "95% interval")
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_scores(details, groups, task)
     if left_out:
         print(f"left out: {len(left_out)} of {len(left_out) + len(details)} data sets")
-    print(folder / "result.json")
+    say(folder / "result.json")
     if left_out:
         raise InputError("; ".join(left_out.values()))
 
@@ -111,7 +112,7 @@ def compare(folders: list[Path], datasets: str | None) -> None:
         if left:
             print(f"{dataset}: {left} samples that are not in every run are left out")
     for name, folder in zip(names, folders, strict=True):
-        print(f"{name}: {folder}")
+        say(f"{name}: {folder}")
     print(table(columns, lines))
     print("differences: mean over samples, in points, and its 95% interval (paired bootstrap); noise where it holds 0")
 

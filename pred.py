@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from squeeze.distributed import ranks
 from squeeze.flags import run_command
 from squeeze.jobs import prepare
+from squeeze.text import say
 from squeeze.work import OpenJob, do, here
 
 
@@ -15,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     process = ranks()
     job = prepare(sys.argv[1:] if argv is None else argv, process)
     if job.note and process.first:
-        print(f"note: {job.note}")
+        say(f"note: {job.note}")
     jobs = [OpenJob(job, process)]
     with here(jobs, process) as worker:
         for done, index in do(jobs, worker):

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from squeeze.config import InputError
 from squeeze.distributed import Ranks
 from squeeze.samples import Samples
+from squeeze.text import printable
 
 if TYPE_CHECKING:
     from squeeze.predict import Prompt
@@ -107,7 +108,7 @@ def run_batches(
                     noted[index] = True
                     where = f"{point.samples.folder}: " if len(points) > 1 else ""
                     said = "; ".join(record["stats"]["notes"])
-                    bar.write(f"note, {where}from sample {record['index']} on: {said}")
+                    bar.write(printable(f"note, {where}from sample {record['index']} on: {said}"))
             bar.set_postfix_str(point.describe([record["stats"] for record in point.samples.records]))
             bar.update(len(missing & set(batch)))
     return batch_size

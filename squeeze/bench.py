@@ -20,6 +20,7 @@ from squeeze.files import write_json, write_whole, writing
 from squeeze.flags import Parser, run_command
 from squeeze.longbench import build_prompt, load_data
 from squeeze.tables import table
+from squeeze.text import say
 from squeeze.turns import run, turns
 
 EXAMPLES = """examples
@@ -107,7 +108,7 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
         **{"prompt_length": args.prompt_length, "new_tokens": args.new_tokens, "attn": "sdpa"},
         "turn_steps": TURN_STEPS if args.in_turns else args.new_tokens,
     }
-    layers = models.read_config(folder)["num_hidden_layers"]
+    layers = models.read_config(folder).num_hidden_layers
     everything = {"budgets": [args.prompt_length + args.new_tokens] * layers}
     found = []
     for batch_size in args.batch_size:
@@ -132,7 +133,7 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
 def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
     """What users would run instead, at the same total of tokens."""
     budget = int(float(args.ini_size) * args.prompt_length)
-    layers = models.read_config(Path(base["model"]))["num_hidden_layers"]
+    layers = models.read_config(Path(base["model"])).num_hidden_layers
     cut = {"budgets": [budget] * layers}
     found = []
     for attn in args.peer_attn:
@@ -274,13 +275,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"limit: weights and KV read once, at the {copies / 1e9:.1f} GB/s of a copy (median of all processes)")
     for record in records:
         if "error" in record["result"]:
-            print(f"{record['spec']['engine']} {record['spec']['cache']}: {record['result']['error']}")
+            say(f"{record['spec']['engine']} {record['spec']['cache']}: {record['result']['error']}")
     if args.memory_gb:
         for name, batch in fitting(records, 1e9 * args.memory_gb).items():
             print(f"{name}: batches of up to {batch} fit into {args.memory_gb:g} GB")
     with writing(args.out / "bench.png"):
         write_whole(args.out / "bench.png", plot(records))
-    print(args.out / "bench.json", args.out / "bench.png")
+    say(f"{args.out / 'bench.json'} {args.out / 'bench.png'}")
 
 
 if __name__ == "__main__":

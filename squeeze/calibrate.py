@@ -23,6 +23,7 @@ from squeeze.jobs import Job, prepare
 from squeeze.records import Nats
 from squeeze.runs import Run, versions
 from squeeze.samples import Samples
+from squeeze.text import say
 from squeeze.work import load
 
 EXAMPLES = """examples
@@ -135,7 +136,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     with writing(out, f"; what was measured is in {folder}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, content)
-    print(f"{out}: loss curves of {losses.shape[2]} layers at {len(shares)} sizes, {len(losses)} prompts")
+    say(f"{out}: loss curves of {losses.shape[2]} layers at {len(shares)} sizes, {len(losses)} prompts")
 
 
 def check_whole(samples: Samples, shares: int, multiples: int) -> None:

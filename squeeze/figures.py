@@ -7,6 +7,8 @@ same again, so that a figure holds in grey.
 from __future__ import annotations
 
 import io
+import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,7 +17,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
+
+from squeeze.text import printable, shorten
 
 #: Allocation → colour, marker, line style.
 SERIES = {
@@ -50,8 +55,12 @@ SIZE = (4.3, 3.5)
 
 def render(figure: Figure, kind: str, command: str) -> bytes:
     """A figure as `svg` or `png`, the same bytes for the same figure, with the command that makes it inside."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    buffer, command = io.BytesIO(), printable(command)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # one for each letter, and for each figure
         if kind == "svg":
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": command})
         else:
@@ -62,10 +71,17 @@ def render(figure: Figure, kind: str, command: str) -> bytes:
 def new_panel(title: str, x: str, y: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", wrap=True)
+    # Not by `wrap=True`, which measures the text as a formula where it has two $.
+    width = int((72 * size[0] - 45) / 5.8)
+    axes.set_title("\n".join(textwrap.fill(line, width) for line in title.split("\n")), loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     return figure, axes
+
+
+def _label(name: str, most: int) -> str:
+    """A series' name in the legend, which leaves out those that begin with `_`."""
+    return f"{' ' * name.startswith('_')}{shorten(name, most)}"
 
 
 def spread(points: pd.DataFrame, step: float) -> np.ndarray:
@@ -125,7 +141,7 @@ def by_kept(
             drawn = {"color": color, "marker": marker, "markersize": 5.5, "linestyle": joined, "linewidth": 1.2}
             for same, part in series.groupby("same", sort=False):
                 face = {} if same else {"markerfacecolor": "white", "markeredgecolor": color}
-                label = f"{name}{'' if same else ' (other samples)'}"
+                label = _label(f"{name}{'' if same else ' (other samples)'}", 30)
                 _with_intervals(axes, part["x"], part[value], part, label, drawn | face)
         low, high = ordered["x"].min(), ordered["x"].max()
         margin = max(5.0 * width, 5 - (high - low) / 2)
@@ -196,7 +212,7 @@ def by_batch(points: pd.DataFrame, value: str, title: str, label: str, intervals
             # From thick to thin, so that lines that lie on each other can all be seen.
             style |= {"markersize": max(10.5 - index, 4), "linewidth": max(3.6 - 0.5 * index, 0.9)}
             drawn = line if intervals else line.assign(low=np.nan, high=np.nan)
-            _with_intervals(axes, line["batch_size"].astype(float), line[value], drawn, f" {name}", style)
+            _with_intervals(axes, line["batch_size"].astype(float), line[value], drawn, _label(str(name), 70), style)
         sizes = sorted(set(points["batch_size"]))
         if len(sizes) > 1:
             axes.set_xscale("log", base=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import math
 import os
 import sys
@@ -12,8 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from squeeze import interrupt, threads
+from squeeze.compatibility import UntestedVersion, missing_package
 from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, InputError, SqueezeConfig
 from squeeze.request_files import HELM_TASKS
+from squeeze.text import say
 
 TASKS = {"Long": "LongBench", "e": "LongBench-E", **HELM_TASKS}
 MODEL_ARCHS = ("Mistral", "llama", "no_change")
@@ -322,19 +325,25 @@ def for_model(config: SqueezeConfig | None, model_type: str) -> SqueezeConfig | 
 def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
     """Run a command and return its exit code.
 
-    Bad input, or a package of a version that was not tested, is one sentence on stderr and code 2, never a traceback;
-    an error of another program has that program's code. Threads are chosen before anything imports torch.
+    Bad input, a package that is missing, or one of a version that was not tested, is one sentence on stderr and code
+    2, never a traceback; an error of another program has that program's code. Threads are chosen before anything
+    imports torch.
     """
     code, command = 0, False
     try:
         command = interrupt.raises()
         try:
             os.environ |= threads.settings()
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(
+                    errors="backslashreplace"
+                )  # as stderr is: what a terminal cannot show is no error
             main(None)
         except (InputError, ImportError) as error:
-            if interrupt.came():
+            said = _sentence(error)
+            if said is None or interrupt.came():
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {said}", sys.stderr)
             code = getattr(error, "code", 2)
         with contextlib.suppress(OSError):  # nobody reads any more
             sys.stdout.flush()
@@ -347,3 +356,10 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
         if command:
             interrupt.ends()
     return code
+
+
+def _sentence(error: Exception) -> str | None:
+    """What a user is told of an error; None where it is a fault of the program and not of what it was given."""
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
+    return str(error) if isinstance(error, InputError | UntestedVersion) else None

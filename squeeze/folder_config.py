@@ -6,31 +6,37 @@ what to return, keys left over from another architecture), and a run has its own
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
+from transformers.activations import ACT2FN
 
 from squeeze.config import InputError
 from squeeze.files import read_json
-from squeeze.models import read_config
+from squeeze.model_config import read_config, taken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Names of `config.json` beside those that its architecture's class declares: how RoPE was written before
-#: transformers 5, and how the weights are stored.
-ALSO = frozenset({"rope_scaling", "rope_theta", "quantization_config"})
+#: Names that an architecture's class does not declare and that count: how RoPE was written before transformers 5, how
+#: the weights are stored, and which tokenizer belongs to them.
+ALSO = frozenset(
+    {
+        *("rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"),
+        *("quantization_config", "transformers_weights", "tokenizer_class"),
+    }
+)
 
-#: What a run decides by itself, beside all that transformers' base class declares; special tokens come with the
-#: generation config.
+#: What a run decides by itself; special tokens come with the generation config.
 RUNS_OWN = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
 class SpecialTokens(msgspec.Struct):
-    """The ids of special tokens, as `config.json` and `generation_config.json` give them."""
+    """The ids of special tokens, as `generation_config.json` gives them."""
 
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -54,18 +60,23 @@ def model_config(folder: Path) -> PretrainedConfig:
     Raises:
         InputError: the file describes no model.
     """
-    said = read_config(folder)
-    made = CONFIG_MAPPING[said["model_type"]]
+    path = folder / "config.json"
+    made = CONFIG_MAPPING[read_config(folder).model_type]
     kept = {
         name: value
-        for name, value in said.items()
-        if name in ALSO or (declares(made, name) and not declares(PretrainedConfig, name) and name not in RUNS_OWN)
+        for name, value in taken(folder).items()
+        if name in ALSO or (declares(made, name) and name not in RUNS_OWN)
     }
     try:
-        return made(**kept)
+        config = made(**kept)
     except Exception as error:  # whatever transformers' checks raise
         words = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{folder / 'config.json'} describes no model: {words}") from None
+        raise InputError(f"{path} describes no model: {words}") from error
+    if config.hidden_act not in ACT2FN:
+        near = ", ".join(difflib.get_close_matches(config.hidden_act, ACT2FN, cutoff=0.4) or ["silu"])
+        raise InputError(f"{path}: hidden_act: there is no activation {config.hidden_act!r}, perhaps {near}")
+    config.name_or_path = str(folder)
+    return config
 
 
 def generation_config(
@@ -81,12 +92,9 @@ def generation_config(
     Raises:
         InputError: one of the files is not JSON, or an id in it is no number.
     """
-    sources: list[Any] = [
-        read_json(folder / name, SpecialTokens)
-        for name in ("generation_config.json", "config.json")
-        if (folder / name).exists()
-    ]
-    sources += [tokenizer] if tokenizer is not None else []
+    path = folder / "generation_config.json"
+    sources: list[Any] = [read_json(path, SpecialTokens)] if path.exists() else []
+    sources += [read_config(folder), tokenizer]
 
     def first(name: str) -> list[int]:
         found = (valid_ids(getattr(source, name, None), vocabulary) for source in sources)

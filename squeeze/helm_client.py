@@ -130,7 +130,7 @@ class SqueezeClient(CachingClient):
         source = models.resolve(model)
         self._folder = models.fetch(source)
         config = models.read_config(self._folder)
-        self._positions = models.positions(config)
+        self._positions = config.max_position_embeddings
         self._device = loading.pick_device(device)
         self._dtype = loading.pick_dtype(dtype, self._device)
         asked = None
@@ -143,7 +143,7 @@ class SqueezeClient(CachingClient):
                 start_size=start_size,
             )
         identity = models.identity(source, self._folder)
-        self._squeeze = with_curves(for_model(asked, config["model_type"]), source.name, identity)
+        self._squeeze = with_curves(for_model(asked, config.model_type), source.name, identity)
         self._seed = seed
         self._chat = chat
         self._settings = {
@@ -151,6 +151,7 @@ class SqueezeClient(CachingClient):
             "dtype": str(self._dtype),
             "seed": seed,
             "chat": chat,
+            **({"chat_template": models.chat_identity(self._folder)} if chat else {}),
             **cache_settings(self._squeeze),
         }
 

@@ -22,7 +22,9 @@ from squeeze import models
 from squeeze.config import InputError
 from squeeze.files import Open, read_bytes, write_whole, writing
 from squeeze.flags import Parser, add_cache_flags, check_flags, config_from_flags, for_model, run_command
+from squeeze.model_config import ModelConfig
 from squeeze.runs import run_folder
+from squeeze.text import say
 
 #: Where everything of HELM's lies, relative to the working directory.
 OUTPUT = Path("helm/benchmark_output")
@@ -59,7 +61,7 @@ def engine(run: Path) -> str:
     return "_".join(run.parts[1:])
 
 
-def find_model(model: str, model_path: str | None) -> tuple[Path, dict[str, Any]]:
+def find_model(model: str, model_path: str | None) -> tuple[Path, ModelConfig]:
     """The folder and config of a model whose tokenizer is there.
 
     Raises:
@@ -172,10 +174,10 @@ def last_error(log: str) -> str:
 def live(args: argparse.Namespace) -> Deployment:
     """The deployment of a model that is run while HELM asks, with a full or a squeezed cache, as the flags say."""
     folder, config = find_model(args.model, args.model_path)
-    models.check_arch(args.model_arch, config["model_type"])
-    squeeze = for_model(config_from_flags(args), config["model_type"])
+    models.check_arch(args.model_arch, config.model_type)
+    squeeze = for_model(config_from_flags(args), config.model_type)
     name = models.run_name(args.model)
-    run = run_folder("live", name, squeeze, config["model_type"], args.seed)
+    run = run_folder("live", name, squeeze, config.model_type, args.seed)
     cache: dict[str, Any] = {}
     if squeeze is not None:
         cache = {"ini_size": args.ini_size, "KV_class3": args.KV_class3, "algorithm": squeeze.algorithm}
@@ -191,7 +193,7 @@ def live(args: argparse.Namespace) -> Deployment:
         client="SqueezeClient",
         args={"model": str(folder), **cache, **rest},
         folder=folder,
-        positions=models.positions(config),
+        positions=config.max_position_embeddings,
     )
 
 
@@ -213,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.enable_squeeze = args.enable_squeeze or args.ini_size is not None or args.KV_class3 is not None
     deployment = live(args)
     write_environment(Path(args.out), [deployment])
-    print(f"{args.out}: {deployment.name}; now, for example")
+    say(f"{args.out}: {deployment.name}; now, for example")
     print(
         f"  PYTHONPATH={models.ROOT} helm-run --plugins squeeze.helm_plugin --local-path {args.out} --suite live -n 1 "
         f"-o {OUTPUT} -m 10 --run-entries simple_mcqa:model={deployment.name}"

@@ -26,6 +26,7 @@ from squeeze.flags import Parser, run_command
 from squeeze.helm_env import ENVIRONMENT, OUTPUT, Deployment, find_model, helm, write_environment
 from squeeze.helm_files import HelmRequest, RequestState, ScenarioState
 from squeeze.request_files import SAMPLE_NUM, note_path
+from squeeze.text import say
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def write_requests(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         raise InputError(f"{out} is there and was not made by this command: --overwrite replaces it")
     name = models.run_name(args.model)
     folder, config = find_model(args.model, args.model_path)
-    states = dry_run(entry, folder, models.positions(config), args.sample_num)
+    states = dry_run(entry, folder, config.max_position_embeddings, args.sample_num)
     text = to_jsonl([{"request": published(state["request"]) | {"model": name}} for state in states])
     shots = [state["num_train_instances"] for state in states]
     note = {
@@ -196,7 +197,7 @@ def write_requests(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         "run_entry": entry,
         "max_eval_instances": args.sample_num,
         "model": name,
-        "positions": models.positions(config),
+        "positions": config.max_position_embeddings,
         "requests": len(states),
         "with_fewer_examples": sum(count < max(shots) for count in shots),
         "truncated": sum(bool(state.get("prompt_truncated")) for state in states),
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.3, help="of sampling, 0 is greedy (HELM's own: 0.3)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that this command did not make")
     out, note = write_requests(parser.parse_args(argv))
-    print(f"{out}: {note['requests']} requests of {note['run_entry']}")
+    say(f"{out}: {note['requests']} requests of {note['run_entry']}")
     if note["with_fewer_examples"] or note["truncated"]:
         print(
             f"note: to fit into {note['positions']} positions, {note['with_fewer_examples']} have fewer examples than "

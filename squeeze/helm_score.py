@@ -28,6 +28,7 @@ from squeeze.manifest import AnsweredOrigin, Manifest, RequestsSummary, check_se
 from squeeze.request_files import HELM_TASKS
 from squeeze.runs import run_folder
 from squeeze.tables import table
+from squeeze.text import say
 
 RUNS = OUTPUT / "runs"
 ROUGE = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
@@ -96,7 +97,7 @@ def read_run(folder: Path, args: argparse.Namespace) -> Predictions:
     model, config = find_model(start["flags"]["model"], start["flags"].get("model_path"))
     columns = describe(settings, summary)
     columns |= {"model": start["model"]["name"], "KV kept": f"{100 * summary['kept']:.1f}%"}
-    return Predictions(folder, file, entry, sample_num, model, models.positions(config), columns)
+    return Predictions(folder, file, entry, sample_num, model, config.max_position_embeddings, columns)
 
 
 def _summary(folder: Path, task: str) -> tuple[dict[str, Any], Any] | None:
@@ -148,7 +149,7 @@ def score(task: str, found: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
         for stale in _helm_folders(suite, one.engine):
             if one.engine not in known:
                 raise InputError(f"{stale} is there and was not made by this command: move it away")
-            print(f"note: {stale} is of earlier predictions and is made anew")
+            say(f"note: {stale} is of earlier predictions and is made anew")
             with writing(stale):
                 shutil.rmtree(stale)
         known[one.engine] = {"predictions": str(one.folder), "scenario": one.entry, "columns": one.columns}

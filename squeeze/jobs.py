@@ -106,13 +106,13 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
         data = [inputs.once(read_requests, args.pred, args.requests)]
     folder = inputs.once(models.fetch, source, args.allow_pickle)
     model_config = models.read_config(folder)
-    model_type = model_config["model_type"]
+    model_type = model_config.model_type
     models.check_arch(args.model_arch, model_type)
     identity = inputs.once(models.identity, source, folder, args.allow_pickle)
     config = with_curves(for_model(config, model_type), source.name, identity)
-    max_length, note = models.positions(model_config), None
+    max_length, note = model_config.max_position_embeddings, None
     if not helm:
-        max_length, note = models.prompt_limit(source, model_config)
+        max_length, note = models.prompt_limit(source, max_length)
     settings = {"model": identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"attn": "sdpa" if args.attn == "auto" else args.attn, "seed": args.seed, **cache_settings(config)}
     place = run_folder(args.pred, source.name, config, model_type, args.seed)
@@ -127,7 +127,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
         data=data,
         note=note,
         place=place / "fidelity" if args.fidelity else place,
-        settings=settings | _asked_for(args),
+        settings=settings | _asked_for(args, folder),
         info={
             "command": shlex.join(["python", "pred.py", *argv]),
             "flags": vars(args),
@@ -162,8 +162,8 @@ def prepare_all(commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
     return [attempt(argv) for argv in commands]
 
 
-def _asked_for(args: argparse.Namespace) -> dict[str, Any]:
+def _asked_for(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Settings that change results and are named in a run's settings only where they are not the default."""
-    found: dict[str, Any] = {"chat": True} if args.chat else {}
+    found: dict[str, Any] = {"chat": True, "chat_template": models.chat_identity(folder)} if args.chat else {}
     found |= {"temperature": args.temperature, "top_p": args.top_p} if args.temperature > 0 else {}
     return found | ({"measure": "fidelity"} if args.fidelity else {})

@@ -29,6 +29,7 @@ from squeeze.files import parse_jsonl, read_bytes, read_json
 from squeeze.flags import Parser, run_command
 from squeeze.models import quiet_hub
 from squeeze.records import Prediction
+from squeeze.text import say
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 HUB_DATASET = "THUDM/LongBench"
@@ -233,7 +234,7 @@ def download() -> None:
             expected = ROWS.get(dataset, 200)
             if task == "Long" and len(data.rows) != expected:
                 raise InputError(f"{data.source} has {len(data.rows)} rows, and LongBench published {expected}")
-            print(f"{data.source}: {len(data.rows)} rows, sha256 {data.sha256[:16]}, revision {data.revision}")
+            say(f"{data.source}: {len(data.rows)} rows, sha256 {data.sha256[:16]}, revision {data.revision}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,32 +9,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
 
-from squeeze.config import DEFAULT_ALGORITHM, InputError
-from squeeze.decoding import Positive
-from squeeze.files import read_bytes, read_json, read_object
+from squeeze.config import InputError
+from squeeze.files import read_bytes, read_json
+from squeeze.model_config import read_config
+from squeeze.model_files import NoWeights, chat_templates, check_texts, find_weights, identified, inspect
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
+#: The least that has a first and a last token.
+Length = Annotated[int, msgspec.Meta(ge=2)]
 #: Positions left for what is generated; the longest generation of LongBench.
 GENERATION_MARGIN = 512
 PICKLES = "pytorch_model*.bin"
-
-#: Beside the weights, the files of a model's folder that change what it generates.
-SETTINGS_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ def resolve(model: str, model_path: str | None = None) -> ModelSource:
         InputError: there is no such model.
     """
     paths = read_json(ROOT / "config/model2path.json", dict[str, str])
-    lengths = read_json(ROOT / "config/model2maxlen.json", dict[str, Positive])
+    lengths = read_json(ROOT / "config/model2maxlen.json", dict[str, Length])
     name = run_name(model)
     if model_path is not None:
         path = _local(Path.cwd(), model_path) or _hub(model_path)
@@ -104,7 +98,7 @@ def guess_model_type(model: str, model_path: str | None, model_arch: str | None)
         cached = None if source.is_local else try_to_load_from_cache(source.path, "config.json")
         folder = Path(source.path) if source.is_local else Path(cached).parent if isinstance(cached, str) else None
         if folder is not None and (folder / "config.json").is_file():
-            return read_config(folder)["model_type"]
+            return read_config(folder).model_type
     except InputError:
         pass  # what cannot be loaded here can still be scored
     if model_arch is not None and model_arch != "no_change":
@@ -122,13 +116,14 @@ def _hub(text: str) -> str | None:
 
 
 def fetch(source: ModelSource, allow_pickle: bool = False, weights: bool = True) -> Path:
-    """Return the model's folder, downloaded where it is on the Hub, with its config and weights present.
+    """Return the model's folder, downloaded where it is on the Hub, with every file looked at that loading will touch.
 
     Args:
         allow_pickle: also take weights that are not safetensors.
         weights: False where the config and tokenizer will do.
     Raises:
-        InputError: the folder lacks its config or weights, or the Hub does not give the model.
+        InputError: the folder lacks its config or weights, the Hub does not give the model, or `model_files.inspect`
+            finds something wrong with it.
     """
     kinds = (["*.safetensors"] if weights else []) + ([PICKLES] if weights and allow_pickle else [])
     folder = Path(source.path) if source.is_local else _download(source.path, kinds)
@@ -137,14 +132,17 @@ def fetch(source: ModelSource, allow_pickle: bool = False, weights: bool = True)
         hint = ": bash script/setup.sh makes it"
     if not folder.is_dir():
         raise InputError(f"the model folder {folder} is not there{hint}")
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise InputError(f"the model folder {folder} has no config.json{hint}")
-    if weights and not weight_files(folder, allow_pickle):
+    if not weights:
+        check_texts(folder)
+        return folder
+    try:
+        inspect(folder, allow_pickle)
+    except NoWeights as error:
         if not source.is_local:
             hint = "; if it has pickled ones, which can run code, --allow_pickle loads them if you trust their author"
-        elif any(folder.glob(PICKLES)):
-            hint = ", only pickled weights, which can run code: --allow_pickle loads them if you trust their author"
-        raise InputError(f"the model folder {folder} has no weights (*.safetensors){hint}")
+        raise InputError(f"{error}{hint}") from None
     return folder
 
 
@@ -171,46 +169,21 @@ def quiet_hub() -> Iterator[None]:
         hub_logging.set_verbosity(level)
 
 
-def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
-    """The weight files that loading will use."""
-    safe = sorted(folder.glob("*.safetensors"))
-    if safe or not allow_pickle:
-        return safe
-    return sorted(folder.glob(PICKLES))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a model's `config.json`, which must be that of a Llama or Mistral model.
-
-    Raises:
-        InputError: it is no JSON object, or names another architecture or none.
-    """
-    path = folder / "config.json"
-    config = read_object(path)
-    if config.get("model_type") not in DEFAULT_ALGORITHM:
-        found = f"is of type {config['model_type']}" if config.get("model_type") else "has no model_type"
-        raise InputError(f"the model of {path} {found}: supported are {', '.join(DEFAULT_ALGORITHM)}")
-    return config
-
-
 def check_arch(model_arch: str | None, model_type: str) -> None:
     """Raises InputError if `--model_arch` names another architecture than the model's own."""
     if model_arch is not None and model_arch != "no_change" and model_arch.lower() != model_type:
         raise InputError(f"--model_arch is {model_arch}, but the model's own architecture is {model_type}")
 
 
-def positions(config: dict[str, Any]) -> int:
-    """The most tokens that a model was made for, prompt and completion together."""
-    return config.get("max_position_embeddings", 2048)
-
-
-def prompt_limit(source: ModelSource, config: dict[str, Any]) -> tuple[int, str | None]:
+def prompt_limit(source: ModelSource, most: int) -> tuple[int, str | None]:
     """The most prompt tokens, and a sentence where that is not what `config/model2maxlen.json` says.
 
     A model that is not listed gets its positions less a margin for what is generated, at least half of them; one
     that is listed gets no more than that either.
+
+    Args:
+        most: the model's positions, of prompt and completion together.
     """
-    most = positions(config)
     derived = max(most - GENERATION_MARGIN, most // 2)
     if source.max_length is None:
         reason = f"{source.name} is not in config/model2maxlen.json and has {most} positions"
@@ -227,12 +200,25 @@ def identity(source: ModelSource, folder: Path, allow_pickle: bool = False) -> d
     A weight file counts by its size and 256 pieces of 64 KiB spread over it, so that a model of many gigabytes is
     told from its fine-tunes in a second.
     """
-    small = [folder / name for name in SETTINGS_FILES if (folder / name).is_file()]
+    settings, weights = identified(folder, find_weights(folder, read_config(folder), allow_pickle))
     return {
-        "files_sha256": {path.name: hashlib.sha256(read_bytes(path)).hexdigest() for path in small},
-        "weights": {path.name: _sampled_hash(path) for path in weight_files(folder, allow_pickle)},
+        "files_sha256": {name: hashlib.sha256(read_bytes(folder / name)).hexdigest() for name in settings},
+        "weights": {name: _sampled_hash(folder / name) for name in weights},
         "revision": None if source.is_local else folder.name,
     }
+
+
+def chat_identity(folder: Path) -> str | None:
+    """A hash of the chat templates that lie in files of their own; None where there are none.
+
+    They change what `--chat` generates and nothing else, so `identity` goes without.
+    """
+    files = chat_templates(folder)
+    found = hashlib.sha256()
+    for path in files:
+        content = read_bytes(path)
+        found.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest() if files else None
 
 
 def _sampled_hash(path: Path, pieces: int = 256, piece: int = 65536) -> str:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from squeeze import figures, results
 from squeeze.page_parts import Sections
+from squeeze.text import printable
 
 TEMPLATE = "report.html.j2"
 
@@ -39,6 +40,7 @@ def files(made: Sections, command: str) -> dict[str, bytes]:
     environment = Environment(
         loader=PackageLoader("squeeze", "."),
         autoescape=True,  # names of models and folders are the user's
+        finalize=lambda value: printable(value) if type(value) is str else value,  # but not marked-up text
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -48,7 +48,7 @@ def squeezed(model: Any, config: SqueezeConfig) -> Iterator[SqueezedModel]:
         model: of transformers, or what PEFT (adapters), torch.compile or DistributedDataParallel made of one.
     Raises:
         InputError: the model's architecture is not supported, or `config` does not fit the model.
-        ImportError: the installed transformers is not one that the patch was tested with.
+        UntestedVersion: the installed transformers is not one that the patch was tested with.
         ValueError: the model is squeezed already. From `generate`, and from calls of the model itself: what a squeezed
             cache cannot do (beams, assisted decoding, attention probabilities, a prompt fed in pieces), and a call
             that would make another cache of its own.

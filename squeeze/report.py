@@ -18,6 +18,7 @@ from squeeze.flags import Parser, run_command
 from squeeze.inventory import COLUMNS, Entry, Inventory, describe, find
 from squeeze.request_files import HELM_TASKS
 from squeeze.tables import table
+from squeeze.text import say
 
 Score = Annotated[float, Meta(ge=0, le=100)]
 FIDELITY_COLUMNS = (*COLUMNS[:6], "KL", "95% interval", "agreement", "KV kept", "tokens")
@@ -147,10 +148,10 @@ def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = N
     for dataset in dict.fromkeys(one["dataset"] for one in lines):
         chosen = [one for one in lines if one["dataset"] == dataset]
         scale = "ROUGE-1/2/L by HELM" if dataset in HELM_TASKS else "LongBench's score"
-        print(f"{dataset}: {scale}; KV is what is held after prefill, mean of the samples")
+        say(f"{dataset}: {scale}; KV is what is held after prefill, mean of the samples")
         print(table(COLUMNS, sorted(chosen, key=lambda one: one["algorithm"] != "full cache")))
     for dataset in dict.fromkeys(one["dataset"] for one in compared):
-        print(f"{dataset}: KL divergence from the full cache, nats a token, and agreement of the likeliest token")
+        say(f"{dataset}: KL divergence from the full cache, nats a token, and agreement of the likeliest token")
         print(table(FIDELITY_COLUMNS, [one for one in compared if one["dataset"] == dataset]))
     for path, records in benches:
         print_bench(path, records)
@@ -163,7 +164,7 @@ def print_bench(path: Path, records: Sequence[Any]) -> None:
     copies, full = bench.bandwidth(records), bench.full_speeds(records)
     made = [bench.row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]
     if made:
-        print(f"{path}: speed and memory by squeeze.bench")
+        say(f"{path}: speed and memory by squeeze.bench")
         print(table(bench.COLUMNS, made))
 
 
@@ -182,7 +183,7 @@ def report(argv: Sequence[str] | None = None) -> None:
     if args.out is None:
         print_tables(found)
         for problem in found.problems:
-            print(f"left out: {problem}", file=sys.stderr)
+            say(f"left out: {problem}", sys.stderr)
         return
 
     from squeeze import page, results, sections  # pandas and matplotlib, of which the text tables know nothing
@@ -198,10 +199,10 @@ def report(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "squeeze.report", *(sys.argv[1:] if argv is None else argv)])
     made = sections.make(read)
     for problem in made.problems:
-        print(f"left out: {problem}")
+        say(f"left out: {problem}")
     for what in read.unscored:
-        print(f"not scored yet: {what}")
-    print(write_folder(args.out, page.files(made, command)))
+        say(f"not scored yet: {what}")
+    say(write_folder(args.out, page.files(made, command)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

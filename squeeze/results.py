@@ -5,6 +5,7 @@ Scores are computed from the predictions by what `eval.py` uses, each time anew;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from squeeze.inventory import Entry, Inventory, describe
 from squeeze.records import Answered, Compared
 from squeeze.request_files import HELM_TASKS
 from squeeze.runs import check_count
+from squeeze.text import printable
 
 #: HELM's main metric of its summarization tasks, and the others that `script/helm.sh` writes, in percent.
 HELM_SCORE, HELM_SCORES = "ROUGE-2", ("ROUGE-1", "ROUGE-2", "ROUGE-L")
@@ -46,8 +48,10 @@ BENCH_COLUMNS = [
     *("file", "machine", "model", "device", "prompt_length", "engine", "cache", "dtype", "batch_size"),
     *("tokens_per_second", "low", "high", "prefill_seconds", "kv_bytes", "peak_bytes"),
 ]
+#: What spreadsheets take for a formula, in full-width letters too; a lone dash stands for nothing.
+FORMULA = re.compile(r"\s*(?:[=+@＝＋＠]|[-－].)")
 #: Settings that have columns of their own, or say too much.
-OWN = {"model", "cache", "algorithm", "allocation", "ini_size", "KV_class3", "seed", "measure"}
+OWN = {"model", "cache", "algorithm", "allocation", "ini_size", "KV_class3", "seed", "measure", "chat_template"}
 
 
 @dataclass(frozen=True)
@@ -276,5 +280,21 @@ def shown_score(row: dict[Hashable, Any]) -> Any:
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """A table as CSV, the same for the same table."""
-    return frame.to_csv(index=False, lineterminator="\n")
+    """A table as CSV, the same for the same table. No cell of text is a formula to a spreadsheet."""
+    return frame.map(_csv_cell).to_csv(index=False, lineterminator="\n")
+
+
+def _csv_cell(value: Any) -> Any:
+    """A cell as a spreadsheet should read it: text that begins as formulas do gets an apostrophe, numbers stay."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if FORMULA.match(text) and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -24,6 +24,8 @@ from squeeze.samples import Samples
 RESULTS = ("result.json", "result_detail.json")
 #: What a data set can be called: a manifest may come from anywhere, and its names become those of files.
 PLAIN = re.compile(r"[A-Za-z0-9_-]{1,100}")
+#: Settings that runs of earlier versions do not name; such a run goes on.
+LATER = ("chat_template",)
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 
 
@@ -294,7 +296,8 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """Words for the settings that differ, or None."""
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    known = {**old, **{key: value for key, value in new.items() if key in old or key not in LATER}}
+    changed = [key for key in known if old.get(key) != new.get(key)]
     return ", ".join(f"{key} {_short(old.get(key))} (now {_short(new.get(key))})" for key in changed) or None
 
 

@@ -17,6 +17,7 @@ from squeeze.distributed import ALONE
 from squeeze.flags import Parser, run_command
 from squeeze.grid import read_grid
 from squeeze.jobs import Job, prepare_all
+from squeeze.text import printable, say
 from squeeze.work import OpenJob, Worker, do, here
 
 EXAMPLES = """examples
@@ -147,7 +148,7 @@ def run(groups: Sequence[Sequence[OpenJob]], engine: Engine) -> list[str]:
                         done += 1
                         bar.set_description(f"{done}/{len(samples)} points")
             except InputError as error:
-                bar.write(f"error: {error}")
+                bar.write(printable(f"error: {error}"))
                 wrong.append(str(error))
     return wrong
 
@@ -171,21 +172,21 @@ def sweep(argv: Sequence[str] | None = None) -> None:
     check(args)
     grid = read_grid(args.grid, args.changes)
     for reason in grid.left_out:
-        print(f"left out: {reason}")
+        say(f"left out: {reason}")
     engine = engine_of(args)
     groups, wrong = open_runs(engine.prepare(grid.runs))
     for problem in wrong:
-        print(f"left out: {problem}")
+        say(f"left out: {problem}")
     if args.dry_run:
         from squeeze import plan
 
         print(plan.describe(groups))
     else:
         for note in dict.fromkeys(one.job.note for group in groups for one in group if one.job.note):
-            print(f"note: {note}")
+            say(f"note: {note}")
         wrong += run(groups, engine)
         tasks = sorted({one.job.place.parts[0] for group in groups for one in group})
-        print("What came out: python -m squeeze.report " + shlex.join([*tasks, "--out", "report"]))
+        say("What came out: python -m squeeze.report " + shlex.join([*tasks, "--out", "report"]))
     if wrong:
         raise InputError(f"not all runs of {args.grid} are possible: " + "; ".join(wrong))
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+
+from squeeze.text import printable
 
 
 def table(columns: Sequence[str], lines: Sequence[Mapping[str, str]]) -> str:
     """Lines as a Markdown table whose columns are aligned."""
-    widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in columns}
+    rows = [{name: _cell(line[name]) for name in columns} for line in lines]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
     text = [[name.ljust(widths[name]) for name in columns], ["-" * widths[name] for name in columns]]
-    text += [[line[name].ljust(widths[name]) for name in columns] for line in lines]
+    text += [[row[name].ljust(widths[name]) for name in columns] for row in rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in text)
+
+
+def _cell(text: str) -> str:
+    """One line, whose `|` do not end the cell."""
+    return re.sub(r"(\\*)\|", r"\1\1\\|", printable(text))

@@ -15,6 +15,7 @@ from squeeze.longbench import Data
 from squeeze.request_files import HELM_TASKS, Requests
 from squeeze.runs import Run
 from squeeze.samples import Samples
+from squeeze.text import printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -79,7 +80,7 @@ class OpenJob:
         """What a data set has come to, in a line or two."""
         samples = self.samples[index]
         found = [record["stats"] for record in samples.records]
-        text = f"{samples.published}: {len(found)} samples, {self.kind.describe(found)}"
+        text = f"{printable(samples.published)}: {len(found)} samples, {self.kind.describe(found)}"
         summary = self.run.manifest["datasets"][samples.dataset]
         if "layers_per_class" in summary:
             text += "\n  layers in class 1, 2, 3: " + ", ".join(f"{n:g}" for n in summary["layers_per_class"])

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -75,12 +76,15 @@ def test_incomplete_folders(tmp_path, tiny, monkeypatch):
     with pytest.raises(InputError, match=r"has no config\.json: bash"):
         fetch(source)
     shutil.copy(tiny / "config.json", folder)
-    with pytest.raises(InputError, match=r"has no weights \(\*\.safetensors\): bash"):
+    with pytest.raises(InputError, match=r"has no weights \(model\.safetensors or .*\): bash"):
         fetch(source)
-    (folder / "pytorch_model.bin").write_bytes(b"")
+    torch.save(load_file(tiny / "model.safetensors"), folder / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"only pickled weights, .* --allow_pickle"):
         fetch(source)
     assert fetch(source, allow_pickle=True) == folder
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"cannot be loaded: pytorch_model\.bin holds no tensors by name"):
+        fetch(source, allow_pickle=True)
 
 
 def test_a_model_that_the_hub_does_not_give():
@@ -91,8 +95,8 @@ def test_a_model_that_the_hub_does_not_give():
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", r"config\.json line 1 is not JSON"),
-        ("[]", "is not a JSON object"),
+        ("{", r"config\.json is not JSON"),
+        ("[]", "expected object, got array"),
         ("{}", "has no model_type: supported are"),
         ('{"model_type": "gpt2"}', "is of type gpt2: supported are mistral, llama"),
     ],
@@ -122,7 +126,7 @@ def test_model_arch_must_be_the_models_own():
     ],
 )
 def test_prompt_limit(listed, positions, limit, told):
-    found, note = prompt_limit(ModelSource("M", "org/M", listed), {"max_position_embeddings": positions})
+    found, note = prompt_limit(ModelSource("M", "org/M", listed), positions)
     assert found == limit
     assert (note is not None) == told
 
@@ -169,20 +173,21 @@ def test_pickled_weights_load_only_where_asked(tiny, tmp_path):
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     again, _ = load(folder, CPU, torch.float32, allow_pickle=True)
     torch.testing.assert_close(again(ids).logits, model(ids).logits)
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="only pickled weights"):
         load(folder, CPU, torch.float32)
 
 
 def test_weights_that_are_not_whole(tiny, tmp_path):
     torn = shutil.copytree(tiny, tmp_path / "torn")
     (torn / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match=r"torn cannot be loaded: model\.safetensors is no whole safetensors file"):
         load(torn, CPU, torch.float32)
     deeper = shutil.copytree(tiny, tmp_path / "deeper")
     config = json.loads((tiny / "config.json").read_text())
     (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6}))
-    with pytest.raises(InputError, match=r"lack \d+ tensors of the model, among them model\.layers\.5"):
+    with pytest.raises(InputError, match="num_hidden_layers is 6, but the weights have 5"):
         load(deeper, CPU, torch.float32)
+    shutil.copy(tiny / "model.safetensors", torn)
     (torn / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match=r"the tokenizer in .* cannot be loaded"):
         load(torn, CPU, torch.float32)
@@ -214,7 +219,7 @@ def test_guess_model_type(tiny):
 def test_the_embedded_model(embedded, tokenizer):
     """The two folders hold the same function, and the tokenizer is the one that the GGUF file describes."""
     folders = [fetch(resolve(name)) for name in ("SmolLM2-135M", "SmolLM2-135M-Mistral")]
-    assert [read_config(folder)["model_type"] for folder in folders] == ["llama", "mistral"]
+    assert [read_config(folder).model_type for folder in folders] == ["llama", "mistral"]
     llama, mistral = embedded("llama"), embedded("mistral")
     assert mistral.config.sliding_window is None
     tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids

@@ -1,0 +1,38 @@
+"""Text from outside - names, paths, what other programs said - as one line that every output can hold.
+
+A name may have line breaks, escape sequences for the terminal, characters that turn the reading direction, or such as
+XML and UTF-8 have no place for. They are shown as Python would write them: `\\x1b`, `\\n`, `\\u202e`, `\\ud800`.
+"""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+#: Not printable to Python, but part of words: they join and part letters (Persian, emoji), or are kinds of space.
+KEPT = frozenset("\u200c\u200d\u00a0\u3000")
+
+
+def printable(text: object) -> str:
+    """Text without control characters, line breaks and halves of characters, which are written out in ASCII."""
+    said = str(text)
+    if said.isprintable():
+        return said
+    return "".join(one if one.isprintable() or one in KEPT else _escape(one) for one in said)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def shorten(text: object, most: int) -> str:
+    """`printable` text of at most `most` characters: of longer text the middle is left out."""
+    said = printable(text)
+    if len(said) <= most:
+        return said
+    head = (most - 1) // 2
+    return f"{said[:head]}…{said[len(said) - (most - 1 - head) :]}"
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print one line."""
+    print(printable(text), file=file)
