@@ -14,9 +14,10 @@ from typing import Any
 from tqdm import tqdm
 
 from squeeze import models
-from squeeze.config import ALGORITHMS, ALLOCATIONS, DTYPES, InputError
+from squeeze.arguments import Parser, as_path, path_text, real, whole
+from squeeze.config import ALGORITHMS, ALLOCATIONS, DTYPES
 from squeeze.files import write_json
-from squeeze.flags import Parser, run_command
+from squeeze.flags import run_command
 from squeeze.longbench import build_prompt, load_data
 from squeeze.tables import table
 from squeeze.turns import run, turns
@@ -53,12 +54,14 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("--model", default="SmolLM2-135M", help="as in pred.py (default: the embedded model)")
-    made.add_argument("--model_path", help="where --model lies, as in pred.py")
+    made.add_argument(
+        "--model", type=path_text, default="SmolLM2-135M", help="as in pred.py (default: the embedded model)"
+    )
+    made.add_argument("--model_path", type=path_text, help="where --model lies, as in pred.py")
     made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    made.add_argument("--batch_size", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
-    made.add_argument("--prompt_length", type=int, default=4096, help="tokens of every prompt (default: 4096)")
-    made.add_argument("--new_tokens", type=int, default=65, help="tokens to generate after it (default: 65)")
+    made.add_argument("--batch_size", type=whole(1), nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    made.add_argument("--prompt_length", type=whole(1), default=4096, help="tokens of every prompt (default: 4096)")
+    made.add_argument("--new_tokens", type=whole(1), default=65, help="tokens to generate after it (default: 65)")
     made.add_argument(
         "--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES[1:], help="default: float32 bfloat16"
     )
@@ -73,7 +76,7 @@ def parser() -> Parser:
     made.add_argument("--ini_size", default="0.2", help="as in pred.py (default: 0.2)")
     made.add_argument("--KV_class3", default="0.12", help="as in pred.py (default: 0.12)")
     made.add_argument("--allocation", default="squeeze-log", choices=ALLOCATIONS[:3], help="default: squeeze-log")
-    made.add_argument("--rounds", type=int, default=3, help="prefills and generations of each (default: 3)")
+    made.add_argument("--rounds", type=whole(1), default=3, help="prefills and generations of each (default: 3)")
     made.add_argument(
         "--in_turns",
         action="store_true",
@@ -83,7 +86,9 @@ def parser() -> Parser:
     made.add_argument(
         "--peers", action="store_true", help="also DynamicCache, full and cut, and kvpress's presses of the algorithms"
     )
-    made.add_argument("--peer_python", help="Python of the environment with kvpress (without it: no kvpress)")
+    made.add_argument(
+        "--peer_python", type=path_text, help="Python of the environment with kvpress (without it: no kvpress)"
+    )
     made.add_argument(
         "--peer_attn",
         nargs="+",
@@ -91,11 +96,18 @@ def parser() -> Parser:
         choices=["sdpa", "eager"],
         help="attention of peers (default: sdpa)",
     )
-    made.add_argument("--memory_gb", type=float, help="say which batch would fit into so much, by the peaks measured")
     made.add_argument(
-        "--data_dir", default=models.ROOT / "data/longbench", help="its samsum.jsonl gives the prompts' text"
+        "--memory_gb",
+        type=real("a number above 0", without_least=True),
+        help="say which batch would fit into so much, by the peaks measured",
     )
-    made.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results (default: bench)")
+    made.add_argument(
+        "--data_dir",
+        type=path_text,
+        default=models.ROOT / "data/longbench",
+        help="its samsum.jsonl gives the prompts' text",
+    )
+    made.add_argument("--out", type=as_path, default=Path("bench"), help="folder of the results (default: bench)")
     return made
 
 
@@ -254,11 +266,6 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    for name in ("prompt_length", "new_tokens", "rounds"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be 1 or more, got {getattr(args, name)}")
-    if min(args.batch_size) < 1:
-        raise InputError(f"--batch_size must be 1 or more, got {min(args.batch_size)}")
     source = models.resolve(args.model, args.model_path)
     folder = models.fetch(source)
     data = load_data("samsum", args.data_dir)

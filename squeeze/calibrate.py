@@ -14,10 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from squeeze import calibration
+from squeeze.arguments import Parser, as_path, path_text
 from squeeze.config import InputError, parse_fraction
 from squeeze.distributed import ALONE
 from squeeze.files import write_json
-from squeeze.flags import Parser, run_command
+from squeeze.flags import run_command
 from squeeze.jobs import Job, prepare
 from squeeze.runs import Run, versions
 from squeeze.samples import Samples
@@ -50,20 +51,24 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("--model", help="as in pred.py")
-    made.add_argument("--model_path", help="as in pred.py")
+    made.add_argument("--model", type=path_text, help="as in pred.py")
+    made.add_argument("--model_path", type=path_text, help="as in pred.py")
     made.add_argument("--algorithm", help="sliding_window, streaming or h2o (default: the architecture's)")
     made.add_argument("--start_size", default="4", help="as in pred.py (default: 4)")
     made.add_argument(
         "--ini_size", nargs="+", default=["0.1", "0.2", "0.4"], help="sizes to measure at (default: 0.1 0.2 0.4)"
     )
-    made.add_argument("--data_dir", help="rows in LongBench's format (default: those that the project ships)")
+    made.add_argument(
+        "--data_dir", type=path_text, help="rows in LongBench's format (default: those that the project ships)"
+    )
     made.add_argument("--datasets", default=DATASETS, help=f"which of them (default: {DATASETS})")
     made.add_argument("--sample_num", default="1", help="prompts of each data set (default: 1)")
     made.add_argument("--device", help="as in pred.py")
     made.add_argument("--dtype", default="auto", help="as in pred.py")
     made.add_argument("--overwrite", action="store_true", help="measure anew what is there")
-    made.add_argument("--out", type=Path, help="the file to write (default: config/calibration/MODEL-ALGORITHM.json)")
+    made.add_argument(
+        "--out", type=as_path, help="the file to write (default: config/calibration/MODEL-ALGORITHM.json)"
+    )
     return made
 
 
@@ -72,8 +77,8 @@ def job_of(args: argparse.Namespace) -> Job:
     argv = ["--enable_squeeze", "--ini_size", "1", "--KV_class3", "1"]
     for name in ("model", "model_path", "algorithm", "start_size", "datasets", "sample_num", "device", "dtype"):
         if getattr(args, name) is not None:
-            argv += [f"--{name}", getattr(args, name)]
-    return prepare([*argv, "--data_dir", args.data_dir or str(calibration.ROOT / "data/longbench")], ALONE)
+            argv.append(f"--{name}={getattr(args, name)}")
+    return prepare([*argv, f"--data_dir={args.data_dir or calibration.ROOT / 'data/longbench'}"], ALONE)
 
 
 def calibrate(argv: Sequence[str] | None = None) -> None:

@@ -22,9 +22,10 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
+from squeeze.arguments import Parser
 from squeeze.config import InputError
 from squeeze.files import parse_jsonl, read_bytes
-from squeeze.flags import Parser, run_command
+from squeeze.flags import run_command
 from squeeze.models import quiet_hub
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from squeeze.arguments import Parser, as_path
 from squeeze.config import InputError
 from squeeze.files import read_object
-from squeeze.flags import Parser, run_command
+from squeeze.flags import run_command
 from squeeze.inventory import COLUMNS, Entry, Inventory, describe, find
 from squeeze.request_files import HELM_TASKS
 from squeeze.tables import table
@@ -43,13 +44,13 @@ def parser() -> Parser:
     made.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=as_path,
         metavar="RUNS",
         help="run folders, or folders that hold any, like pred_Long; also bench.json of squeeze.bench, or its folder",
     )
     made.add_argument(
         "--out",
-        type=Path,
+        type=as_path,
         metavar="FOLDER",
         help="write a page with figures into this folder, which must be new, empty, or an earlier report's",
     )

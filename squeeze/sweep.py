@@ -12,9 +12,10 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from squeeze.arguments import Parser, as_path, real, whole
 from squeeze.config import InputError
 from squeeze.distributed import ALONE
-from squeeze.flags import Parser, run_command
+from squeeze.flags import run_command
 from squeeze.grid import read_grid
 from squeeze.jobs import Job, prepare_all
 from squeeze.work import OpenJob, Worker, do, here
@@ -78,7 +79,7 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("grid", type=Path, metavar="FILE", help="the grid, in YAML; see below")
+    made.add_argument("grid", type=as_path, metavar="FILE", help="the grid, in YAML; see below")
     made.add_argument(
         "changes", nargs="*", metavar="KEY=VALUE", help="in place of what the file says: model=Mistral 'seed=[1, 2]'"
     )
@@ -87,9 +88,15 @@ def parser() -> Parser:
     made.add_argument(
         "--address", help="of the Ray cluster: auto (the one of this machine) or host:port (default: one of its own)"
     )
-    made.add_argument("--num_gpus", type=float, help="GPUs of a Ray task (default: 1 if the cluster has any, else 0)")
-    made.add_argument("--num_cpus", type=float, default=1, help="CPUs of a Ray task (default: 1)")
-    made.add_argument("--max_retries", type=int, default=3, help="of a Ray task whose worker dies (default: 3)")
+    made.add_argument(
+        "--num_gpus",
+        type=real("a number, 0 or more"),
+        help="GPUs of a Ray task (default: 1 if the cluster has any, else 0)",
+    )
+    made.add_argument(
+        "--num_cpus", type=real("a number, 0 or more"), default=1, help="CPUs of a Ray task (default: 1)"
+    )
+    made.add_argument("--max_retries", type=whole(-1), default=3, help="of a Ray task whose worker dies (default: 3)")
     return made
 
 
