@@ -34,6 +34,8 @@ class Parser(argparse.ArgumentParser):
             check_text("an argument", one)
             if one.startswith("-") and one.endswith("=--"):
                 self.error(f"argument {one[:-3]}: -- is no value")
+        if not self._get_positional_actions():
+            return super().parse_args(given, namespace)
         return self.parse_intermixed_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     config = config_from_flags(args)
     helm = args.pred in HELM_TASKS
     datasets = [] if helm else dataset_names("samsum" if args.datasets is None else args.datasets, args.pred)
-    source = models.resolve(args.model, args.model_path)
+    source = inputs.once(models.resolve, args.model, args.model_path)
 
     # torch and transformers take seconds to import: --help and what is wrong with the flags should not wait for them.
     import torch
@@ -105,7 +105,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     if helm:
         data = [inputs.once(read_requests, args.pred, args.requests)]
     folder = inputs.once(models.fetch, source, args.allow_pickle)
-    model_config = models.read_config(folder)
+    model_config = inputs.once(models.read_config, folder)
     model_type = model_config["model_type"]
     models.check_arch(args.model_arch, model_type)
     identity = inputs.once(models.identity, source, folder, args.allow_pickle)
@@ -149,7 +149,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     )
 
 
-def prepare_all(commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
+def prepare_all(commands: Iterable[Sequence[str]]) -> list[Job | InputError]:
     """Read and check command lines of `pred.py` for this process alone; what is wrong stands in a job's place."""
     inputs = Inputs()
 

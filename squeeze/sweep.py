@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -19,6 +19,11 @@ from squeeze.flags import run_command
 from squeeze.grid import read_grid
 from squeeze.jobs import Job, prepare_all
 from squeeze.work import OpenJob, Worker, do, here
+
+Kind = TypeVar("Kind")
+
+#: Problems that are named one by one; of more, how many there are.
+MOST_NAMED = 20
 
 EXAMPLES = """examples
   what would be run, and what it costs in tokens and KV memory:
@@ -64,10 +69,15 @@ class Local:
     """This process."""
 
     def prepare(self, commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
-        return prepare_all(commands)
+        return prepare_all(checking(commands, "reading the grid"))
 
     def worker(self, group: Sequence[OpenJob], bar: tqdm) -> AbstractContextManager[Worker]:
         return here(group, ALONE, bar)
+
+
+def checking(what: Sequence[Kind], doing: str) -> Iterable[Kind]:
+    """`what`, with a bar where it takes more than a moment."""
+    return tqdm(what, desc=doing, unit="run", delay=2, leave=False)
 
 
 def parser() -> Parser:
@@ -111,6 +121,12 @@ def check(args: argparse.Namespace) -> None:
                 raise InputError(f"--{flag} is for --engine ray")
 
 
+def some(problems: Sequence[str]) -> list[str]:
+    """The first problems, and how many more there are."""
+    more = len(problems) - MOST_NAMED
+    return [*problems[:MOST_NAMED], f"and {more:,} more"] if more > 0 else list(problems)
+
+
 def open_runs(prepared: Sequence[Job | InputError]) -> tuple[list[list[OpenJob]], list[str]]:
     """Look into the folder of every run.
 
@@ -121,7 +137,7 @@ def open_runs(prepared: Sequence[Job | InputError]) -> tuple[list[list[OpenJob]]
     """
     opened: dict[Path, OpenJob] = {}
     wrong: dict[str, None] = {}
-    for job in prepared:
+    for job in checking(prepared, "looking into folders"):
         try:
             if isinstance(job, InputError):
                 raise job
@@ -132,7 +148,7 @@ def open_runs(prepared: Sequence[Job | InputError]) -> tuple[list[list[OpenJob]]
         except InputError as error:
             wrong[str(error)] = None
     if not opened:
-        raise InputError("no run of the grid is possible: " + "; ".join(wrong))
+        raise InputError("no run of the grid is possible: " + "; ".join(some(list(wrong))))
     groups: dict[object, list[OpenJob]] = {}
     for one in opened.values():
         groups.setdefault(one.job.loads, []).append(one)
@@ -177,11 +193,11 @@ def sweep(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     check(args)
     grid = read_grid(args.grid, args.changes)
-    for reason in grid.left_out:
+    for reason in some(grid.left_out):
         print(f"left out: {reason}")
     engine = engine_of(args)
     groups, wrong = open_runs(engine.prepare(grid.runs))
-    for problem in wrong:
+    for problem in some(wrong):
         print(f"left out: {problem}")
     if args.dry_run:
         from squeeze import plan
@@ -194,7 +210,7 @@ def sweep(argv: Sequence[str] | None = None) -> None:
         tasks = sorted({one.job.place.parts[0] for group in groups for one in group})
         print("What came out: python -m squeeze.report " + shlex.join([*tasks, "--out", "report"]))
     if wrong:
-        raise InputError(f"not all runs of {args.grid} are possible: " + "; ".join(wrong))
+        raise InputError(f"not all runs of {args.grid} are possible: " + "; ".join(some(wrong)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
