@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from tqdm import tqdm
 
 from squeeze import models
 from squeeze.arguments import Parser, as_path, path_text, real, whole
-from squeeze.config import ALGORITHMS, ALLOCATIONS, DTYPES
+from squeeze.config import ALGORITHMS, ALLOCATIONS, DTYPES, InputError, parse_fraction
 from squeeze.files import write_json
 from squeeze.flags import run_command
 from squeeze.longbench import build_prompt, load_data
@@ -142,7 +144,7 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
 
 def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
     """What users would run instead, at the same total of tokens."""
-    budget = int(float(args.ini_size) * args.prompt_length)
+    budget = int(parse_fraction("ini_size", args.ini_size) * args.prompt_length)
     layers = models.read_config(Path(base["model"]))["num_hidden_layers"]
     cut = {"budgets": [budget] * layers}
     found = []
@@ -266,6 +268,15 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {args.out}: {error.strerror}") from None
+    if args.peer_python is not None:
+        program = shutil.which(args.peer_python)
+        if program is None:
+            raise InputError(f"--peer_python {args.peer_python} is no program that can be run")
+        args.peer_python = os.path.abspath(program)  # links as they are: they tell Python its environment
     source = models.resolve(args.model, args.model_path)
     folder = models.fetch(source)
     data = load_data("samsum", args.data_dir)
@@ -281,7 +292,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     todo = specs(args, folder, tokens)
     records: list[dict[str, Any]] = []
     shared: dict[str, Any] = {}
-    args.out.mkdir(parents=True, exist_ok=True)
     together = (
         groupby(todo, key=lambda spec: spec["batch_size"]) if args.in_turns else ((None, [spec]) for spec in todo)
     )

@@ -97,6 +97,8 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     assert job.config is not None and job.config.algorithm is not None
     algorithm, name = job.config.algorithm, job.source.name
     out = args.out or calibration.place(name, algorithm)
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder: give the name of a file")
     how = {
         "algorithm": algorithm,
         "start_size": job.config.start_size if algorithm == "streaming" else None,
@@ -148,10 +150,14 @@ def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares:
     with load([job]) as engine:
         assert engine.squeezed is not None
         tokenizer, layers = engine.tokenizer, engine.model.config.num_hidden_layers
-        prompts = {
-            index: predict.encode(tokenizer, rows[index][0], rows[index][1] + 1, job.how)[-1].tokens
-            for index in samples.missing
+        wanted = [rows[index] for index in samples.missing]
+        most = {data.dataset: 1 + row for data, row in wanted}  # rows come in order
+        encoded = {
+            data.dataset: predict.encode(tokenizer, data, most[data.dataset], job.how)
+            for data in job.data
+            if data.dataset in most
         }
+        prompts = {index: encoded[rows[index][0].dataset][rows[index][1]].tokens for index in samples.missing}
         total = sum(loss_curves.cost(len(tokens), len(shares), layers) for tokens in prompts.values())
         print(f"{len(prompts)} prompts, {total:,} tokens to run")
         with tqdm(total=total, unit="token", unit_scale=True, desc=job.config.algorithm if job.config else "") as bar:

@@ -55,9 +55,9 @@ def parse_fraction(name: str, value: str | float | Fraction) -> Fraction:
     try:
         found = value if isinstance(value, Fraction) else _fraction(str(value).strip())
     except (ValueError, ZeroDivisionError):
-        raise InputError(f"{name} must be a number in (0, 1], got {_shown(value)}") from None
+        raise InputError(f"{name} must be a number in (0, 1], got {shown(value)}") from None
     if max(abs(found.numerator), found.denominator) > 10**MOST_DIGITS:
-        raise InputError(f"{name} must be a number in (0, 1] of at most {MOST_DIGITS} digits, got {_shown(value)}")
+        raise InputError(f"{name} must be a number in (0, 1] of at most {MOST_DIGITS} digits, got {shown(value)}")
     return found
 
 
@@ -69,7 +69,7 @@ def _fraction(text: str) -> Fraction:
     return Fraction(10) ** (2 * MOST_DIGITS) if abs(exponent) > 2 * MOST_DIGITS else Fraction(text)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in an error; one that Python refuses to write has thousands of digits."""
     try:
         return shortened(str(value))
@@ -86,7 +86,7 @@ def whole_number(name: str, value: object, least: int, words: str = "a whole num
     """Raises InputError unless `value` is a whole number from `least` to `MOST`."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
         limit = f" and at most {MOST}" if isinstance(value, int) and value > MOST else ""
-        raise InputError(f"{name} must be {words}, {least} or more{limit}, got {_shown(value)}")
+        raise InputError(f"{name} must be {words}, {least} or more{limit}, got {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class SqueezeConfig:
         ini_size = _size(self.ini_size)
         kv_class3 = parse_fraction("KV_class3", self.kv_class3)
         if not 0 < kv_class3 <= ini_size:
-            raise InputError(f"KV_class3 must be in (0, ini_size = {float(ini_size):g}], got {_shown(self.kv_class3)}")
+            raise InputError(f"KV_class3 must be in (0, ini_size = {float(ini_size):g}], got {shown(self.kv_class3)}")
         object.__setattr__(self, "ini_size", ini_size)
         object.__setattr__(self, "kv_class3", kv_class3)
 
@@ -219,10 +219,10 @@ def _size(value: Fraction | float | str) -> Fraction:
     """Read `ini_size`."""
     found = parse_fraction("ini_size", value)
     if not 0 < found <= 1:
-        raise InputError(f"ini_size must be in (0, 1], got {_shown(value)}")
+        raise InputError(f"ini_size must be in (0, 1], got {shown(value)}")
     return found
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value}")
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from squeeze.arguments import Parser, path_text, real, whole
-from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, InputError, SqueezeConfig
+from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, InputError, SqueezeConfig, shortened
 from squeeze.request_files import HELM_TASKS
 
 TASKS = {"Long": "LongBench", "e": "LongBench-E", **HELM_TASKS}
@@ -247,11 +247,11 @@ def check_flags(args: argparse.Namespace) -> None:
     task = getattr(args, "pred", "Long")
     if task not in TASKS:
         tasks = " or ".join(f"{task} ({name})" for task, name in TASKS.items())
-        raise InputError(f"--pred must be {tasks}, got {task}")
+        raise InputError(f"--pred must be {tasks}, got {shortened(task)}")
     if args.model_arch is not None:
         spelled = {arch.lower(): arch for arch in MODEL_ARCHS}
         if args.model_arch.lower() not in spelled:
-            raise InputError(f"--model_arch must be one of {', '.join(MODEL_ARCHS)}, got {args.model_arch}")
+            raise InputError(f"--model_arch must be one of {', '.join(MODEL_ARCHS)}, got {shortened(args.model_arch)}")
         args.model_arch = spelled[args.model_arch.lower()]
     if getattr(args, "device_map", None) is not None:
         if args.device is not None:
@@ -261,7 +261,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, allowed in WORDS.items():
         value = getattr(args, name, None)
         if value is not None and value not in allowed:
-            raise InputError(f"--{name} must be one of {', '.join(allowed)}, got {value}")
+            raise InputError(f"--{name} must be one of {', '.join(allowed)}, got {shortened(value)}")
     if getattr(args, "top_p", 1) < 1 and args.temperature == 0:
         raise InputError("--top_p is for sampling: give --temperature as well")
     if getattr(args, "fidelity", False) and args.temperature > 0:

@@ -62,11 +62,11 @@ def read_grid(path: Path, changes: Sequence[str] = ()) -> Grid:
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals:
-            raise InputError(f"{change} is no change of {path}: write key=value, such as model=Mistral")
+            raise InputError(f"{shortened(change)} is no change of {path}: write key=value, such as model=Mistral")
         if key in changed:
-            raise InputError(f"{key} is changed twice: write its values as one list, {key}=[..., ...]")
+            raise InputError(f"{shortened(key)} is changed twice: write its values as one list, key=[..., ...]")
         changed.add(key)
-        found[key] = _compose(value.encode(), change)
+        found[key] = _compose(value.encode(), shortened(change))
     return expand({key: _values(path, key, node) for key, node in found.items()}, str(path))
 
 

@@ -21,7 +21,7 @@ import yaml
 from squeeze import models
 from squeeze.arguments import Parser, path_text
 from squeeze.config import InputError
-from squeeze.files import write_whole
+from squeeze.files import read_bytes, write_whole
 from squeeze.flags import add_cache_flags, check_flags, config_from_flags, for_model, run_command
 from squeeze.runs import run_folder
 
@@ -117,7 +117,7 @@ def write_environment(folder: Path, deployments: Sequence[Deployment]) -> None:
     }
     for name in contents:
         path = folder / name
-        if path.exists() and not path.read_text("utf-8").startswith(MARK):
+        if path.exists() and not (path.is_file() and read_bytes(path).startswith(MARK.encode())):
             raise InputError(f"{path} is there and was not written by this project: move it away")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from squeeze import models
 from squeeze.arguments import Parser, path_text, whole
-from squeeze.config import InputError
+from squeeze.config import InputError, shortened
 from squeeze.files import read_object, to_jsonl, write_json, write_whole
 from squeeze.flags import TEMPERATURE, run_command
 from squeeze.helm_env import OUTPUT, Deployment, find_model, helm, write_environment
@@ -61,7 +61,7 @@ def run_entry(name: str, articles: str | None, temperature: float) -> str:
         InputError: there is no such scenario, or its articles are not there.
     """
     if name not in SCENARIOS:
-        raise InputError(f"--scenario must be one of {', '.join(SCENARIOS)}, got {name}")
+        raise InputError(f"--scenario must be one of {', '.join(SCENARIOS)}, got {shortened(name)}")
     scenario = SCENARIOS[name]
     if not scenario.local:
         if articles is not None:
@@ -151,6 +151,8 @@ def write_requests(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """
     entry = run_entry(args.scenario, args.articles, args.temperature)
     out = Path(args.out or f"data/{SCENARIOS[args.scenario].task}.jsonl")
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder: give the name of a file")
     if out.exists() and not note_path(out).exists() and not args.overwrite:
         raise InputError(f"{out} is there and was not made by this command: --overwrite replaces it")
     name = models.run_name(args.model)

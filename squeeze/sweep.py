@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from tqdm import tqdm
 
 from squeeze.arguments import Parser, as_path, real, whole
-from squeeze.config import InputError
+from squeeze.config import InputError, shortened
 from squeeze.distributed import ALONE
 from squeeze.flags import run_command
 from squeeze.grid import read_grid
@@ -113,7 +113,7 @@ def parser() -> Parser:
 def check(args: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go together."""
     if args.engine not in ("local", "ray"):
-        raise InputError(f"--engine must be local or ray, got {args.engine}")
+        raise InputError(f"--engine must be local or ray, got {shortened(args.engine)}")
     if args.engine == "local":
         defaults = parser().parse_args([str(args.grid)])
         for flag in ("address", "num_gpus", "num_cpus", "max_retries"):
