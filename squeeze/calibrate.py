@@ -20,6 +20,7 @@ from squeeze.distributed import ALONE
 from squeeze.files import write_json
 from squeeze.flags import run_command
 from squeeze.jobs import Job, prepare
+from squeeze.prompting import chat_settings
 from squeeze.runs import Run, versions
 from squeeze.samples import Samples
 from squeeze.work import load
@@ -111,7 +112,9 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | how
     folder = Path("calibration") / name / algorithm
     with Run(folder, settings, job.info, args.overwrite, FIELDS) as run:
-        samples = run.open("curves", {"data": data, "rows": [[one.dataset, row] for one, row in rows]}, len(rows))
+        measured = {"data": data, "rows": [[one.dataset, row] for one, row in rows]}
+        formats = {one.dataset: found for one in job.data if (found := chat_settings(one.dataset, name, False))}
+        samples = run.open("curves", measured | ({"chat_formats": formats} if formats else {}), len(rows))
         run.start(samples)
         if samples.missing:
             measure(job, samples, rows, shares)

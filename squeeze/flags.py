@@ -153,11 +153,17 @@ def eval_parser() -> Parser:
     """The flags of `eval.py`: those of `pred.py` that name a run's folder, or the folder itself."""
     parser = _parser("Score a run's predictions with LongBench's own metrics.", EVAL_EXAMPLES)
     parser.add_argument(
-        "folder", nargs="?", type=path_text, help="folder of prediction files, in place of the flags that name a run"
+        "folder",
+        nargs="?",
+        type=path_text,
+        help="folder of prediction files, or one file, in place of the flags that name a run; also other tools': "
+        "MiniLongBench's, and KVCache-Factory's, where FOLDER/METHOD names a run",
     )
     parser.add_argument(
         "--compare",
         nargs="+",
+        action="extend",
+        type=path_text,
         metavar="RUN",
         help="folders of prediction files: scores side by side, and every run's difference to the first",
     )

@@ -15,6 +15,7 @@ from squeeze.config import InputError, SqueezeConfig
 from squeeze.distributed import ALONE, Ranks
 from squeeze.flags import check_flags, check_task_flags, config_from_flags, for_model, pred_parser
 from squeeze.longbench import Data, dataset_names, load_data
+from squeeze.prompting import chat_format, chat_note, chat_settings
 from squeeze.request_files import HELM_TASKS, Requests, read_requests
 from squeeze.runs import cache_settings, run_folder, versions
 
@@ -32,7 +33,7 @@ class Job:
         argv, args: the flags.
         config: of the cache; None for the full one.
         source, model: the model's name, and its folder.
-        note: a sentence for the user, or None.
+        notes: sentences for the user.
         place: the run's folder.
         settings, info: for `squeeze.runs.Run`.
         how: prompts are made and run.
@@ -46,7 +47,7 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     data: Sequence[Data | Requests]
-    note: str | None
+    notes: tuple[str, ...]
     place: Path
     settings: dict[str, Any]
     info: dict[str, Any]
@@ -57,6 +58,18 @@ class Job:
         """What jobs must have in common to share a loaded model."""
         args = self.args
         return self.model, self.device, self.dtype, args.attn, args.allow_pickle, args.device_map, args.chat
+
+    def settings_of(self, data: Data | Requests) -> dict[str, Any]:
+        """What changes the results of one data set, for `Run.open`."""
+        if isinstance(data, Requests):
+            return data.settings
+        return data.settings | chat_settings(data.dataset, self.source.name, self.args.chat)
+
+    def facts_of(self, data: Data | Requests) -> dict[str, Any]:
+        """What `run.json` says about one data set beside that."""
+        if isinstance(data, Requests):
+            return {"data": data.origin}
+        return {"data": data.origin, "chat_format": chat_format(data.dataset, self.source.name, self.args.chat)}
 
 
 @dataclass
@@ -113,6 +126,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     max_length, note = models.positions(model_config), None
     if not helm:
         max_length, note = models.prompt_limit(source, model_config)
+    said = chat_note(datasets, source.name, folder, args.chat)
     settings = {"model": identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"attn": "sdpa" if args.attn == "auto" else args.attn, "seed": args.seed, **cache_settings(config)}
     place = run_folder(args.pred, source.name, config, model_type, args.seed)
@@ -125,7 +139,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
         device=device,
         dtype=dtype,
         data=data,
-        note=note,
+        notes=tuple(filter(None, (note, said))),
         place=place / "fidelity" if args.fidelity else place,
         settings=settings | _asked_for(args),
         info={

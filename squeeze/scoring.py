@@ -36,11 +36,12 @@ BUCKETS = ("0-4k", "4-8k", "8k+")
 CONFIDENCE, RESAMPLES = 0.95, 10_000
 
 
-def read_predictions(path: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+def read_predictions(path: Path, fields: Sequence[str] = (), dataset: str | None = None) -> list[dict[str, Any]]:
     """Read a prediction file, this project's or another's that LongBench's `eval.py` reads.
 
     Args:
         fields: what every line must have beside the prediction, the answers and the classes.
+        dataset: whose predictions they are; None: the one that the file is named after.
     Raises:
         InputError: the file is empty, ends in the middle of a line, or has a line that is not a prediction.
     """
@@ -49,7 +50,7 @@ def read_predictions(path: Path, fields: Sequence[str] = ()) -> list[dict[str, A
         where = f"{path} line {number}"
         if not isinstance(row["pred"], str):
             raise InputError(f"{where}: pred is not text")
-        check_lists(row, dataset_of(path), where)
+        check_lists(row, dataset or dataset_of(path), where)
     return [row for _, row in rows]
 
 
@@ -75,8 +76,20 @@ def score_file(folder: Path, path: Path, task: str, rouge: bool = True) -> dict[
         InputError: the file is not whole, or is no prediction file.
     """
     dataset = dataset_of(path)
-    rows = read_predictions(path, ("length",) if task == "e" else ())
+    rows = read_predictions(path, fields_of(task))
     check_count(folder, dataset, len(rows))
+    return score_rows(dataset, rows, path, task, rouge)
+
+
+def fields_of(task: str) -> tuple[str, ...]:
+    """What a task's predictions must have beside the answers."""
+    return ("length",) if task == "e" else ()
+
+
+def score_rows(
+    dataset: str, rows: Sequence[dict[str, Any]], path: Path, task: str, rouge: bool = True
+) -> dict[str, Any]:
+    """What `score_file` gives, for predictions that were read from `path`."""
     if task == "e" and not all(isinstance(row["length"], int | float) for row in rows):
         raise InputError(f"{path}: a length is not a number, and LongBench-E is scored by it")
     each = sample_scores(dataset, rows)

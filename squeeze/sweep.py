@@ -204,7 +204,7 @@ def sweep(argv: Sequence[str] | None = None) -> None:
 
         print(plan.describe(groups))
     else:
-        for note in dict.fromkeys(one.job.note for group in groups for one in group if one.job.note):
+        for note in dict.fromkeys(note for group in groups for one in group for note in one.job.notes):
             print(f"note: {note}")
         wrong += run(groups, engine)
         tasks = sorted({one.job.place.parts[0] for group in groups for one in group})
