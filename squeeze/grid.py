@@ -136,9 +136,10 @@ def _values(path: Path, key: str, node: yaml.Node | None) -> list[str]:
 
 def _texts(node: yaml.Node | None) -> list[str] | None:
     """The texts that a node is made of, those that say something; None if it is made of anything else."""
-    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node] if node is not None else []
-    plain_text = yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG
-    if not all(isinstance(one, yaml.ScalarNode) and one.tag == plain_text for one in nodes):
+    tags = yaml.resolver.BaseResolver
+    is_list = isinstance(node, yaml.SequenceNode) and node.tag == tags.DEFAULT_SEQUENCE_TAG
+    nodes = node.value if is_list and node else [node] if node is not None else []
+    if not all(isinstance(one, yaml.ScalarNode) and one.tag == tags.DEFAULT_SCALAR_TAG for one in nodes):
         return None
     return [one.value for one in nodes if one.value not in NOTHING or (one.style and one.value)]
 
