@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from squeeze import scoring
+from squeeze import layouts, scoring
 from squeeze.config import InputError
-from squeeze.files import read_bytes, write_json, writing
+from squeeze.files import write_json, writing
 from squeeze.flags import check_flags, config_from_flags, eval_parser, for_model, run_command
-from squeeze.longbench import dataset_names
 from squeeze.models import guess_model_type, run_name
 from squeeze.request_files import HELM_TASKS
-from squeeze.runs import run_folder
+from squeeze.runs import check_count, run_folder
 from squeeze.tables import table
 from squeeze.text import say
 
@@ -25,30 +24,40 @@ SCORES = ("data set", "samples", "score", "95% interval")
 def main(argv: Sequence[str] | None = None) -> None:
     args = eval_parser().parse_args(argv)
     if args.compare:
-        compare([Path(folder) for folder in args.compare], args.datasets)
+        if args.folder is not None:
+            raise InputError(f"--compare takes all runs behind it: give {args.folder} there, the first one first")
+        compare([Path(run) for run in args.compare], args.datasets)
         return
     if args.pred in HELM_TASKS:
         raise InputError(f"{HELM_TASKS[args.pred]} is scored by HELM itself: sh script/helm.sh")
-    folder = find_folder(args)
-    task = "e" if args.pred == "e" else scoring.task_of(folder)
+    place = find_place(args)
+    task = "e" if args.pred == "e" else scoring.task_of(place)
+    run = layouts.find(place, args.datasets, task)
     details: dict[str, Any] = {}
     left_out: dict[str, str] = {}
-    for path in prediction_files(folder, args.datasets, task):
+    for dataset, path in run.files.items():
         try:
-            details[scoring.dataset_of(path)] = scoring.score_file(folder, path, task)
+            rows = run.rows(dataset, task)
+            check_count(path.parent, dataset, len(rows))
+            details[dataset] = scoring.score_rows(dataset, rows, task)
         except InputError as error:
-            left_out[scoring.dataset_of(path)] = str(error)
+            left_out[dataset] = str(error)
     if not details:
         raise InputError("; ".join(left_out.values()))
     scores = {dataset: detail["buckets" if task == "e" else "score"] for dataset, detail in details.items()}
     groups = scoring.group_scores({dataset: detail["score"] for dataset, detail in details.items()})
-    with writing(folder / "result.json"):
-        write_json(folder / "result_detail.json", {"datasets": details, "groups": groups, "left_out": left_out})
-        write_json(folder / "result.json", scores)
+    if run.folder is not None:
+        with writing(run.folder / "result.json"):
+            content = {"datasets": details, "groups": groups, "left_out": left_out}
+            write_json(run.folder / "result_detail.json", content)
+            write_json(run.folder / "result.json", scores)
     print_scores(details, groups, task)
     if left_out:
         print(f"left out: {len(left_out)} of {len(left_out) + len(details)} data sets")
-    say(folder / "result.json")
+    if run.folder is not None:
+        say(run.folder / "result.json")
+    else:
+        say(f"nothing is written beside {run.name}: result.json is for whole folders of data sets' .jsonl files")
     if left_out:
         raise InputError("; ".join(left_out.values()))
 
@@ -75,55 +84,50 @@ def print_scores(details: dict[str, Any], groups: dict[str, float], task: str) -
             print(f"{dataset}: by rouge-score: {means}")
 
 
-def compare(folders: list[Path], datasets: str | None) -> None:
+def compare(places: list[Path], datasets: str | None) -> None:
     """Print runs side by side, and what each differs from the first, with 95% intervals over pairs of samples.
 
     Raises:
         InputError: there is nothing to compare, or two runs' samples are not the same.
     """
-    if len(folders) < 2:
+    if len(places) < 2:
         raise InputError("--compare needs two folders of prediction files or more: the first is compared with")
-    for folder in folders:
-        if not folder.is_dir():
-            raise InputError(f"the folder {folder} is not there")
-    files = [{scoring.dataset_of(path): path for path in prediction_files(one, datasets)} for one in folders]
-    common = [dataset for dataset in files[0] if all(dataset in one for one in files)]
+    runs = [layouts.find(place, datasets) for place in places]
+    common = [dataset for dataset in runs[0].files if all(dataset in one.files for one in runs)]
     if not common:
-        raise InputError(f"no data set is in every one of {', '.join(map(str, folders))}")
-    names = [f"run {number}" for number in range(1, len(folders) + 1)]
+        raise InputError(f"no data set is in every one of {', '.join(map(str, places))}")
+    names = [f"run {number}" for number in range(1, len(runs) + 1)]
     columns = ("data set", "samples", names[0], *(part for name in names[1:] for part in (name, f"{name} - run 1")))
     lines = []
     for dataset in common:
-        runs = [scoring.read_predictions(one[dataset]) for one in files]
-        count = min(map(len, runs))
-        for paths, rows in zip(files[1:], runs[1:], strict=True):
+        found = [one.rows(dataset) for one in runs]
+        count = min(map(len, found))
+        for run, rows in zip(runs[1:], found[1:], strict=True):
             for number in range(count):
-                if rows[number]["answers"] != runs[0][number]["answers"]:
-                    where = f"{paths[dataset]} line {number + 1}"
-                    raise InputError(f"{where} answers another sample than {files[0][dataset]}")
-        scores = [scoring.sample_scores(dataset, rows[:count]) for rows in runs]
+                if rows[number]["answers"] != found[0][number]["answers"]:
+                    where = f"{run.files[dataset]} line {number + 1}"
+                    raise InputError(f"{where} answers another sample than {runs[0].files[dataset]}")
+        scores = [scoring.sample_scores(dataset, rows[:count]) for rows in found]
         line = {"data set": dataset, "samples": str(count), names[0]: f"{scoring.dataset_score(scores[0]):.2f}"}
         for name, one in zip(names[1:], scores[1:], strict=True):
             mean, low, high = (100 * value for value in scoring.difference(scores[0], one))
             line[name] = f"{scoring.dataset_score(one):.2f}"
             line[f"{name} - run 1"] = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
         lines.append(line)
-        left = max(map(len, runs)) - count
+        left = max(map(len, found)) - count
         if left:
             print(f"{dataset}: {left} samples that are not in every run are left out")
-    for name, folder in zip(names, folders, strict=True):
-        say(f"{name}: {folder}")
+    for name, run in zip(names, runs, strict=True):
+        say(f"{name}: {run.name}")
     print(table(columns, lines))
     print("differences: mean over samples, in points, and its 95% interval (paired bootstrap); noise where it holds 0")
 
 
-def find_folder(args: argparse.Namespace) -> Path:
-    """The folder that the flags name, which must be there."""
+def find_place(args: argparse.Namespace) -> Path:
+    """The folder or file that the flags name; the folder of a run must be there."""
     if args.folder is not None:
         if args.model is not None:
             raise InputError(f"give the folder {args.folder} or the flags of a run such as --model, not both")
-        if not Path(args.folder).is_dir():
-            raise InputError(f"the folder {args.folder} is not there")
         return Path(args.folder)
     check_flags(args)
     if args.model is None:
@@ -139,25 +143,6 @@ def find_folder(args: argparse.Namespace) -> Path:
         others = f"; there are runs in {', '.join(there)}" if there else ""
         raise InputError(f"there is no run in {folder}: start pred.py with the same flags first{others}")
     return folder
-
-
-def prediction_files(folder: Path, datasets: str | None, task: str = "Long") -> list[Path]:
-    """The finished prediction files to score; unfinished ones are an error unless `datasets` leaves them out."""
-    partial = sorted(folder.glob("*.partial*.jsonl"))
-    finished = {scoring.dataset_of(path): path for path in sorted(folder.glob("*.jsonl")) if path not in partial}
-    known = dataset_names("all", task)
-    wanted = dataset_names(datasets, task) if datasets not in (None, "all") else None
-    for path in partial:
-        if wanted is None or scoring.dataset_of(path) in wanted:
-            count = read_bytes(path).count(b"\n")
-            raise InputError(f"{path} is half-written, {count} samples so far: start pred.py again to go on")
-    missing = [dataset for dataset in wanted or () if dataset not in finished]
-    if missing or not finished:
-        raise InputError(f"{folder} has no {missing[0] if missing else 'prediction file such as samsum'}.jsonl")
-    for dataset, path in finished.items():
-        if wanted is None and dataset not in known:
-            raise InputError(f"{path} is named after none of the data sets: {', '.join(known)}")
-    return [finished[dataset] for dataset in wanted or known if dataset in finished]
 
 
 if __name__ == "__main__":

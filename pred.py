@@ -15,8 +15,8 @@ from squeeze.work import OpenJob, do, here
 def main(argv: Sequence[str] | None = None) -> None:
     process = ranks()
     job = prepare(sys.argv[1:] if argv is None else argv, process)
-    if job.note and process.first:
-        say(f"note: {job.note}")
+    for note in job.notes if process.first else ():
+        say(f"note: {note}")
     jobs = [OpenJob(job, process)]
     with here(jobs, process) as worker:
         for done, index in do(jobs, worker):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -14,10 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from squeeze import models
+from squeeze.arguments import Parser, as_path, path_text, real, whole
 from squeeze.bench_files import bandwidth, full_speeds, speed
-from squeeze.config import ALGORITHMS, ALLOCATIONS, DTYPES, InputError
+from squeeze.config import ALGORITHMS, ALLOCATIONS, DTYPES, InputError, parse_fraction
 from squeeze.files import write_json, write_whole, writing
-from squeeze.flags import Parser, run_command
+from squeeze.flags import run_command
 from squeeze.longbench import build_prompt, load_data
 from squeeze.tables import table
 from squeeze.text import say
@@ -55,12 +58,14 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("--model", default="SmolLM2-135M", help="as in pred.py (default: the embedded model)")
-    made.add_argument("--model_path", help="where --model lies, as in pred.py")
+    made.add_argument(
+        "--model", type=path_text, default="SmolLM2-135M", help="as in pred.py (default: the embedded model)"
+    )
+    made.add_argument("--model_path", type=path_text, help="where --model lies, as in pred.py")
     made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    made.add_argument("--batch_size", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
-    made.add_argument("--prompt_length", type=int, default=4096, help="tokens of every prompt (default: 4096)")
-    made.add_argument("--new_tokens", type=int, default=65, help="tokens to generate after it (default: 65)")
+    made.add_argument("--batch_size", type=whole(1), nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    made.add_argument("--prompt_length", type=whole(1), default=4096, help="tokens of every prompt (default: 4096)")
+    made.add_argument("--new_tokens", type=whole(1), default=65, help="tokens to generate after it (default: 65)")
     made.add_argument(
         "--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES[1:], help="default: float32 bfloat16"
     )
@@ -75,7 +80,7 @@ def parser() -> Parser:
     made.add_argument("--ini_size", default="0.2", help="as in pred.py (default: 0.2)")
     made.add_argument("--KV_class3", default="0.12", help="as in pred.py (default: 0.12)")
     made.add_argument("--allocation", default="squeeze-log", choices=ALLOCATIONS[:3], help="default: squeeze-log")
-    made.add_argument("--rounds", type=int, default=3, help="prefills and generations of each (default: 3)")
+    made.add_argument("--rounds", type=whole(1), default=3, help="prefills and generations of each (default: 3)")
     made.add_argument(
         "--in_turns",
         action="store_true",
@@ -85,7 +90,9 @@ def parser() -> Parser:
     made.add_argument(
         "--peers", action="store_true", help="also DynamicCache, full and cut, and kvpress's presses of the algorithms"
     )
-    made.add_argument("--peer_python", help="Python of the environment with kvpress (without it: no kvpress)")
+    made.add_argument(
+        "--peer_python", type=path_text, help="Python of the environment with kvpress (without it: no kvpress)"
+    )
     made.add_argument(
         "--peer_attn",
         nargs="+",
@@ -93,11 +100,18 @@ def parser() -> Parser:
         choices=["sdpa", "eager"],
         help="attention of peers (default: sdpa)",
     )
-    made.add_argument("--memory_gb", type=float, help="say which batch would fit into so much, by the peaks measured")
     made.add_argument(
-        "--data_dir", default=models.ROOT / "data/longbench", help="its samsum.jsonl gives the prompts' text"
+        "--memory_gb",
+        type=real("a number above 0", without_least=True),
+        help="say which batch would fit into so much, by the peaks measured",
     )
-    made.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results (default: bench)")
+    made.add_argument(
+        "--data_dir",
+        type=path_text,
+        default=models.ROOT / "data/longbench",
+        help="its samsum.jsonl gives the prompts' text",
+    )
+    made.add_argument("--out", type=as_path, default=Path("bench"), help="folder of the results (default: bench)")
     return made
 
 
@@ -132,7 +146,7 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
 
 def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
     """What users would run instead, at the same total of tokens."""
-    budget = int(float(args.ini_size) * args.prompt_length)
+    budget = int(parse_fraction("ini_size", args.ini_size) * args.prompt_length)
     layers = models.read_config(Path(base["model"])).num_hidden_layers
     cut = {"budgets": [budget] * layers}
     found = []
@@ -237,11 +251,15 @@ def plot(records: Sequence[dict[str, Any]]) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    for name in ("prompt_length", "new_tokens", "rounds"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be 1 or more, got {getattr(args, name)}")
-    if min(args.batch_size) < 1:
-        raise InputError(f"--batch_size must be 1 or more, got {min(args.batch_size)}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {args.out}: {error.strerror}") from None
+    if args.peer_python is not None:
+        program = shutil.which(args.peer_python)
+        if program is None:
+            raise InputError(f"--peer_python {args.peer_python} is no program that can be run")
+        args.peer_python = os.path.abspath(program)  # links as they are: they tell Python its environment
     source = models.resolve(args.model, args.model_path)
     folder = models.fetch(source)
     data = load_data("samsum", args.data_dir)
@@ -257,8 +275,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     todo = specs(args, folder, tokens)
     records: list[dict[str, Any]] = []
     shared: dict[str, Any] = {}
-    with writing(f"into {args.out}"):
-        args.out.mkdir(parents=True, exist_ok=True)
     together = (
         groupby(todo, key=lambda spec: spec["batch_size"]) if args.in_turns else ((None, [spec]) for spec in todo)
     )

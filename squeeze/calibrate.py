@@ -14,12 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from squeeze import calibration
+from squeeze.arguments import Parser, as_path, path_text
 from squeeze.config import InputError, parse_fraction
 from squeeze.decoding import Count, Positive
 from squeeze.distributed import ALONE
 from squeeze.files import write_json, writing
-from squeeze.flags import Parser, run_command
+from squeeze.flags import run_command
 from squeeze.jobs import Job, prepare
+from squeeze.prompting import chat_settings
 from squeeze.records import Nats
 from squeeze.runs import Run, versions
 from squeeze.samples import Samples
@@ -61,20 +63,24 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("--model", help="as in pred.py")
-    made.add_argument("--model_path", help="as in pred.py")
+    made.add_argument("--model", type=path_text, help="as in pred.py")
+    made.add_argument("--model_path", type=path_text, help="as in pred.py")
     made.add_argument("--algorithm", help="sliding_window, streaming or h2o (default: the architecture's)")
     made.add_argument("--start_size", default="4", help="as in pred.py (default: 4)")
     made.add_argument(
         "--ini_size", nargs="+", default=["0.1", "0.2", "0.4"], help="sizes to measure at (default: 0.1 0.2 0.4)"
     )
-    made.add_argument("--data_dir", help="rows in LongBench's format (default: those that the project ships)")
+    made.add_argument(
+        "--data_dir", type=path_text, help="rows in LongBench's format (default: those that the project ships)"
+    )
     made.add_argument("--datasets", default=DATASETS, help=f"which of them (default: {DATASETS})")
     made.add_argument("--sample_num", default="1", help="prompts of each data set (default: 1)")
     made.add_argument("--device", help="as in pred.py")
     made.add_argument("--dtype", default="auto", help="as in pred.py")
     made.add_argument("--overwrite", action="store_true", help="measure anew what is there")
-    made.add_argument("--out", type=Path, help="the file to write (default: config/calibration/MODEL-ALGORITHM.json)")
+    made.add_argument(
+        "--out", type=as_path, help="the file to write (default: config/calibration/MODEL-ALGORITHM.json)"
+    )
     return made
 
 
@@ -83,8 +89,8 @@ def job_of(args: argparse.Namespace) -> Job:
     argv = ["--enable_squeeze", "--ini_size", "1", "--KV_class3", "1"]
     for name in ("model", "model_path", "algorithm", "start_size", "datasets", "sample_num", "device", "dtype"):
         if getattr(args, name) is not None:
-            argv += [f"--{name}", getattr(args, name)]
-    return prepare([*argv, "--data_dir", args.data_dir or str(calibration.ROOT / "data/longbench")], ALONE)
+            argv.append(f"--{name}={getattr(args, name)}")
+    return prepare([*argv, f"--data_dir={args.data_dir or calibration.ROOT / 'data/longbench'}"], ALONE)
 
 
 def calibrate(argv: Sequence[str] | None = None) -> None:
@@ -103,6 +109,8 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     assert job.config is not None and job.config.algorithm is not None
     algorithm, name = job.config.algorithm, job.source.name
     out = args.out or calibration.place(name, algorithm)
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder: give the name of a file")
     how = {
         "algorithm": algorithm,
         "start_size": job.config.start_size if algorithm == "streaming" else None,
@@ -115,7 +123,9 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | how
     folder = Path("calibration") / name / algorithm
     with Run(folder, settings, job.info, args.overwrite, MeasuredSample) as run:
-        samples = run.open("curves", {"data": data, "rows": [[one.dataset, row] for one, row in rows]}, len(rows))
+        measured = {"data": data, "rows": [[one.dataset, row] for one, row in rows]}
+        formats = {one.dataset: found for one in job.data if (found := chat_settings(one.dataset, name, False))}
+        samples = run.open("curves", measured | ({"chat_formats": formats} if formats else {}), len(rows))
         check_whole(samples, len(shares), len(loss_curves.MULTIPLES))
         run.start(samples)
         if samples.missing:
@@ -162,10 +172,14 @@ def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares:
     with load([job]) as engine:
         assert engine.squeezed is not None
         tokenizer, layers = engine.tokenizer, engine.model.config.num_hidden_layers
-        prompts = {
-            index: predict.encode(tokenizer, rows[index][0], rows[index][1] + 1, job.how)[-1].tokens
-            for index in samples.missing
+        wanted = [rows[index] for index in samples.missing]
+        most = {data.dataset: 1 + row for data, row in wanted}  # rows come in order
+        encoded = {
+            data.dataset: predict.encode(tokenizer, data, most[data.dataset], job.how)
+            for data in job.data
+            if data.dataset in most
         }
+        prompts = {index: encoded[rows[index][0].dataset][rows[index][1]].tokens for index in samples.missing}
         total = sum(loss_curves.cost(len(tokens), len(shares), layers) for tokens in prompts.values())
         print(f"{len(prompts)} prompts, {total:,} tokens to run")
         with tqdm(total=total, unit="token", unit_scale=True, desc=job.config.algorithm if job.config else "") as bar:

@@ -6,7 +6,7 @@ budget of every layer and `KV_class3` the budget of the least important layers, 
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,6 +28,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_ALGORITHM: dict[str, str] = {"mistral": "sliding_window", "llama": "streaming"}
 
 
+#: Of tokens, rows, prompts and rounds; there are no more of anything that one run could hold.
+MOST = 2**31 - 1
+
+#: Of a fraction, above or below the line.
+MOST_DIGITS = 100
+
+#: Decimal text, in the digits that every program reads alike.
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?")
+QUOTIENT = re.compile(r"[+-]?[0-9]+/[0-9]+")
+
+
 class InputError(ValueError):
     """Something the user gave is wrong; the message is one sentence. Commands print it and exit with code 2."""
 
@@ -37,16 +48,45 @@ def parse_fraction(name: str, value: str | float | Fraction) -> Fraction:
 
     Args:
         name: what the value is called in the error message.
-        value: decimal text, or a number, of which the shortest decimal form counts.
+        value: decimal text or text such as 1/3, or a number, of which the shortest decimal form counts.
     Raises:
-        InputError: `value` is no finite number.
+        InputError: `value` is no such number, or one of more than `MOST_DIGITS` digits.
     """
     try:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError
-        return value if isinstance(value, Fraction) else Fraction(str(value).strip())
+        found = value if isinstance(value, Fraction) else _fraction(str(value).strip())
     except (ValueError, ZeroDivisionError):
-        raise InputError(f"{name} must be a number in (0, 1], got {value}") from None
+        raise InputError(f"{name} must be a number in (0, 1], got {shown(value)}") from None
+    if max(abs(found.numerator), found.denominator) > 10**MOST_DIGITS:
+        raise InputError(f"{name} must be a number in (0, 1] of at most {MOST_DIGITS} digits, got {shown(value)}")
+    return found
+
+
+def _fraction(text: str) -> Fraction:
+    """ValueError or ZeroDivisionError where it is none; an exponent is looked at before it is computed with."""
+    if len(text) > 4 * MOST_DIGITS or not (DECIMAL.fullmatch(text) or QUOTIENT.fullmatch(text)):
+        raise ValueError
+    exponent = int(text.lower().partition("e")[2] or 0)
+    return Fraction(10) ** (2 * MOST_DIGITS) if abs(exponent) > 2 * MOST_DIGITS else Fraction(text)
+
+
+def shown(value: object) -> str:
+    """A value in an error; one that Python refuses to write has thousands of digits."""
+    try:
+        return shortened(str(value))
+    except ValueError:
+        return "one of thousands of digits"
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """Text for an error: of what is too long, the start, and how long it is."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def whole_number(name: str, value: object, least: int, words: str = "a whole number") -> None:
+    """Raises InputError unless `value` is a whole number from `least` to `MOST`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
+        limit = f" and at most {MOST}" if isinstance(value, int) and value > MOST else ""
+        raise InputError(f"{name} must be {words}, {least} or more{limit}, got {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -94,8 +134,7 @@ class SqueezeConfig:
             _one_of("algorithm", self.algorithm, ALGORITHMS)
         _one_of("allocation", self.allocation, ALLOCATIONS)
         _one_of("attn", self.attn, ATTENTIONS)
-        if not isinstance(self.start_size, int) or self.start_size < 0:
-            raise InputError(f"start_size must be a whole number of tokens, 0 or more, got {self.start_size}")
+        whole_number("start_size", self.start_size, 0, "a whole number of tokens")
         self._parse_sizes()
         if self.prefill_chunk is not None:
             self._check_prefill_chunk()
@@ -125,13 +164,12 @@ class SqueezeConfig:
         ini_size = _size(self.ini_size)
         kv_class3 = parse_fraction("KV_class3", self.kv_class3)
         if not 0 < kv_class3 <= ini_size:
-            raise InputError(f"KV_class3 must be in (0, ini_size = {float(ini_size):g}], got {self.kv_class3}")
+            raise InputError(f"KV_class3 must be in (0, ini_size = {float(ini_size):g}], got {shown(self.kv_class3)}")
         object.__setattr__(self, "ini_size", ini_size)
         object.__setattr__(self, "kv_class3", kv_class3)
 
     def _check_prefill_chunk(self) -> None:
-        if not isinstance(self.prefill_chunk, int) or self.prefill_chunk < 1:
-            raise InputError(f"prefill_chunk must be a whole number of tokens, 1 or more, got {self.prefill_chunk}")
+        whole_number("prefill_chunk", self.prefill_chunk, 1, "a whole number of tokens")
         if self.algorithm == "h2o":
             raise InputError(
                 "prefill_chunk cannot be used with h2o, which chooses tokens by the attention of the whole prompt: "
@@ -181,10 +219,10 @@ def _size(value: Fraction | float | str) -> Fraction:
     """Read `ini_size`."""
     found = parse_fraction("ini_size", value)
     if not 0 < found <= 1:
-        raise InputError(f"ini_size must be in (0, 1], got {value}")
+        raise InputError(f"ini_size must be in (0, 1], got {shown(value)}")
     return found
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value}")
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")

@@ -6,15 +6,15 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from functools import cache
 
 from squeeze import interrupt, threads
+from squeeze.arguments import Parser, path_text, real, whole
 from squeeze.compatibility import UntestedVersion, missing_package
-from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, InputError, SqueezeConfig
+from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, InputError, SqueezeConfig, shortened
 from squeeze.request_files import HELM_TASKS
 from squeeze.text import say
 
@@ -29,6 +29,11 @@ WORDS = {
     "attn": ATTENTIONS,
     "device_map": DEVICE_MAPS,
 }
+
+TEMPERATURE = real("a number, 0 or more")
+
+#: What PyTorch's random number generators take.
+MOST_SEED = 2**64 - 1
 
 PRED_EXAMPLES = """examples
   a uniform budget of 21 % of the prompt in every layer (Mistral: sliding window):
@@ -62,15 +67,9 @@ EVAL_EXAMPLES = """examples
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} ({self.prog} --help explains every flag)")
-
-
+@cache
 def pred_parser() -> Parser:
-    """The flags of `pred.py`."""
+    """The flags of `pred.py`; one parser, since a sweep reads thousands of command lines."""
     parser = _parser(
         "Write a model's predictions on LongBench or for HELM, with a full or a squeezed KV cache.", PRED_EXAMPLES
     )
@@ -79,7 +78,7 @@ def pred_parser() -> Parser:
         "--device", help="cpu, cuda, or one GPU such as cuda:0 (default: the first GPU if there is one, else the CPU)"
     )
     parser.add_argument(
-        "--sample_num", type=int, help="how many rows of each data set to run (default: all; of HELM: 300)"
+        "--sample_num", type=whole(1), help="how many rows of each data set to run (default: all; of HELM: 300)"
     )
     parser.add_argument(
         "--device_map",
@@ -87,13 +86,16 @@ def pred_parser() -> Parser:
         "the layers over the GPUs, then CPU memory, then disk; a layer's cache lives where the layer runs",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=1, help="prompts to run together, alike in length (default: 1)"
+        "--batch_size", type=whole(1), default=1, help="prompts to run together, alike in length (default: 1)"
     )
     parser.add_argument(
-        "--data_dir", help="folder with <dataset>.jsonl files in LongBench's format (default: LongBench from the Hub)"
+        "--data_dir",
+        type=path_text,
+        help="folder with <dataset>.jsonl files in LongBench's format (default: LongBench from the Hub)",
     )
     parser.add_argument(
         "--requests",
+        type=path_text,
         help="of HELM: the file of requests that python -m squeeze.helm_requests makes (default: data/xsum.jsonl or "
         "data/cnndm.jsonl)",
     )
@@ -116,7 +118,7 @@ def pred_parser() -> Parser:
     )
     parser.add_argument(
         "--prefill_chunk",
-        type=int,
+        type=whole(1),
         help="prefill so many tokens at a time and evict after each, for sliding_window and streaming with KV_class3 "
         "equal to ini_size: bounds memory further, but a chunk sees only what was kept before it (default: off)",
     )
@@ -126,9 +128,14 @@ def pred_parser() -> Parser:
         help="put the prompt into the tokenizer's own chat template, for instruct models; as in LongBench, not for "
         "the few-shot and code data sets (default: LongBench's own format for names with llama2, vicuna, ...)",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling (default: 0, which is greedy)")
     parser.add_argument(
-        "--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this probability (default: 1)"
+        "--temperature", type=TEMPERATURE, default=0.0, help="of sampling (default: 0, which is greedy)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=real("in (0, 1]", most=1, without_least=True),
+        default=1.0,
+        help="sample from the likeliest tokens of this probability (default: 1)",
     )
     parser.add_argument(
         "--fidelity",
@@ -150,10 +157,18 @@ def pred_parser() -> Parser:
 def eval_parser() -> Parser:
     """The flags of `eval.py`: those of `pred.py` that name a run's folder, or the folder itself."""
     parser = _parser("Score a run's predictions with LongBench's own metrics.", EVAL_EXAMPLES)
-    parser.add_argument("folder", nargs="?", help="folder of prediction files, in place of the flags that name a run")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=path_text,
+        help="folder of prediction files, or one file, in place of the flags that name a run; also other tools': "
+        "MiniLongBench's, and KVCache-Factory's, where FOLDER/METHOD names a run",
+    )
     parser.add_argument(
         "--compare",
         nargs="+",
+        action="extend",
+        type=path_text,
         metavar="RUN",
         help="folders of prediction files: scores side by side, and every run's difference to the first",
     )
@@ -185,9 +200,13 @@ def _add_run_flags(parser: Parser) -> None:
 def add_cache_flags(parser: Parser) -> None:
     """The model and its cache. Sizes stay text, so that 0.03 is 3/100 and not the nearest binary number."""
     parser.add_argument(
-        "--model", help="a name in config/model2path.json, a local model folder, or a Hub name such as org/model"
+        "--model",
+        type=path_text,
+        help="a name in config/model2path.json, a local model folder, or a Hub name such as org/model",
     )
-    parser.add_argument("--model_path", help="where --model lies, in place of what config/model2path.json says")
+    parser.add_argument(
+        "--model_path", type=path_text, help="where --model lies, in place of what config/model2path.json says"
+    )
     parser.add_argument(
         "--model_arch",
         help="Mistral or llama: must be the model's own architecture, which is the default; no_change: full cache",
@@ -218,20 +237,20 @@ def add_cache_flags(parser: Parser) -> None:
     parser.add_argument(
         "--start_size",
         "--start_token",
-        type=int,
+        type=whole(0),
         default=4,
         help="tokens at the start that streaming never evicts (default: 4)",
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=whole(0, MOST_SEED),
         default=42,
         help="names the run, and decides on what is sampled; greedy decoding does not depend on it (default: 42)",
     )
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Check the values that are words or counts, and spell `--model_arch` in one way.
+    """Check the values that are words, and spell `--model_arch` in one way.
 
     Raises:
         InputError: a value is none of those allowed.
@@ -239,11 +258,11 @@ def check_flags(args: argparse.Namespace) -> None:
     task = getattr(args, "pred", "Long")
     if task not in TASKS:
         tasks = " or ".join(f"{task} ({name})" for task, name in TASKS.items())
-        raise InputError(f"--pred must be {tasks}, got {task}")
+        raise InputError(f"--pred must be {tasks}, got {shortened(task)}")
     if args.model_arch is not None:
         spelled = {arch.lower(): arch for arch in MODEL_ARCHS}
         if args.model_arch.lower() not in spelled:
-            raise InputError(f"--model_arch must be one of {', '.join(MODEL_ARCHS)}, got {args.model_arch}")
+            raise InputError(f"--model_arch must be one of {', '.join(MODEL_ARCHS)}, got {shortened(args.model_arch)}")
         args.model_arch = spelled[args.model_arch.lower()]
     if getattr(args, "device_map", None) is not None:
         if args.device is not None:
@@ -253,20 +272,11 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, allowed in WORDS.items():
         value = getattr(args, name, None)
         if value is not None and value not in allowed:
-            raise InputError(f"--{name} must be one of {', '.join(allowed)}, got {value}")
-    for name in ("sample_num", "batch_size"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} must be 1 or more, got {getattr(args, name)}")
-    if not 0 <= getattr(args, "temperature", 0) < math.inf:
-        raise InputError(f"--temperature must be a number, 0 or more, got {args.temperature}")
-    if not 0 < getattr(args, "top_p", 1) <= 1:
-        raise InputError(f"--top_p must be in (0, 1], got {args.top_p}")
+            raise InputError(f"--{name} must be one of {', '.join(allowed)}, got {shortened(value)}")
     if getattr(args, "top_p", 1) < 1 and args.temperature == 0:
         raise InputError("--top_p is for sampling: give --temperature as well")
     if getattr(args, "fidelity", False) and args.temperature > 0:
         raise InputError("--fidelity compares greedy answers: leave --temperature out")
-    if args.seed < 0:
-        raise InputError(f"--seed must be 0 or more, got {args.seed}")
 
 
 def check_task_flags(args: argparse.Namespace) -> None:
@@ -334,12 +344,14 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
         command = interrupt.raises()
         try:
             os.environ |= threads.settings()
-            if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(
-                    errors="backslashreplace"
-                )  # as stderr is: what a terminal cannot show is no error
+            if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is no error, as on stderr
+                sys.stdout.reconfigure(errors="backslashreplace")
             main(None)
-        except (InputError, ImportError) as error:
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read the output has seen enough; what is still in the buffer has no reader
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 141
+        except (InputError, ImportError, OSError) as error:
             said = _sentence(error)
             if said is None or interrupt.came():
                 raise
@@ -362,4 +374,6 @@ def _sentence(error: Exception) -> str | None:
     """What a user is told of an error; None where it is a fault of the program and not of what it was given."""
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror or error)
     return str(error) if isinstance(error, InputError | UntestedVersion) else None

@@ -19,9 +19,10 @@ from typing import Any
 import yaml
 
 from squeeze import models
+from squeeze.arguments import Parser, path_text
 from squeeze.config import InputError
 from squeeze.files import Open, read_bytes, write_whole, writing
-from squeeze.flags import Parser, add_cache_flags, check_flags, config_from_flags, for_model, run_command
+from squeeze.flags import add_cache_flags, check_flags, config_from_flags, for_model, run_command
 from squeeze.model_config import ModelConfig
 from squeeze.runs import run_folder
 from squeeze.text import say
@@ -118,7 +119,7 @@ def write_environment(folder: Path, deployments: Sequence[Deployment]) -> None:
     }
     for name in contents:
         path = folder / name
-        if path.exists() and not read_bytes(path).startswith(MARK.encode()):
+        if path.exists() and not (path.is_file() and read_bytes(path).startswith(MARK.encode())):
             raise InputError(f"{path} is there and was not written by this project: move it away")
     with writing(f"into {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU if there is one, else the CPU)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
-    parser.add_argument("--out", default=str(ENVIRONMENT), help=f"the folder (default: {ENVIRONMENT})")
+    parser.add_argument("--out", type=path_text, default=str(ENVIRONMENT), help=f"the folder (default: {ENVIRONMENT})")
     args = parser.parse_args(argv)
     if args.model is None:
         raise InputError("--model is missing: a name in config/model2path.json, a local folder or a Hub name")

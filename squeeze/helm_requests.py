@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from squeeze import models
-from squeeze.config import InputError
+from squeeze.arguments import Parser, path_text, whole
+from squeeze.config import InputError, shortened
 from squeeze.files import Open, lock, read_json, to_jsonl, write_json, write_whole, writing
-from squeeze.flags import Parser, run_command
+from squeeze.flags import TEMPERATURE, run_command
 from squeeze.helm_env import ENVIRONMENT, OUTPUT, Deployment, find_model, helm, write_environment
 from squeeze.helm_files import HelmRequest, RequestState, ScenarioState
 from squeeze.request_files import SAMPLE_NUM, note_path
@@ -63,7 +64,7 @@ def run_entry(name: str, articles: str | None, temperature: float) -> str:
         InputError: there is no such scenario, or its articles are not there.
     """
     if name not in SCENARIOS:
-        raise InputError(f"--scenario must be one of {', '.join(SCENARIOS)}, got {name}")
+        raise InputError(f"--scenario must be one of {', '.join(SCENARIOS)}, got {shortened(name)}")
     scenario = SCENARIOS[name]
     if not scenario.local:
         if articles is not None:
@@ -179,12 +180,10 @@ def write_requests(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     Raises:
         InputError: a flag is wrong, a file would be lost, or HELM fails.
     """
-    if args.sample_num < 1:
-        raise InputError(f"--sample_num must be 1 or more, got {args.sample_num}")
-    if args.temperature < 0:
-        raise InputError(f"--temperature must be 0 or more, got {args.temperature}")
     entry = run_entry(args.scenario, args.articles, args.temperature)
     out = Path(args.out or f"data/{SCENARIOS[args.scenario].task}.jsonl")
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder: give the name of a file")
     if out.exists() and not note_path(out).exists() and not args.overwrite:
         raise InputError(f"{out} is there and was not made by this command: --overwrite replaces it")
     name = models.run_name(args.model)
@@ -220,14 +219,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--scenario", required=True, help=", ".join(SCENARIOS))
-    parser.add_argument("--model", required=True, help="as in pred.py: its tokenizer and window decide what fits")
-    parser.add_argument("--model_path", help="where --model lies, in place of what config/model2path.json says")
-    parser.add_argument("--out", help="the file of requests (default: data/xsum.jsonl or data/cnndm.jsonl)")
-    parser.add_argument("--articles", help='of xsum_local and cnndm_local: a {"document", "summary"} a line')
     parser.add_argument(
-        "--sample_num", type=int, default=SAMPLE_NUM, help=f"the most requests, which HELM samples ({SAMPLE_NUM})"
+        "--model", type=path_text, required=True, help="as in pred.py: its tokenizer and window decide what fits"
     )
-    parser.add_argument("--temperature", type=float, default=0.3, help="of sampling, 0 is greedy (HELM's own: 0.3)")
+    parser.add_argument(
+        "--model_path", type=path_text, help="where --model lies, in place of what config/model2path.json says"
+    )
+    parser.add_argument(
+        "--out", type=path_text, help="the file of requests (default: data/xsum.jsonl or data/cnndm.jsonl)"
+    )
+    parser.add_argument(
+        "--articles", type=path_text, help='of xsum_local and cnndm_local: a {"document", "summary"} a line'
+    )
+    parser.add_argument(
+        "--sample_num", type=whole(1), default=SAMPLE_NUM, help=f"the most requests, which HELM samples ({SAMPLE_NUM})"
+    )
+    parser.add_argument(
+        "--temperature", type=TEMPERATURE, default=0.3, help="of sampling, 0 is greedy (HELM's own: 0.3)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that this command did not make")
     out, note = write_requests(parser.parse_args(argv))
     say(f"{out}: {note['requests']} requests of {note['run_entry']}")

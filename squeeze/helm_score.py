@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from squeeze import models
+from squeeze.arguments import Parser, as_path, path_text, whole
 from squeeze.config import InputError
 from squeeze.decoding import check, shown
 from squeeze.files import read_bytes, read_json, unfinished, write_json, writing
-from squeeze.flags import Parser, add_cache_flags, check_flags, config_from_flags, for_model, run_command
+from squeeze.flags import TEMPERATURE, add_cache_flags, check_flags, config_from_flags, for_model, run_command
 from squeeze.helm_env import ENVIRONMENT, OUTPUT, Deployment, engine, find_model, helm, write_environment
 from squeeze.helm_files import Stat, Suite
 from squeeze.helm_requests import SCENARIOS, check_full, run_entry
@@ -257,7 +258,7 @@ def find_folders(args: argparse.Namespace) -> list[Path]:
     """The runs to score: the folders that the command line names; or the run that its flags name, and every finished
     run of the same model on the same requests."""
     if args.folders:
-        return [Path(folder) for folder in args.folders]
+        return args.folders
     if args.model is None:
         raise InputError("nothing to score: give folders of runs, or --model and pred.py's other flags")
     args.enable_squeeze = args.enable_squeeze or args.ini_size is not None or args.KV_class3 is not None
@@ -290,15 +291,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="The settings at the top of the script, or in the environment, come first; flags win over them.",
         allow_abbrev=False,
     )
-    parser.add_argument("folders", nargs="*", help="run folders, in place of the flags that name one")
+    parser.add_argument("folders", nargs="*", type=as_path, help="run folders, in place of the flags that name one")
     parser.add_argument("--pred", help="the task: xsum or cnndm (default: as the folders are called, or xsum)")
     add_cache_flags(parser)
     parser.add_argument("--scenario", help=f"for requests of unknown origin: {', '.join(SCENARIOS)}")
-    parser.add_argument("--articles", help="of xsum_local and cnndm_local")
-    parser.add_argument("--temperature", type=float, default=0.3, help="of requests of unknown origin (0.3)")
-    parser.add_argument("--sample_num", type=int, help="instances that HELM takes, for requests of unknown origin")
+    parser.add_argument("--articles", type=path_text, help="of xsum_local and cnndm_local")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.3, help="of requests of unknown origin (0.3)")
+    parser.add_argument(
+        "--sample_num", type=whole(1), help="instances that HELM takes, for requests of unknown origin"
+    )
     args = parser.parse_args(argv)
-    called = Path(args.folders[0]).parts[0] if args.folders else ""
+    called = args.folders[0].parts[0] if args.folders and args.folders[0].parts else ""
     args.pred = args.pred or next((task for task in HELM_TASKS if called == f"pred_{task}"), "xsum")
     check_flags(args)
     if args.pred not in HELM_TASKS:

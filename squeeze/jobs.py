@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from squeeze.config import InputError, SqueezeConfig
 from squeeze.distributed import ALONE, Ranks
 from squeeze.flags import check_flags, check_task_flags, config_from_flags, for_model, pred_parser
 from squeeze.longbench import Data, dataset_names, load_data
+from squeeze.prompting import chat_format, chat_note, chat_settings
 from squeeze.request_files import HELM_TASKS, Requests, read_requests
 from squeeze.runs import cache_settings, run_folder, versions
 
@@ -32,7 +33,7 @@ class Job:
         argv, args: the flags.
         config: of the cache; None for the full one.
         source, model: the model's name, and its folder.
-        note: a sentence for the user, or None.
+        notes: sentences for the user.
         place: the run's folder.
         settings, info: for `squeeze.runs.Run`.
         how: prompts are made and run.
@@ -46,7 +47,7 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     data: Sequence[Data | Requests]
-    note: str | None
+    notes: tuple[str, ...]
     place: Path
     settings: dict[str, Any]
     info: dict[str, Any]
@@ -57,6 +58,18 @@ class Job:
         """What jobs must have in common to share a loaded model."""
         args = self.args
         return self.model, self.device, self.dtype, args.attn, args.allow_pickle, args.device_map, args.chat
+
+    def settings_of(self, data: Data | Requests) -> dict[str, Any]:
+        """What changes the results of one data set, for `Run.open`."""
+        if isinstance(data, Requests):
+            return data.settings
+        return data.settings | chat_settings(data.dataset, self.source.name, self.args.chat)
+
+    def facts_of(self, data: Data | Requests) -> dict[str, Any]:
+        """What `run.json` says about one data set beside that."""
+        if isinstance(data, Requests):
+            return {"data": data.origin}
+        return {"data": data.origin, "chat_format": chat_format(data.dataset, self.source.name, self.args.chat)}
 
 
 @dataclass
@@ -92,7 +105,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     config = config_from_flags(args)
     helm = args.pred in HELM_TASKS
     datasets = [] if helm else dataset_names("samsum" if args.datasets is None else args.datasets, args.pred)
-    source = models.resolve(args.model, args.model_path)
+    source = inputs.once(models.resolve, args.model, args.model_path)
 
     # torch and transformers take seconds to import: --help and what is wrong with the flags should not wait for them.
     import torch
@@ -105,7 +118,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     if helm:
         data = [inputs.once(read_requests, args.pred, args.requests)]
     folder = inputs.once(models.fetch, source, args.allow_pickle)
-    model_config = models.read_config(folder)
+    model_config = inputs.once(models.read_config, folder)
     model_type = model_config.model_type
     models.check_arch(args.model_arch, model_type)
     identity = inputs.once(models.identity, source, folder, args.allow_pickle)
@@ -113,6 +126,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     max_length, note = model_config.max_position_embeddings, None
     if not helm:
         max_length, note = models.prompt_limit(source, max_length)
+    said = chat_note(datasets, source.name, folder, args.chat)
     settings = {"model": identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"attn": "sdpa" if args.attn == "auto" else args.attn, "seed": args.seed, **cache_settings(config)}
     place = run_folder(args.pred, source.name, config, model_type, args.seed)
@@ -125,7 +139,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
         device=device,
         dtype=dtype,
         data=data,
-        note=note,
+        notes=tuple(filter(None, (note, said))),
         place=place / "fidelity" if args.fidelity else place,
         settings=settings | _asked_for(args, folder),
         info={
@@ -149,7 +163,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     )
 
 
-def prepare_all(commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
+def prepare_all(commands: Iterable[Sequence[str]]) -> list[Job | InputError]:
     """Read and check command lines of `pred.py` for this process alone; what is wrong stands in a job's place."""
     inputs = Inputs()
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from squeeze.config import DTYPES, InputError
+from squeeze.config import DTYPES, InputError, shortened
 from squeeze.folder_config import generation_config, model_config
 from squeeze.model_config import ModelConfig, read_config
 from squeeze.model_files import inspect
@@ -43,7 +43,7 @@ def pick_device(device: str | None, local_rank: int = 0) -> torch.device:
     except RuntimeError:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise InputError(f"--device must be cpu, cuda or cuda:N, got {device}")
+        raise InputError(f"--device must be cpu, cuda or cuda:N, got {shortened(device)}")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {device}: PyTorch finds no CUDA here; use --device cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
@@ -58,7 +58,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
         InputError: it is none of `DTYPES`, or bfloat16 on a GPU that has none.
     """
     if dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {shortened(dtype)}")
     on_gpu = device.type == "cuda"
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu or _cpu_multiplies_bfloat16() else "float32"

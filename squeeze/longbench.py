@@ -23,10 +23,11 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from msgspec import Meta
 
-from squeeze.config import InputError
+from squeeze.arguments import Parser
+from squeeze.config import InputError, shortened
 from squeeze.decoding import Count, Positive
 from squeeze.files import parse_jsonl, read_bytes, read_json
-from squeeze.flags import Parser, run_command
+from squeeze.flags import run_command
 from squeeze.models import quiet_hub
 from squeeze.records import Prediction
 from squeeze.text import say
@@ -105,10 +106,9 @@ def dataset_names(text: str, task: str = "Long") -> list[str]:
         return list(known)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, cutoff=0.5) or sorted(known)
-            raise InputError(
-                f"unknown data set {name}: LongBench{'-E' if task == 'e' else ''} has {', '.join(near)}, or all"
-            )
+            near = difflib.get_close_matches(name[:80], known, cutoff=0.5) or sorted(known)
+            benchmark = "LongBench-E" if task == "e" else "LongBench"
+            raise InputError(f"unknown data set {shortened(name)}: {benchmark} has {', '.join(near)}, or all")
     return names
 
 

@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
 
+from squeeze.arguments import check_text, user_path
 from squeeze.config import InputError
 from squeeze.files import read_bytes, read_json
 from squeeze.model_config import read_config
@@ -83,9 +84,17 @@ def resolve(model: str, model_path: str | None = None) -> ModelSource:
 
 
 def run_name(model: str) -> str:
-    """What the run folders of `--model` are called: the name, or the last part of a path or Hub name."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else folder.name
+    """What the run folders of `--model` are called: the name, or the last part of a path or Hub name.
+
+    Raises:
+        InputError: that would be no name of a folder.
+    """
+    folder = _expanded("the model", model)
+    name = folder.resolve().name if _is_folder(folder) else folder.name
+    check_text("the model's name", name)
+    if name in ("", ".."):
+        raise InputError(f"{model} is no model: runs are called by the last part of its path, and this one has none")
+    return name
 
 
 def guess_model_type(model: str, model_path: str | None, model_arch: str | None) -> str:
@@ -107,8 +116,22 @@ def guess_model_type(model: str, model_path: str | None, model_arch: str | None)
 
 
 def _local(base: Path, text: str) -> str | None:
-    path = base / Path(text).expanduser()
-    return str(path.resolve()) if path.is_dir() else None
+    path = base / _expanded("the model", text)
+    return str(path.resolve()) if _is_folder(path) else None
+
+
+def _expanded(what: str, text: str) -> Path:
+    try:
+        return user_path(text)
+    except InputError as error:
+        raise InputError(f"{what} {error}") from None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise InputError(f"cannot look at {path}: {error.strerror}") from None
 
 
 def _hub(text: str) -> str | None:

@@ -11,6 +11,8 @@ from squeeze.distributed import ALONE
 from squeeze.tables import table
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from squeeze.jobs import Job
     from squeeze.predict import Prompt
     from squeeze.work import OpenJob
@@ -63,10 +65,11 @@ def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
 def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
     """The lines of runs on one model and the same data; what they come to is added to `total`."""
     from squeeze import loading, predict
+    from squeeze.folder_config import model_config
 
     job = group[0].job
     lines = []
-    tokenizer = loading.load_tokenizer(job.model)
+    tokenizer, config = loading.load_tokenizer(job.model), model_config(job.model)
     for index, data in enumerate(job.data):
         prompts = predict.encode(tokenizer, data, max(one.samples[index].total for one in group), job.how)
         shared: dict[Any, set[int]] = {}
@@ -76,9 +79,9 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
             for way in _prefills(one.job):
                 shared.setdefault(way, set()).update(missing)
             tokens = sum(len(prompts[index].tokens) for index in missing) * len(_prefills(one.job))
-            measured = _measuring(one.job, [len(prompts[index].tokens) for index in missing])
+            measured = _measuring(one.job, config, [len(prompts[index].tokens) for index in missing])
             new = sum(prompts[index].settings["max_new_tokens"] for index in missing)
-            kept, full = _most_bytes(one.job, prompts[: samples.total])
+            kept, full = _most_bytes(one.job, config, prompts[: samples.total])
             total.samples += len(missing)
             total.prompt_tokens += tokens
             total.measured += measured
@@ -102,24 +105,20 @@ def _prefills(job: Job) -> list[Any]:
     return [squeezed, job.place] if job.args.fidelity else [squeezed]
 
 
-def _measuring(job: Job, lengths: Sequence[int]) -> int:
+def _measuring(job: Job, config: PretrainedConfig, lengths: Sequence[int]) -> int:
     """Tokens that are run for the loss curves of prompts of these lengths."""
     from squeeze import loss_curves
-    from squeeze.folder_config import model_config
 
     if job.config is None or job.config.allocation != "measured":
         return 0
-    layers = model_config(job.model).num_hidden_layers
-    return sum(loss_curves.cost(length, 1, layers) for length in lengths)
+    return sum(loss_curves.cost(length, 1, config.num_hidden_layers) for length in lengths)
 
 
-def _most_bytes(job: Job, prompts: Sequence[Prompt]) -> tuple[int, int]:
+def _most_bytes(job: Job, config: PretrainedConfig, prompts: Sequence[Prompt]) -> tuple[int, int]:
     """The most bytes of keys and values that a batch holds while it decodes, and in its prefill."""
     from squeeze.batching import share
-    from squeeze.folder_config import model_config
     from squeeze.predict import full_cache_bytes
 
-    config = model_config(job.model)
     token = full_cache_bytes(config, 1, job.dtype)
     kept = full = 0
     for batch in share(prompts, job.how.batch_size, ALONE):

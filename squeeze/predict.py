@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
@@ -24,6 +25,9 @@ from squeeze.request_files import Requests
 from squeeze.sampling import generator, sampler
 from squeeze.squeezed_model import SqueezedModel
 from squeeze.stopping import StopStrings
+
+#: Characters that take seconds to tokenize.
+LONG_TEXT = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,18 @@ def greedy(max_new_tokens: int) -> dict[str, Any]:
     return {"max_new_tokens": max_new_tokens, "num_beams": 1, "do_sample": False}
 
 
+def tokenizing(texts: Sequence[str], dataset: str, ranks: Ranks) -> Iterator[str]:
+    """The texts, with a bar over their characters where they take a while: at once, if there are many."""
+    total = sum(map(len, texts))
+    shown: dict[str, Any] = {} if ranks.first else {"disable": True}
+    delay = 0 if total > LONG_TEXT else 2
+    what = f"{dataset}: tokenizing"
+    with tqdm(total=total, desc=what, unit="char", unit_scale=True, delay=delay, leave=False, **shown) as bar:
+        for text in texts:
+            yield text
+            bar.update(len(text))
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, data: Data | Requests, total: int, how: Options) -> list[Prompt]:
     """The first `total` prompts of a data set: LongBench's as its runner puts them, HELM's without special tokens.
 
@@ -226,10 +242,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, data: Data | Requests, total: int
         settings = generation_settings(tokenizer, data.dataset)
         texts = [build_prompt(data.dataset, row) for row in data.rows[:total]]
         limit, name, chat = how.max_length, how.model_name, how.chat
-        return [Prompt(encode_prompt(tokenizer, data.dataset, text, limit, name, chat), settings) for text in texts]
+        return [
+            Prompt(encode_prompt(tokenizer, data.dataset, text, limit, name, chat), settings)
+            for text in tokenizing(texts, data.dataset, how.ranks)
+        ]
     prompts = []
-    for number, request in enumerate(data.rows[:total], start=1):
-        tokens = tokenizer(request.prompt, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    requests = data.rows[:total]
+    asked = tokenizing([request.prompt for request in requests], data.dataset, how.ranks)
+    for number, (request, text) in enumerate(zip(requests, asked, strict=True), start=1):
+        tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         new = request.decoding.max_tokens
         if len(tokens) + new > how.max_length:
             raise InputError(

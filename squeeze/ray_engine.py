@@ -173,7 +173,7 @@ def run_share(folder: str, runs: Sequence[tuple[Sequence[str], dict[str, Any]]],
         # A name that no other attempt has: a line that was torn when a worker died is never added to.
         writer = f"{share.rank + 1}-{platform.node()}-{os.getpid()}"
         count = data.count(job.args.sample_num)
-        samples = Samples(job.place, data.dataset, data.settings, count, kind_of(job.args).sample, writer)
+        samples = Samples(job.place, data.dataset, job.settings_of(data), count, kind_of(job.args).sample, writer)
         samples.read()
         jobs.append((job, samples))
     return work_on(jobs, index, _loaded([job for job, _ in jobs]), share, tqdm(disable=True))

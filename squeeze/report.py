@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
+from squeeze.arguments import Parser, as_path
 from squeeze.bench_files import read_bench
 from squeeze.config import InputError
 from squeeze.files import read_json
-from squeeze.flags import Parser, run_command
+from squeeze.flags import run_command
 from squeeze.inventory import COLUMNS, Entry, Inventory, describe, find
 from squeeze.request_files import HELM_TASKS
 from squeeze.tables import table
@@ -48,13 +49,13 @@ def parser() -> Parser:
     made.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=as_path,
         metavar="RUNS",
         help="run folders, or folders that hold any, like pred_Long; also bench.json of squeeze.bench, or its folder",
     )
     made.add_argument(
         "--out",
-        type=Path,
+        type=as_path,
         metavar="FOLDER",
         help="write a page with figures into this folder, which must be new, empty, or an earlier report's",
     )

@@ -37,11 +37,12 @@ BUCKETS = ("0-4k", "4-8k", "8k+")
 CONFIDENCE, RESAMPLES = 0.95, 10_000
 
 
-def read_predictions(path: Path, task: str = "Long") -> list[Any]:
+def read_predictions(path: Path, task: str = "Long", dataset: str | None = None) -> list[Any]:
     """Read a prediction file, this project's or another's that LongBench's `eval.py` reads.
 
     Args:
         task: `Long`, or `e`, whose lines must have the row's length, too.
+        dataset: whose predictions they are; None: the one that the file is named after.
     Returns:
         `squeeze.records.Prediction` of each line.
     Raises:
@@ -50,7 +51,7 @@ def read_predictions(path: Path, task: str = "Long") -> list[Any]:
     kind: type[Any] = PredictionByLength if task == "e" else Prediction
     rows = read_jsonl(path, kind)
     for number, row in rows:
-        check_lists(row, dataset_of(path), f"{path} line {number}")
+        check_lists(row, dataset or dataset_of(path), f"{path} line {number}")
     return [row for _, row in rows]
 
 
@@ -80,6 +81,11 @@ def score_file(folder: Path, path: Path, task: str, rouge: bool = True) -> dict[
         raise InputError(f"{path} is named after none of the data sets")
     rows = read_predictions(path, task)
     check_count(folder, dataset, len(rows))
+    return score_rows(dataset, rows, task, rouge)
+
+
+def score_rows(dataset: str, rows: Sequence[Any], task: str, rouge: bool = True) -> dict[str, Any]:
+    """What `score_file` gives, for predictions that were read from anywhere."""
     each = sample_scores(dataset, rows)
     low, high = interval(each)
     details = rouge_details(dataset, rows) if rouge else [{} for _ in rows]

@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
-from squeeze.config import InputError
+from squeeze.arguments import Parser, as_path, real, whole
+from squeeze.config import InputError, shortened
 from squeeze.distributed import ALONE
-from squeeze.flags import Parser, run_command
+from squeeze.flags import run_command
 from squeeze.grid import read_grid
 from squeeze.jobs import Job, prepare_all
 from squeeze.text import printable, say
 from squeeze.work import OpenJob, Worker, do, here
+
+Kind = TypeVar("Kind")
+
+#: Problems that are named one by one; of more, how many there are.
+MOST_NAMED = 20
 
 EXAMPLES = """examples
   what would be run, and what it costs in tokens and KV memory:
@@ -64,10 +70,15 @@ class Local:
     """This process."""
 
     def prepare(self, commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
-        return prepare_all(commands)
+        return prepare_all(checking(commands, "reading the grid"))
 
     def worker(self, group: Sequence[OpenJob], bar: tqdm) -> AbstractContextManager[Worker]:
         return here(group, ALONE, bar)
+
+
+def checking(what: Sequence[Kind], doing: str) -> Iterable[Kind]:
+    """`what`, with a bar where it takes more than a moment."""
+    return tqdm(what, desc=doing, unit="run", delay=2, leave=False)
 
 
 def parser() -> Parser:
@@ -79,7 +90,7 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("grid", type=Path, metavar="FILE", help="the grid, in YAML; see below")
+    made.add_argument("grid", type=as_path, metavar="FILE", help="the grid, in YAML; see below")
     made.add_argument(
         "changes", nargs="*", metavar="KEY=VALUE", help="in place of what the file says: model=Mistral 'seed=[1, 2]'"
     )
@@ -88,21 +99,33 @@ def parser() -> Parser:
     made.add_argument(
         "--address", help="of the Ray cluster: auto (the one of this machine) or host:port (default: one of its own)"
     )
-    made.add_argument("--num_gpus", type=float, help="GPUs of a Ray task (default: 1 if the cluster has any, else 0)")
-    made.add_argument("--num_cpus", type=float, default=1, help="CPUs of a Ray task (default: 1)")
-    made.add_argument("--max_retries", type=int, default=3, help="of a Ray task whose worker dies (default: 3)")
+    made.add_argument(
+        "--num_gpus",
+        type=real("a number, 0 or more"),
+        help="GPUs of a Ray task (default: 1 if the cluster has any, else 0)",
+    )
+    made.add_argument(
+        "--num_cpus", type=real("a number, 0 or more"), default=1, help="CPUs of a Ray task (default: 1)"
+    )
+    made.add_argument("--max_retries", type=whole(-1), default=3, help="of a Ray task whose worker dies (default: 3)")
     return made
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go together."""
     if args.engine not in ("local", "ray"):
-        raise InputError(f"--engine must be local or ray, got {args.engine}")
+        raise InputError(f"--engine must be local or ray, got {shortened(args.engine)}")
     if args.engine == "local":
         defaults = parser().parse_args([str(args.grid)])
         for flag in ("address", "num_gpus", "num_cpus", "max_retries"):
             if getattr(args, flag) != getattr(defaults, flag):
                 raise InputError(f"--{flag} is for --engine ray")
+
+
+def some(problems: Sequence[str]) -> list[str]:
+    """The first problems, and how many more there are."""
+    more = len(problems) - MOST_NAMED
+    return [*problems[:MOST_NAMED], f"and {more:,} more"] if more > 0 else list(problems)
 
 
 def open_runs(prepared: Sequence[Job | InputError]) -> tuple[list[list[OpenJob]], list[str]]:
@@ -115,7 +138,7 @@ def open_runs(prepared: Sequence[Job | InputError]) -> tuple[list[list[OpenJob]]
     """
     opened: dict[Path, OpenJob] = {}
     wrong: dict[str, None] = {}
-    for job in prepared:
+    for job in checking(prepared, "looking into folders"):
         try:
             if isinstance(job, InputError):
                 raise job
@@ -126,7 +149,7 @@ def open_runs(prepared: Sequence[Job | InputError]) -> tuple[list[list[OpenJob]]
         except InputError as error:
             wrong[str(error)] = None
     if not opened:
-        raise InputError("no run of the grid is possible: " + "; ".join(wrong))
+        raise InputError("no run of the grid is possible: " + "; ".join(some(list(wrong))))
     groups: dict[object, list[OpenJob]] = {}
     for one in opened.values():
         groups.setdefault(one.job.loads, []).append(one)
@@ -171,24 +194,24 @@ def sweep(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     check(args)
     grid = read_grid(args.grid, args.changes)
-    for reason in grid.left_out:
+    for reason in some(grid.left_out):
         say(f"left out: {reason}")
     engine = engine_of(args)
     groups, wrong = open_runs(engine.prepare(grid.runs))
-    for problem in wrong:
+    for problem in some(wrong):
         say(f"left out: {problem}")
     if args.dry_run:
         from squeeze import plan
 
         print(plan.describe(groups))
     else:
-        for note in dict.fromkeys(one.job.note for group in groups for one in group if one.job.note):
+        for note in dict.fromkeys(note for group in groups for one in group for note in one.job.notes):
             say(f"note: {note}")
         wrong += run(groups, engine)
         tasks = sorted({one.job.place.parts[0] for group in groups for one in group})
         say("What came out: python -m squeeze.report " + shlex.join([*tasks, "--out", "report"]))
     if wrong:
-        raise InputError(f"not all runs of {args.grid} are possible: " + "; ".join(wrong))
+        raise InputError(f"not all runs of {args.grid} are possible: " + "; ".join(some(wrong)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -64,7 +64,7 @@ class OpenJob:
         self.kind = kind_of(job.args)
         self.run = Run(job.place, job.settings, job.info, job.args.overwrite, self.kind.sample, process)
         self.samples: list[Samples] = [
-            self.run.open(one.dataset, one.settings, one.count(job.args.sample_num)) for one in job.data
+            self.run.open(one.dataset, job.settings_of(one), one.count(job.args.sample_num)) for one in job.data
         ]
 
     @property
@@ -74,7 +74,8 @@ class OpenJob:
 
     def finish(self, index: int) -> None:
         """Publish a data set whose samples are all there."""
-        self.run.finish(self.samples[index], self.kind.summarize, data=self.job.data[index].origin)
+        data = self.job.data[index]
+        self.run.finish(self.samples[index], self.kind.summarize, **self.job.facts_of(data))
 
     def report(self, index: int) -> str:
         """What a data set has come to, in a line or two."""

@@ -1,15 +1,18 @@
 """A sweep's file → the runs of its grid, exactly; what cannot be is named before anything runs."""
 
+import time
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from squeeze import InputError
+from squeeze.config import parse_fraction
 from squeeze.flags import config_from_flags, pred_parser
-from squeeze.grid import class3, expand, read_grid
+from squeeze.grid import class3, expand, plain, read_grid
 
 
 def grid(tmp_path, text):
@@ -97,6 +100,8 @@ def test_the_command_line_can_change_the_file(tmp_path):
         read_grid(path, ["modle"])
     with pytest.raises(InputError, match="there is no modle: did you mean model"):
         read_grid(path, ["modle=A"])
+    with pytest.raises(InputError, match="seed is changed twice: write its values as one list"):
+        read_grid(path, ["seed=1", "ini_size=0.1", "seed=2"])
 
 
 @pytest.mark.parametrize(
@@ -123,9 +128,47 @@ def test_the_command_line_can_change_the_file(tmp_path):
         ("[model, A]", "is no sweep: it has no keys"),
         ("", "is no sweep: it has no keys"),
         ("{model: [A", "is not YAML: "),
+        (
+            "model: A\nini_size: 0.2\nini_size: 0.4",
+            "has ini_size twice, in lines 2 and 3: write its values as one list",
+        ),
+        ("{model: A, model: A, ini_size: 0.2}", "has model twice, in lines 1 and 1"),
+        ("{model: A, 'ini_size': 0.2, ini_size: [0.4]}", "has ini_size twice"),
+        ("a: &x {model: B}\n<<: *x\nini_size: 0.2", "there is no a"),
+        ("{model: &x A, <<: {model: B}, ini_size: 0.2}", "there is no <<"),
+        ("{model: A, ini_size: &x [0.1, *x]}", "ini_size must be a value or a list of values"),
+        ("{model: !!python/object/apply:os.getcwd [], ini_size: 0.2}", "model must be a value or a list of values"),
+        ("{model: A, ini_size: [!!float 0.2]}", "ini_size must be a value or a list of values"),
+        ("{model: A, ini_size: 0.2, [seed]: 3}", "line 1: a key is not text"),
+        ("{model: A, ini_size: 0.2, ? {a: b} : 3}", "line 1: a key is not text"),
+        ("model: A\nini_size: 0.2\n---\nmodel: B", "is not YAML: expected a single document"),
+        ("model: " + "[" * 5000, "its values lie in one another without an end"),
+        ("{model: A, ini_size: 0.2, seed: null}", None),
+        ("{model: ~, ini_size: 0.2}", "the grid is empty, model has no value"),
+        ('{model: "a\\nb", ini_size: 0.2}', "model has a line break or another control character: 'a\\nb'"),
+        ("{model: A, ini_size: 1e-100000000}", "ini_size must be a number in (0, 1]"),
+        ("{model: A, ini_size: 0.2, KV_class3: 1e9999999x}", "KV_class3 must be a number in (0, 1]"),
+        (
+            "{model: A, ini_size: 1e-90, KV_class3: 1e-90x}",
+            "KV_class3 must be a number in (0, 1] of at most 100 digits",
+        ),
+        ("{model: A, ini_size: [" + "0.5," * 40000 + "]}", None),
+        (f"{{model: A, ini_size: 0.2, {'k' * 900}: 3}}", "there is no kkkk"),
+        (
+            "{model: A, seed: ["
+            + ",".join(map(str, range(1000)))
+            + "], ini_size: ["
+            + ",".join(map(str, range(101)))
+            + "]}",
+            "the grid has 202,000 points, and 100,000 are the most: make several",
+        ),
     ],
+    ids=range(39),
 )
 def test_bad_files_are_a_sentence(tmp_path, text, said):
+    if said is None:
+        assert len(grid(tmp_path, text).runs) == 2
+        return
     with pytest.raises(InputError) as error:
         grid(tmp_path, text)
     assert said in str(error.value) and "\n" not in str(error.value)
@@ -137,6 +180,53 @@ def test_a_file_that_is_not_there_or_not_text_is_a_sentence(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="is not YAML"):
         read_grid(tmp_path / "bytes.yaml")
+
+
+def test_files_that_have_no_end_are_a_sentence(tmp_path):
+    (tmp_path / "long.yaml").write_bytes(b"model: A\n" + b"# nothing\n" * 1_000_000)
+    for path in (tmp_path / "long.yaml", Path("/dev/zero")):
+        start = time.perf_counter()
+        with pytest.raises(InputError, match="is no sweep: it has more than 1,000,000 bytes"):
+            read_grid(path)
+        assert time.perf_counter() - start < 2
+    laughs = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))
+    (tmp_path / "laughs.yaml").write_text(f"a0: &a0 [lol]\n{laughs}\nmodel: *a29")
+    with pytest.raises(InputError, match="there is no a0"):
+        read_grid(tmp_path / "laughs.yaml")
+    with pytest.raises(InputError, match="cannot read"):
+        read_grid(tmp_path)
+
+
+def test_ten_thousand_sizes_are_read_in_a_moment(tmp_path):
+    sizes = ", ".join(f"0.{number:05d}" for number in range(1, 10_001))
+    start = time.perf_counter()
+    found = grid(tmp_path, f"{{model: A, ini_size: [{sizes}], KV_class3: 0.5x}}")
+    assert len(found.runs) == 20_001 and time.perf_counter() - start < 10
+    assert [run[6] for run in found.runs[-2:]] == ["0.1", "0.05"]
+
+
+def test_what_looks_like_a_flag_is_a_value(tmp_path):
+    found = grid(tmp_path, "{model: -A, ini_size: 0.2}")
+    assert found.runs[0] == ["--model=-A"]
+    assert pred_parser().parse_args(found.runs[0]).model == "-A"
+
+
+@given(st.fractions(0, 1, max_denominator=10**6))
+def test_sizes_have_one_text(size):
+    text = plain(size)
+    assert Fraction(text) == size and parse_fraction("x", text) == size
+    ends = not set(factors(size.denominator)) - {2, 5}
+    assert ("/" not in text) if ends else text == f"{size.numerator}/{size.denominator}"
+
+
+def factors(number):
+    """The primes of a number."""
+    prime = 2
+    while number > 1:
+        while number % prime == 0:
+            yield prime
+            number //= prime
+        prime += 1 if prime * prime <= number else number - prime
 
 
 decimals = st.decimals(Decimal("0.001"), 1, places=3)

@@ -4,7 +4,17 @@ import pytest
 from tiny import TEXT, tiny_tokenizer
 
 from squeeze import InputError
-from squeeze.prompting import check_chat_template, clean, encode_prompt, generation_settings
+from squeeze.prompting import (
+    OWN_TEMPLATE,
+    chat_format,
+    chat_note,
+    chat_settings,
+    check_chat_template,
+    clean,
+    encode_prompt,
+    family,
+    generation_settings,
+)
 
 
 def longbench_encode(tokenizer, prompt, max_length):
@@ -49,7 +59,8 @@ def test_a_real_tokenizer_cuts_as_longbench_does(tokenizer):
         ),
         ("internlm-7b-8k", "<|User|>:Dialogue {x}<eoh>\n<|Bot|>:"),
         ("Mistral", "Dialogue {x}"),
-        ("Llama-2-13b-chat-hf", "Dialogue {x}"),
+        ("Llama-2-13b-chat-hf", "[INST]Dialogue {x}[/INST]"),
+        ("Llama-2-13b-hf", "Dialogue {x}"),
     ],
 )
 def test_chat_format_by_model_and_data_set(tokenizer, model, text):
@@ -59,6 +70,74 @@ def test_chat_format_by_model_and_data_set(tokenizer, model, text):
     assert shown("gov_report") == text
     for dataset in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"):
         assert shown(dataset) == "Dialogue {x}"
+
+
+@pytest.mark.parametrize(
+    ("names", "known"),
+    [
+        ("Llama-2-7b-chat-hf llama_2_13b_chat Llama.2.7b.chat LLaMA2-70B-Chat Llama2Chat llama-v2-7b-chat", "llama2"),
+        ("LLAMA-2-13B-CHAT-GPTQ LLaMA-2-7B-32K-Instruct Meta-Llama-2-7b-chat", "llama2"),
+        ("Vicuna-7B-v1.5 VICUNA_13b vicuna-7b LongChat-7b-v1.5-32k", "longchat"),
+        ("XGen-7B-8K-Inst XGEN_7b_8k_inst", "xgen"),
+        ("InternLM-Chat-7B InternLM-20B-chat InternLM_7b_chat", "internlm"),
+        # LongBench's own rule, base models and all: the prompts of the published commands stay what they are.
+        ("llama2-7b-32k llama2-13B llama2-70B llama2-7b-hf myllama2x", "llama2"),
+        ("xgen-7b-8k-base", "xgen"),
+        ("internlm-7b internlm2-chat-7b", "internlm"),
+        # Base models, and models of other versions and sizes, which have other formats.
+        ("Llama-2-7b-hf LLaMA-2-7B-32K Llama-2 LLaMA2 XGen-7B-8K-Base InternLM-7B", None),
+        ("Llama-2x-7b-chat Llama-20b-chat Llama-2b-chat Llama-2.5-7b-chat Sheared-LLaMA-2.7B-chat", None),
+        (
+            "Meta-Llama-3-8B-Instruct Llama-3.2-1B-Instruct Llama3-8B-Chat InternLM2-Chat-7B InternLM3-8B-instruct",
+            None,
+        ),
+        ("Mistral-7B-Instruct-v0.2 SmolLM2-135M-Instruct TinyLlama-1.1B-Chat-v1.0 CodeLlama-7b-Instruct-hf", None),
+    ],
+)
+def test_models_are_known_as_people_write_them(names, known):
+    for name in names.split():
+        found = family(name)
+        assert (found and found.names[0]) == known, name
+
+
+def test_a_format_is_a_setting_only_where_longbench_would_not_use_it():
+    inst = "[INST]{prompt}[/INST]"
+    assert chat_format("qasper", "Llama-2-7b-chat-hf", False) == inst
+    assert chat_settings("qasper", "Llama-2-7b-chat-hf", False) == {"chat_format": inst}
+    assert chat_format("qasper", "llama2-7b-32k", False) == inst
+    assert chat_settings("qasper", "llama2-7b-32k", False) == {}, "runs that are there go on"
+    assert chat_format("samsum", "Llama-2-7b-chat-hf", False) is None
+    assert chat_settings("samsum", "Llama-2-7b-chat-hf", False) == {}
+    assert chat_format("qasper", "Llama-2-7b-chat-hf", True) == OWN_TEMPLATE
+    assert chat_settings("qasper", "Llama-2-7b-chat-hf", True) == {}, "--chat is a setting of its own"
+    assert chat_format("qasper", "Mistral", False) is None
+
+
+def test_what_is_said_of_chat_formats(tmp_path):
+    def said(name, datasets=("samsum", "qasper", "lcc"), chat=False):
+        return chat_note(datasets, name, tmp_path, chat)
+
+    assert said("Vicuna-7B-v1.5").startswith(
+        "prompts of qasper are put into LongBench's chat format for longchat and "
+    )
+    assert said("llama2-7b-32k").endswith(": [INST]{prompt}[/INST]")
+    assert "\n" not in said("xgen-7b-8k-inst")
+    assert said("Llama-2-7b-chat-hf", ["samsum", "lcc"]) is None, "LongBench gives these to chat models as they are"
+    assert said("Llama-2-7b-chat-hf", chat=True) is None, "it was asked for"
+    assert said("Mistral") is None and said("gemma-7b-item") is None
+    for name in ("Mistral-7B-Instruct-v0.2", "TinyLlama-1.1B-Chat", "gemma-2b-it"):
+        assert said(name).startswith(f"{name} looks like a chat model, and prompts of qasper are put to it without")
+        assert said(name).endswith("its tokenizer has no chat template")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": null}')
+    assert said("Mistral") is None
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert said("Mistral").endswith("--chat uses its tokenizer's own chat template")
+    assert said("Mistral", ["samsum"]) is None
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json"):
+        said("Mistral")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert "--chat" in said("Mistral")
 
 
 def test_the_tokenizers_own_chat_template(tokenizer):
@@ -80,6 +159,7 @@ def test_the_tokenizers_own_chat_template(tokenizer):
         ("xgen-7b-8k", "\nAssistant: yes \n", " yes"),
         ("internlm-7b-8k", "yes<eoa>\nno", "yes"),
         ("llama2-7b-chat-4k", " yes<eoa> ", " yes<eoa> "),
+        ("InternLM-Chat-7B", "yes<eoa>\nno", "yes"),
         ("Mistral", " Assistant: yes ", " Assistant: yes "),
     ],
 )

@@ -114,6 +114,28 @@ def test_runs_that_are_there_are_not_run_again(place, monkeypatch, capsys):
     assert published() == before
 
 
+def test_what_is_changed_may_stand_anywhere(place, capsys):
+    (place / "other.yaml").write_text(SMALL.replace("tiny", "nowhere"), encoding="utf-8")
+    plans = []
+    for argv in (
+        "other.yaml model=tiny --dry_run",
+        "other.yaml --dry_run model=tiny",
+        "--dry_run other.yaml model=tiny",
+    ):
+        sweep.sweep(argv.split())
+        plans.append(capsys.readouterr().out)
+    assert len(set(plans)) == 1 and "3 points" in plans[0]
+
+
+def test_many_problems_are_counted(place, capsys):
+    sizes = ", ".join(f"1.{number}" for number in range(1, 60))
+    (place / "wrong.yaml").write_text(SMALL.replace("0.3,", f"[0.3, {sizes}],"), encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        sweep.sweep(["wrong.yaml", "--dry_run"])
+    assert str(error.value).endswith("; and 34 more") and len(str(error.value)) < 2000
+    assert capsys.readouterr().out.count("left out: ") == 21
+
+
 def test_the_plan_counts_what_is_missing_and_writes_nothing(place, capsys):
     sweep.sweep(["grid.yaml", "--dry_run"])
     said = capsys.readouterr().out
