@@ -1,9 +1,14 @@
 """JSON documents with one thing wrong: any value in any field, a field gone, bytes lost or garbled."""
 
+import contextlib
 import copy
 import json
+import time
 
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from squeeze import InputError
 
 
 class Raw(str):
@@ -76,3 +81,39 @@ def damaged(draw, lines):
     if how == "mark":
         return b"\xef\xbb\xbf" + data
     return data if how == "whole" else data.decode().encode(how, "replace")
+
+
+def withstand(path, lines, use):
+    """Check that a file can be read while it is whole, and that what is damaged gives a value, or an InputError.
+
+    Args:
+        path: where the file lies.
+        lines: its documents, one a line.
+        use: reads it, and does what is done with what it says.
+    """
+    whole = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(whole)
+    use(path)
+    refused = []
+
+    def attempt(data):
+        path.write_bytes(data)
+        start = time.process_time()  # other processes have no part in it
+        try:
+            use(path)
+        except InputError as error:
+            refused.append(str(error).encode())  # what it says can be printed
+            assert b"\n" not in refused[-1]
+        assert time.process_time() - start < 1
+
+    settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))(
+        given(damaged(lines))(attempt)
+    )()
+    assert refused
+    for data in (b"", b"\n", b"\0", b"[" * 100_000, whole.decode().encode("utf-16"), b"\xff" + whole):
+        attempt(data)
+    path.unlink()
+    path.mkdir()
+    with contextlib.suppress(InputError):
+        use(path)
