@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from squeeze.arguments import Parser, path_text, real, whole
-from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, InputError, SqueezeConfig, shortened
+from squeeze.config import (
+    ALGORITHMS,
+    ALLOCATIONS,
+    DEFAULT_ALGORITHM,
+    DTYPES,
+    MOST_SEED,
+    InputError,
+    SqueezeConfig,
+    shortened,
+)
 from squeeze.request_files import HELM_TASKS
 
 TASKS = {"Long": "LongBench", "e": "LongBench-E", **HELM_TASKS}
@@ -26,9 +35,6 @@ WORDS = {
 }
 
 TEMPERATURE = real("a number, 0 or more")
-
-#: What PyTorch's random number generators take.
-MOST_SEED = 2**64 - 1
 
 PRED_EXAMPLES = """examples
   a uniform budget of 21 % of the prompt in every layer (Mistral: sliding window):
