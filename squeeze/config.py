@@ -31,6 +31,9 @@ DEFAULT_ALGORITHM: dict[str, str] = {"mistral": "sliding_window", "llama": "stre
 #: Of tokens, rows, prompts and rounds; there are no more of anything that one run could hold.
 MOST = 2**31 - 1
 
+#: What PyTorch's random number generators take.
+MOST_SEED = 2**64 - 1
+
 #: Of a fraction, above or below the line.
 MOST_DIGITS = 100
 
@@ -82,10 +85,10 @@ def shortened(text: str, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
-def whole_number(name: str, value: object, least: int, words: str = "a whole number") -> None:
-    """Raises InputError unless `value` is a whole number from `least` to `MOST`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
-        limit = f" and at most {MOST}" if isinstance(value, int) and value > MOST else ""
+def whole_number(name: str, value: object, least: int, words: str = "a whole number", most: int = MOST) -> None:
+    """Raises InputError unless `value` is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        limit = f" and at most {most}" if isinstance(value, int) and value > most else ""
         raise InputError(f"{name} must be {words}, {least} or more{limit}, got {shown(value)}")
 
 

@@ -14,7 +14,16 @@ from functools import cache
 from squeeze import interrupt, threads
 from squeeze.arguments import Parser, path_text, real, whole
 from squeeze.compatibility import UntestedVersion, missing_package
-from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, InputError, SqueezeConfig, shortened
+from squeeze.config import (
+    ALGORITHMS,
+    ALLOCATIONS,
+    DEFAULT_ALGORITHM,
+    DTYPES,
+    MOST_SEED,
+    InputError,
+    SqueezeConfig,
+    shortened,
+)
 from squeeze.request_files import HELM_TASKS
 from squeeze.text import say
 
@@ -31,9 +40,6 @@ WORDS = {
 }
 
 TEMPERATURE = real("a number, 0 or more")
-
-#: What PyTorch's random number generators take.
-MOST_SEED = 2**64 - 1
 
 PRED_EXAMPLES = """examples
   a uniform budget of 21 % of the prompt in every layer (Mistral: sliding window):

@@ -19,7 +19,7 @@ from helm.common.hierarchical_logger import hlog
 from helm.common.request import GeneratedOutput, Request, RequestResult, Token, wrap_request_time
 from helm.proxy.retry import NonRetriableException
 
-from squeeze.config import InputError, SqueezeConfig
+from squeeze.config import MOST_SEED, InputError, SqueezeConfig, whole_number
 from squeeze.files import read_jsonl
 from squeeze.records import AnsweredRequest, Completions
 from squeeze.request_files import Decoding, key, parse
@@ -127,6 +127,7 @@ class SqueezeClient(CachingClient):
         from squeeze.flags import for_model
         from squeeze.runs import cache_settings
 
+        whole_number("seed", seed, 0, most=MOST_SEED)
         source = models.resolve(model)
         self._folder = models.fetch(source)
         config = models.read_config(self._folder)
@@ -137,8 +138,8 @@ class SqueezeClient(CachingClient):
         if ini_size is not None or KV_class3 is not None:
             asked = SqueezeConfig(
                 algorithm=algorithm,
-                ini_size=_text(ini_size),
-                kv_class3=_text(KV_class3),
+                ini_size=ini_size,
+                kv_class3=KV_class3,
                 allocation=allocation,
                 start_size=start_size,
             )
@@ -282,8 +283,3 @@ def _output(text: str, tokens: list[tuple[str, float]], finish_reason: str) -> G
         tokens=[Token(text=piece, logprob=logprob) for piece, logprob in tokens],
         finish_reason={"reason": finish_reason},
     )
-
-
-def _text(size: str | float | None) -> str | None:
-    """A size as text: YAML reads 0.4 as a number, and its text is what the user wrote."""
-    return None if size is None else str(size)

@@ -154,6 +154,11 @@ def test_a_crash_is_not_tried_again_either(tiny, monkeypatch):
     [
         ({"ini_size": 0.4}, "KV_class3"),
         (SIZES | {"algorithm": "h20"}, "algorithm must be one of sliding_window, streaming, h2o, got h20"),
+        (SIZES | {"ini_size": "1e-100000000"}, "ini_size must be a number"),
+        (SIZES | {"KV_class3": float("nan")}, "KV_class3 must be a number"),
+        (SIZES | {"start_size": 2**63}, "start_size must be a whole number of tokens, 0 or more and at most"),
+        (SIZES | {"seed": 2**64}, "seed must be a whole number, 0 or more and at most"),
+        ({"seed": "42"}, "seed must be a whole number"),
         (SIZES | {"KV_class3": 0.5}, r"KV_class3 must be in \(0, ini_size = 0.3\]"),
         ({"dtype": "float8"}, "dtype must be one of auto, float32, bfloat16, float16, got float8"),
         ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got gpu"),
