@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 
 from squeeze.config import InputError
-from squeeze.files import decode, read_bytes
+from squeeze.decoding import check, decode
+from squeeze.files import read_bytes
 from squeeze.longbench import check_lists, dataset_names
 from squeeze.records import Prediction
 from squeeze.scoring import dataset_of, read_predictions
@@ -76,7 +77,8 @@ class Layout:
         rows: list[Prediction] = []
         for number, one in document.items():
             gold = one.gold if isinstance(one.gold, Gold) else Gold(one.gold)
-            row = Prediction(pred=one.prediction, answers=gold.answers, all_classes=gold.all_classes)
+            said = {"pred": one.prediction, "answers": gold.answers, "all_classes": gold.all_classes}
+            row = check(said, Prediction, f"{path} answer {number}")
             check_lists(row, dataset, f"{path} answer {number}")
             rows.append(row)
         if task == "e":

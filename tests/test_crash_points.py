@@ -5,6 +5,7 @@ import importlib
 import json
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypedDict
 
 import crash_points
 import pytest
@@ -30,7 +31,6 @@ from squeeze import (
 )
 from squeeze.files import write_json, write_whole
 from squeeze.grid import read_grid
-from squeeze.samples import PUBLISHED
 
 evaluate = importlib.import_module("eval")
 for module in ("completions", "fidelity", "loading", "loss_curves", "sections"):  # once, and not in every fork
@@ -60,6 +60,17 @@ def no_model(_):
     yield work.Engine(None, None, None)
 
 
+class Answered(TypedDict):
+    """A sample on which nothing was measured that a schema knows."""
+
+    index: int
+    pred: str
+    answers: list[str]
+    all_classes: None
+    length: int
+    stats: dict[str, Any]
+
+
 def answer(model, tokenizer, data, prompts, squeezed, how):
     """Work that does nothing, but for telling that it was done."""
 
@@ -85,7 +96,7 @@ def files(tmp_path_factory):
 def place(files, tmp_path, monkeypatch):
     """Where commands are run, which compute nothing; one folder for what is there before, one that is worked in."""
     prompts = [predict.Prompt(torch.zeros(20 - index, dtype=torch.long), {}) for index in range(4)]
-    kind = work.Kind(PUBLISHED, answer, lambda stats: {"samples": len(stats)}, lambda stats: "")
+    kind = work.Kind(Answered, answer, lambda stats: {"samples": len(stats)}, lambda stats: "")
     monkeypatch.setattr(work, "load", no_model)
     monkeypatch.setattr(work, "kind_of", lambda args: kind)
     monkeypatch.setattr(predict, "encode", lambda tokenizer, data, total, how: prompts[:total])
@@ -310,7 +321,7 @@ def test_calibrate(place, monkeypatch):
     def measure(job, samples, rows, shares):
         for index in samples.missing:
             tell(done=("curves", index))
-            losses = [[[0.5] * 7] * 5] * len(shares)
+            losses = [[[0.5] * 5] * 7] * len(shares)
             made = {"dataset": rows[index][0].dataset, "row": rows[index][1], "prompt_tokens": 9}
             samples.append([{"index": index, **made, "loss": losses, "stats": {}}])
 
@@ -327,7 +338,10 @@ def test_helm_requests(place, monkeypatch):
     def helm(_, *arguments):
         folder = helm_env.OUTPUT / "runs" / arguments[arguments.index("--suite") + 1] / "some"
         folder.mkdir(parents=True)
-        write_json(folder / "scenario_state.json", {"request_states": [{}]})
+        request = {"model": "squeeze/requests", "prompt": "a", "temperature": 0.0, "top_p": 1.0, "max_tokens": 5}
+        request |= {"num_completions": 1, "top_k_per_token": 1, "echo_prompt": False, "stop_sequences": []}
+        states = [{"request": request, "num_train_instances": 5}]
+        write_json(folder / "scenario_state.json", {"request_states": states})
 
     monkeypatch.setattr(helm_requests, "helm", helm)
     interrupt_everywhere(place, lambda: helm_requests.dry_run("xsum_local", Path("tiny"), 100, 2), step=2)

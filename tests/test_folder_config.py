@@ -60,7 +60,6 @@ LEFTOVERS = {
     "use_cache": False,
     "sliding_window": 3,
     "layer_types": ["sliding_attention"] * 5,
-    "per_layer_config": {"0": {"hidden_size": 4}},
     "output_hidden_states": True,
     "output_attentions": True,
     "return_dict": False,

@@ -95,8 +95,8 @@ def test_a_model_that_the_hub_does_not_give():
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", r"config\.json is not JSON"),
-        ("[]", "expected object, got array"),
+        ("{", r"config\.json line 1 is not JSON"),
+        ("[]", "is not a JSON object"),
         ("{}", "has no model_type: supported are"),
         ('{"model_type": "gpt2"}', "is of type gpt2: supported are mistral, llama"),
     ],

@@ -26,7 +26,7 @@ def test_this_environment_passes(capsys):
         (
             lambda m: m.setattr(patch, "_prepare_cache", lambda *_: None),
             "llama: full budget",
-            "generate does not use",
+            "names its cache",
         ),
         (lambda m: m.setattr(patch.SqueezedModel, "_allocate", whole), "llama: own budgets", "holds"),
     ],

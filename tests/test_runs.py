@@ -268,9 +268,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
 
 def test_a_chat_template_that_an_earlier_version_did_not_note(tmp_path):
     """Such a run goes on, and notes it from then on; one that did note it is another run with another template."""
-    with Run(tmp_path, {"chat": True}, {}) as run:
-        run.start(run.open("samsum", {}, 1))
-    with Run(tmp_path, {"chat": True, "chat_template": "a"}, {}) as run:
-        run.start(run.open("samsum", {}, 1))
+    go_on(tmp_path, 3, stop=1, settings={"chat": True})
+    go_on(tmp_path, 3, stop=2, settings={"chat": True, "chat_template": "a"})
     with pytest.raises(InputError, match=r"chat_template a \(now b\)"):
         Run(tmp_path, {"chat": True, "chat_template": "b"}, {})

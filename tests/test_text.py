@@ -105,25 +105,25 @@ def test_spreadsheets_see_no_formula():
 
 @pytest.fixture(scope="module")
 def nasty(tmp_path_factory):
-    """The files and the output of a report on runs with every name, each as model, allocation, algorithm and so on."""
+    """The files and the output of a report on runs with every name, each as model, dtype, device and so on."""
     root = tmp_path_factory.mktemp("runs")
     for number, (kind, name) in enumerate(RUNS.items()):
         folder = root / os.fsdecode(os.fsencode(f"{number}-{name[:40].replace('/', '')}") + b"\xff") / "r"
-        squeezed = {"ini_size": 0.2, "KV_class3": 0.1, "allocation": name, "algorithm": name, "dtype": name}
+        squeezed = {"ini_size": 0.2, "KV_class3": 0.1, "allocation": "squeeze", "algorithm": "h2o", "dtype": name}
         make_run(folder, model=NAMES["table"] if kind == "sheet" else name, **squeezed)
         manifest = json.loads((folder / "run.json").read_text())
         start = manifest["datasets"]["samsum"]["starts"][0]
         start |= {"command": name, "device": name, "versions": {"torch": name}}
         (folder / "run.json").write_text(json.dumps(manifest))
     make_run(root / "full", model=NAMES["words"])
-    make_run(root / "hidden", model=NAMES["words"], ini_size=0.2, KV_class3=0.2, algorithm=NAMES["hidden"])
+    make_run(root / "words", model=NAMES["words"], ini_size=0.2, KV_class3=0.2)
     make_fidelity(root / "kl", 0.1, model=NAMES["formula"] + NAMES["controls"], ini_size=0.2, KV_class3=0.1)
     bench = make_bench(root / "bench.json", caches=(NAMES["formula"], NAMES["hidden"] + NAMES["escape"]))
     said = json.loads(bench.read_text())
     for record in said["runs"]:
         record["spec"] |= {"engine": NAMES["markup"], "dtype": NAMES["controls"], "device": NAMES["lines"]}
     bench.write_text(json.dumps(said | {"machine": NAMES["escape"]}))
-    out, stdout = root.parent / "nasty\x1b[31m", io.StringIO()
+    out, stdout = root.parent / "nasty $\\frac$ <b>", io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
         assert report.main([str(root), "--out", str(out)]) == 0

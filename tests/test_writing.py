@@ -227,7 +227,8 @@ def test_overwrite_drops_what_the_manifest_lists_and_nothing_else(tmp_path, vict
     for name in mine:
         (folder / name).write_text("mine")
     manifest = json.loads((folder / "run.json").read_text())
-    manifest["datasets"]["../victim/notes"] = manifest["datasets"][str(tmp_path / "victim/notes")] = {}
+    for name in ("../victim/notes", str(tmp_path / "victim/notes")):
+        manifest["datasets"][name] = manifest["datasets"]["qmsum"]
     (folder / "run.json").write_text(json.dumps(manifest))
     (tmp_path / "victim/notes.jsonl").write_text("mine")
     go_on(folder, 1, settings=other, overwrite=True)
