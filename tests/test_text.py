@@ -117,6 +117,7 @@ def nasty(tmp_path_factory):
         (folder / "run.json").write_text(json.dumps(manifest))
     make_run(root / "full", model=NAMES["words"])
     make_run(root / "words", model=NAMES["words"], ini_size=0.2, KV_class3=0.2)
+    make_run(root / "hidden", model=NAMES["hidden"], ini_size=0.2, KV_class3=0.2)
     make_fidelity(root / "kl", 0.1, model=NAMES["formula"] + NAMES["controls"], ini_size=0.2, KV_class3=0.1)
     bench = make_bench(root / "bench.json", caches=(NAMES["formula"], NAMES["hidden"] + NAMES["escape"]))
     said = json.loads(bench.read_text())
