@@ -46,8 +46,11 @@ from squeeze import (
 )
 from squeeze.allocation import allocate, round_to
 from squeeze.evictors import make_evictor
+from squeeze.files import read_json, read_jsonl
 from squeeze.longbench import load_data
 from squeeze.loss_curves import MULTIPLES, divergences, measure
+from squeeze.manifest import Manifest
+from squeeze.records import Compared
 from squeeze.request_files import read_requests
 from squeeze.tables import table
 
@@ -75,9 +78,10 @@ class Curves:
     def read(cls, folders, algorithm):
         records, shares = [], set()
         for folder in folders:
-            shares.add(tuple(json.loads((folder / algorithm / "run.json").read_text())["settings"]["shares"]))
-            text = (folder / algorithm / "samples/curves.jsonl").read_text()
-            records += [json.loads(line) for line in text.splitlines()]
+            settings = read_json(folder / algorithm / "run.json", Manifest)["settings"]
+            shares.add(tuple(settings.get("shares", ())))
+            path = folder / algorithm / "samples/curves.jsonl"
+            records += [one for _, one in read_jsonl(path, calibrate.MeasuredSample)]
         prompts = [(one["dataset"], one["row"]) for one in records]
         if len(shares) > 1 or len(set(prompts)) < len(prompts):
             sys.exit(f"error: {', '.join(map(str, folders))} differ in sizes, or have a prompt twice ({algorithm})")
@@ -269,7 +273,7 @@ def pairs(args):
     for entry in found.entries:
         if entry.fidelity:
             told = inventory.describe(entry.settings, entry.summary)
-            rows = [json.loads(line) for line in (entry.folder / f"{entry.dataset}.jsonl").read_text().splitlines()]
+            rows = [one for _, one in read_jsonl(entry.folder / f"{entry.dataset}.jsonl", Compared)]
             group = kl.setdefault((told["algorithm"], told["ini_size"]), {})
             group.setdefault(told["allocation"], {})[entry.dataset] = [row["kl"] for row in rows]
     lines = []
