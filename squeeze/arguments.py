@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from squeeze.config import DECIMAL, MOST, InputError, shortened
+from squeeze.config import DECIMAL, MOST, InputError
+from squeeze.text import shortened
 
 #: Bytes of a file's name, and of a whole path, on the systems that this runs on.
 NAME_BYTES, PATH_BYTES = 255, 4095

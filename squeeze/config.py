@@ -13,6 +13,8 @@ from fractions import Fraction
 from numbers import Integral
 from typing import TYPE_CHECKING
 
+from squeeze.text import shortened
+
 if TYPE_CHECKING:
     from squeeze.calibration import Calibration
 
@@ -78,11 +80,6 @@ def shown(value: object) -> str:
         return shortened(str(value))
     except ValueError:
         return "one of thousands of digits"
-
-
-def shortened(text: str, most: int = 80) -> str:
-    """Text for an error: of what is too long, the start, and how long it is."""
-    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def whole_number(name: str, value: object, least: int, words: str = "a whole number", most: int = MOST) -> None:

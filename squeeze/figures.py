@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
-from squeeze.text import printable, shorten
+from squeeze.text import fitted, printable
 
 #: Allocation → colour, marker, line style.
 SERIES = {
@@ -81,7 +81,7 @@ def new_panel(title: str, x: str, y: str, size: tuple[float, float] = SIZE) -> t
 
 def _label(name: str, most: int) -> str:
     """A series' name in the legend, which leaves out those that begin with `_`."""
-    return f"{' ' * name.startswith('_')}{shorten(name, most)}"
+    return f"{' ' * name.startswith('_')}{fitted(name, most)}"
 
 
 def spread(points: pd.DataFrame, step: float) -> np.ndarray:

@@ -14,18 +14,9 @@ from functools import cache
 from squeeze import interrupt, threads
 from squeeze.arguments import Parser, path_text, real, whole
 from squeeze.compatibility import UntestedVersion, missing_package
-from squeeze.config import (
-    ALGORITHMS,
-    ALLOCATIONS,
-    DEFAULT_ALGORITHM,
-    DTYPES,
-    MOST_SEED,
-    InputError,
-    SqueezeConfig,
-    shortened,
-)
+from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, MOST_SEED, InputError, SqueezeConfig
 from squeeze.request_files import HELM_TASKS
-from squeeze.text import say
+from squeeze.text import say, shortened
 
 TASKS = {"Long": "LongBench", "e": "LongBench-E", **HELM_TASKS}
 MODEL_ARCHS = ("Mistral", "llama", "no_change")

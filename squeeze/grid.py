@@ -18,8 +18,9 @@ from pathlib import Path
 import yaml
 
 from squeeze.arguments import check_text
-from squeeze.config import BY_LOSS, MOST_DIGITS, InputError, parse_fraction, shortened
+from squeeze.config import BY_LOSS, MOST_DIGITS, InputError, parse_fraction
 from squeeze.flags import pred_parser
+from squeeze.text import shortened
 
 #: Flags that may have several values: each names its runs' folders.
 AXES = ("model", "seed", "fidelity", "algorithm", "allocation", "ini_size", "KV_class3")

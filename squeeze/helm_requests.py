@@ -21,13 +21,13 @@ from typing import Any
 
 from squeeze import models
 from squeeze.arguments import Parser, path_text, whole
-from squeeze.config import InputError, shortened
+from squeeze.config import InputError
 from squeeze.files import Open, lock, read_json, to_jsonl, write_json, write_whole, writing
 from squeeze.flags import TEMPERATURE, run_command
 from squeeze.helm_env import ENVIRONMENT, OUTPUT, Deployment, find_model, helm, write_environment
 from squeeze.helm_files import HelmRequest, RequestState, ScenarioState
 from squeeze.request_files import SAMPLE_NUM, note_path
-from squeeze.text import say
+from squeeze.text import say, shortened
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from squeeze.config import DTYPES, InputError, shortened
+from squeeze.config import DTYPES, InputError
 from squeeze.folder_config import generation_config, model_config
 from squeeze.model_config import ModelConfig, read_config
 from squeeze.model_files import inspect
 from squeeze.packing import pack
 from squeeze.rope import LengthwiseRope, depends_on_length
+from squeeze.text import shortened
 
 
 def pick_device(device: str | None, local_rank: int = 0) -> torch.device:

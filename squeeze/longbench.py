@@ -24,13 +24,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from msgspec import Meta
 
 from squeeze.arguments import Parser
-from squeeze.config import InputError, shortened
+from squeeze.config import InputError
 from squeeze.decoding import Count, Positive
 from squeeze.files import parse_jsonl, read_bytes, read_json
 from squeeze.flags import run_command
 from squeeze.models import quiet_hub
 from squeeze.records import Prediction
-from squeeze.text import say
+from squeeze.text import say, shortened
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 HUB_DATASET = "THUDM/LongBench"

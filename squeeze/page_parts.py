@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from squeeze.flags import TASKS
 from squeeze.request_files import HELM_TASKS
-from squeeze.text import shorten
+from squeeze.text import fitted
 
 
 @dataclass
@@ -105,7 +105,7 @@ def data_name(row: Any) -> str:
 
 def heading(row: Any, *more: str) -> str:
     """A panel's title."""
-    return "\n".join((" · ".join(shorten(word, 60) for word in (data_name(row), *more)), shorten(row.model, 120)))
+    return "\n".join((" · ".join(fitted(word, 60) for word in (data_name(row), *more)), fitted(row.model, 120)))
 
 
 def label_of(row: Any) -> str:

@@ -12,7 +12,7 @@ from squeeze.config import InputError, parse_fraction
 from squeeze.layers import chosen, curves_of, parse_layers
 from squeeze.page_parts import Cell, Names, Plot, Section, Sections, Table, heading, label_of, panel_name
 from squeeze.results import GROUP, Results
-from squeeze.text import shorten
+from squeeze.text import fitted
 
 
 def make(found: Results) -> Sections:
@@ -168,7 +168,7 @@ def bench(found: Results, names: Names) -> Section | None:
     for _, group in found.bench.groupby(["file", "model", "device", "prompt_length"], sort=False):
         first = group.iloc[0]
         group = group.assign(peak=group["peak_bytes"] / 1e9, kv=group["kv_bytes"] / 1e6)
-        where = shorten(f"{first.model}, {first.prompt_length} tokens, {first.device}", 120)
+        where = fitted(f"{first.model}, {first.prompt_length} tokens, {first.device}", 120)
         for value, title, label in (
             ("tokens_per_second", "Decode speed", "tokens per second"),
             ("peak", "Peak memory", "GB, most held after loading"),

@@ -13,12 +13,12 @@ from typing import Protocol, TypeVar
 from tqdm import tqdm
 
 from squeeze.arguments import Parser, as_path, real, whole
-from squeeze.config import InputError, shortened
+from squeeze.config import InputError
 from squeeze.distributed import ALONE
 from squeeze.flags import run_command
 from squeeze.grid import read_grid
 from squeeze.jobs import Job, prepare_all
-from squeeze.text import printable, say
+from squeeze.text import printable, say, shortened
 from squeeze.work import OpenJob, Worker, do, here
 
 Kind = TypeVar("Kind")

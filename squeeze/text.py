@@ -24,13 +24,18 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def shorten(text: object, most: int) -> str:
+def fitted(text: object, most: int) -> str:
     """`printable` text of at most `most` characters: of longer text the middle is left out."""
     said = printable(text)
     if len(said) <= most:
         return said
     head = (most - 1) // 2
     return f"{said[:head]}…{said[len(said) - (most - 1 - head) :]}"
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """Text for an error: of what is too long, the start, and how long it is."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def say(text: object, file: TextIO | None = None) -> None:

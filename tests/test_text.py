@@ -19,7 +19,7 @@ from squeeze.compatibility import UntestedVersion
 from squeeze.figures import new_panel, render
 from squeeze.flags import run_command
 from squeeze.tables import table
-from squeeze.text import printable, shorten
+from squeeze.text import fitted, printable
 
 CONTROLS = "".join(map(chr, (*range(1, 32), 127, *range(128, 160))))
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c"
@@ -60,10 +60,10 @@ def test_printable():
 
 
 def test_shorten():
-    assert shorten("a\nb", 4) == r"a\nb"
+    assert fitted("a\nb", 4) == r"a\nb"
     for most in (1, 2, 5, 6):
-        assert len(shorten("0123456789", most)) == most
-    assert shorten("0123456789", 5) == "01…89"
+        assert len(fitted("0123456789", most)) == most
+    assert fitted("0123456789", 5) == "01…89"
 
 
 def test_a_cell_of_a_table_stays_a_cell():
