@@ -23,7 +23,7 @@ from squeeze.folder_config import generation_config, model_config
 from squeeze.model_config import ModelConfig, read_config
 from squeeze.model_files import inspect
 from squeeze.packing import pack
-from squeeze.rope import LengthwiseRope, depends_on_length
+from squeeze.rope import LengthwiseRope, depends_on_length, forward_name
 from squeeze.text import shortened
 
 
@@ -139,7 +139,7 @@ def load(
         pack(model)
     if depends_on_length(model.config):
         rotary = model.model.rotary_emb
-        rotary.forward = LengthwiseRope(rotary)
+        setattr(rotary, forward_name(rotary), LengthwiseRope(rotary))
     return model.eval(), tokenizer
 
 

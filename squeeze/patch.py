@@ -25,7 +25,7 @@ from squeeze.clock import now
 from squeeze.compiling import compiled
 from squeeze.config import InputError, SqueezeConfig
 from squeeze.importance import similarity
-from squeeze.rope import LengthwiseRope, depends_on_length
+from squeeze.rope import LengthwiseRope, depends_on_length, forward_name
 from squeeze.squeezed_model import Prefill, SqueezedModel
 
 #: What the patched forward pass uses of an attention module.
@@ -72,7 +72,7 @@ def squeezed(model: Any, config: SqueezeConfig) -> Iterator[SqueezedModel]:
             hook = layer.post_attention_layernorm.register_forward_pre_hook(functools.partial(_mix, run))
             undo.callback(hook.remove)
             module = layer.self_attn
-            name = _forward_name(module)
+            name = forward_name(module)
             _replace(undo, module, name, functools.partial(_forward, run, module, getattr(module, name)))
             if step is not None:
                 _replace(undo, layer, "forward", functools.partial(_block_forward, step, layer, layer.forward))
@@ -118,14 +118,9 @@ def _replace(undo: ExitStack, owner: object, name: str, value: object) -> None:
     setattr(owner, name, value)
 
 
-def _forward_name(module: nn.Module) -> str:
-    """The forward pass to replace: accelerate keeps the one it wrapped, and its wrapper must stay outside of ours."""
-    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-
-
 def _lengthwise(undo: ExitStack, rotary: nn.Module) -> LengthwiseRope:
     """Angles by each sequence's own length, as `squeeze.loading` gave them to the model, or from now on."""
-    name = _forward_name(rotary)
+    name = forward_name(rotary)
     there = vars(rotary).get(name)
     if isinstance(there, LengthwiseRope):
         return there

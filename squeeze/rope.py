@@ -27,6 +27,11 @@ def unscaled_length(config: PretrainedConfig) -> int:
     return config.max_position_embeddings
 
 
+def forward_name(module: nn.Module) -> str:
+    """The forward pass to replace: accelerate keeps the one it wrapped, and its wrapper must stay outside of ours."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
 class LengthwiseRope:
     """Stands in for the forward pass of a model's rotary embedding.
 
@@ -52,7 +57,7 @@ class LengthwiseRope:
         rows = [self._frequencies(length, states.device, known) for length in lengths.tolist()]
         frequencies = torch.stack([inv_freq for inv_freq, _ in rows])[:, None]
         scaling = torch.tensor([scale for _, scale in rows], device=states.device)[:, None, None]
-        angles = position_ids[..., None].float() * frequencies
+        angles = position_ids[..., None].to(states.device).float() * frequencies
         angles = torch.cat([angles, angles], dim=-1)
         return (angles.cos() * scaling).to(states.dtype), (angles.sin() * scaling).to(states.dtype)
 
