@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -173,6 +174,8 @@ class SqueezeCache(Cache):
         inv_freq: RoPE's inverse frequencies, `(head_dim / 2,)`, float32, by which StreamingLLM's sinks are moved.
 
     Attributes:
+        owner: the model that the cache was made for, and the evictor of its run then.
+        broken: whether a decode step has failed in the middle: some layers hold its token then, and others do not.
         budgets: tokens, `(layers, batch)`; with no columns until they are known. Set between `begin` and the first
             layer's `fill`, they bound the prefill: no more than one layer holds the whole prompt at a time.
         seen, lengths: of the prefill under way, tokens of each sequence before the present chunk, and in it.
@@ -180,6 +183,8 @@ class SqueezeCache(Cache):
 
     def __init__(self, evictor: Evictor, layers: int, max_new_tokens: int, inv_freq: torch.Tensor):
         super().__init__(layers=[SqueezeLayer(evictor) for _ in range(layers)])
+        self.owner: tuple[Any, Evictor] = None, evictor
+        self.broken = False
         self.max_new_tokens = max_new_tokens
         self.inv_freq = inv_freq
         self.prompt_lengths: list[int] = []
@@ -198,6 +203,8 @@ class SqueezeCache(Cache):
             ValueError: right padding, an empty sequence, a prompt in more than one piece, or more tokens than the
                 cache was made for.
         """
+        if self.broken:
+            raise ValueError("a step on this cache has failed in the middle: read the prompt again with a new cache")
         if self.compressed:
             if tokens != 1:
                 raise ValueError(f"after prefill a squeezed cache takes one token at a time, got {tokens}")
@@ -233,6 +240,7 @@ class SqueezeCache(Cache):
     def end_step(self) -> None:
         """Count a decode step, after its last layer: until then the length is what positions are derived from."""
         self.steps += 1
+        self.broken = False
 
     def fill(self, index: int, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> None:
         """Give a layer the prompt or its next chunk, as `SqueezeLayer.fill`, and cut it if its budgets are known."""
@@ -288,6 +296,8 @@ class SqueezeCache(Cache):
 
 
 def _prompt_lengths(tokens: int, batch: int, attention_mask: torch.Tensor | None) -> list[int]:
+    if tokens == 0:
+        raise ValueError("the prompt has no tokens: nothing can follow it")
     if attention_mask is None:
         return [tokens] * batch
     if attention_mask.shape != (batch, tokens):

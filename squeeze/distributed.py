@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 from squeeze.config import InputError
+from squeeze.text import shortened
 
 Shared = TypeVar("Shared")
 
@@ -62,6 +64,16 @@ ALONE = Ranks()
 
 
 def ranks() -> Ranks:
-    """This process, from the environment that the launcher has set."""
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    """This process, from the environment that the launcher has set.
+
+    Raises:
+        InputError: a variable is no number, or this process is none of so many.
+    """
+    found = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    for name, value in found.items():
+        if not re.fullmatch("[0-9]{1,6}", value):
+            raise InputError(f"{name} in the environment must be a whole number, got {shortened(value)}")
+    rank, world, local = map(int, found.values())
+    if rank >= max(world, 1):
+        raise InputError(f"RANK is {rank} in the environment, and WORLD_SIZE {world}: ranks are counted from 0")
     return Ranks(rank, max(world, 1), local)

@@ -222,10 +222,13 @@ def _temporary(path: Path) -> tuple[Path, Open]:
         temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**9)}")
         try:
             file = Open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            with suppress(OSError):  # a file system without locks, where `sweep` leaves everything alone
+                fcntl.flock(file.number, fcntl.LOCK_EX)
         except FileExistsError:
             continue
-        with suppress(OSError):  # a file system without locks, where `sweep` leaves everything alone
-            fcntl.flock(file.number, fcntl.LOCK_EX)
+        except KeyboardInterrupt:
+            temporary.unlink(missing_ok=True)
+            raise
         if _is_at(temporary, file):
             return temporary, file
         file.close()  # somebody's `sweep` came before the lock

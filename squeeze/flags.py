@@ -341,6 +341,9 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
         command = interrupt.raises()
         try:
             os.environ |= threads.settings()
+            for name in ("stdout", "stderr"):
+                if getattr(sys, name) is None:  # closed by whoever started this
+                    setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
             if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is no error, as on stderr
                 sys.stdout.reconfigure(errors="backslashreplace")
             main(None)
@@ -352,8 +355,9 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
             said = _sentence(error)
             if said is None or interrupt.came():
                 raise
-            say(f"error: {said}", sys.stderr)
             code = getattr(error, "code", 2)
+            with contextlib.suppress(OSError):  # nobody reads it
+                say(f"error: {said}", sys.stderr)
         with contextlib.suppress(OSError):  # nobody reads any more
             sys.stdout.flush()
     except BaseException as error:
@@ -371,6 +375,7 @@ def _sentence(error: Exception) -> str | None:
     """What a user is told of an error; None where it is a fault of the program and not of what it was given."""
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror or error)
+    if isinstance(error, OSError):  # without a name it is the output's
+        where = f"{error.filename}: " if error.filename is not None else "cannot write the output: "
+        return f"{where}{error.strerror or error}"
     return str(error) if isinstance(error, InputError | UntestedVersion) else None

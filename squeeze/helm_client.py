@@ -226,8 +226,10 @@ class SqueezeClient(CachingClient):
             return request.prompt
         if tokenizer.chat_template is None:
             raise InputError(f"the tokenizer in {self._folder} has no chat template: set chat to false")
+        from squeeze.prompting import in_template
+
         messages = request.messages or [{"role": "user", "content": request.prompt}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return in_template(tokenizer, messages)
 
 
 def decoding_of(request: Request, least: int = 0) -> Decoding:

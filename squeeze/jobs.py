@@ -179,5 +179,7 @@ def prepare_all(commands: Iterable[Sequence[str]]) -> list[Job | InputError]:
 def _asked_for(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Settings that change results and are named in a run's settings only where they are not the default."""
     found: dict[str, Any] = {"chat": True, "chat_template": models.chat_identity(folder)} if args.chat else {}
+    wishes = models.greedy_wishes(folder)
+    found |= {"without_effect": wishes} if wishes else {}
     found |= {"temperature": args.temperature, "top_p": args.top_p} if args.temperature > 0 else {}
     return found | ({"measure": "fidelity"} if args.fidelity else {})

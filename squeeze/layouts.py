@@ -161,8 +161,14 @@ def _lines(folder: Path, wanted: Sequence[str] | None, known: Sequence[str]) -> 
 
 def _documents(folder: Path, known: Sequence[str]) -> dict[str, Path]:
     """The files of MiniLongBench's layout."""
-    named = {_without_prefix(path.stem): path for path in sorted(folder.glob("*.json")) if path.name not in RESULTS}
-    return {dataset: path for dataset, path in named.items() if dataset in known}
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.json")):
+        dataset = _without_prefix(path.stem)
+        if dataset in known and path.name not in RESULTS:
+            if dataset in found:
+                raise InputError(f"{found[dataset]} and {path.name} are both of {dataset}: give one of them")
+            found[dataset] = path
+    return found
 
 
 def _methods(folder: Path, known: Sequence[str]) -> dict[str, dict[str, Path]]:

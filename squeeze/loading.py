@@ -111,11 +111,12 @@ def load(
     weights, said, config = inspect(folder, allow_pickle), read_config(folder), model_config(folder)
     tokenizer = _load_tokenizer(folder, config)
     _check_quantization(folder, said)
+    generation = generation_config(folder, config.vocab_size, tokenizer)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            generation_config=generation_config(folder, config.vocab_size, tokenizer),
+            generation_config=generation,
             dtype=dtype,
             attn_implementation="sdpa" if attn == "auto" else attn,
             use_safetensors=not weights.pickled,

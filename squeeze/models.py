@@ -32,6 +32,15 @@ GENERATION_MARGIN = 512
 PICKLES = "pytorch_model*.bin"
 
 
+#: Of `generation_config.json`, what changed even greedy answers before it had no effect: a run begun then does not go
+#: on now.
+GREEDY_WISHES = (
+    *("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "min_length", "min_new_tokens", "sequence_bias"),
+    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "remove_invalid_values"),
+)
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """Where a model lies.
@@ -215,6 +224,13 @@ def prompt_limit(source: ModelSource, most: int) -> tuple[int, str | None]:
     else:
         return source.max_length, None
     return derived, f"prompts are cut to {derived} tokens: {reason}"
+
+
+def greedy_wishes(folder: Path) -> list[str]:
+    """Names in a model's `generation_config.json` that would change greedy answers and have no effect."""
+    path = folder / "generation_config.json"
+    said = read_json(path, dict[str, Any]) if path.exists() else {}
+    return [name for name in GREEDY_WISHES if said.get(name) not in (None, 0, 1, False, [])]
 
 
 def identity(source: ModelSource, folder: Path, allow_pickle: bool = False) -> dict[str, Any]:

@@ -7,6 +7,7 @@ forward pass without a SqueezeCache runs the model's own code.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NoReturn
@@ -33,6 +34,10 @@ ATTENTION_CLASSES: dict[str, Any] = {"llama": LlamaAttention, "mistral": Mistral
 ATTENTION_ATTRIBUTES = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "layer_idx")
 
 
+#: Held while a model is patched, or put back: threads may want the same one.
+_patching = threading.Lock()
+
+
 @contextmanager
 def squeezed(model: Any, config: SqueezeConfig) -> Iterator[SqueezedModel]:
     """Give `model.generate` a per-layer KV budget inside the `with` block; afterwards the model is what it was.
@@ -54,32 +59,43 @@ def squeezed(model: Any, config: SqueezeConfig) -> Iterator[SqueezedModel]:
             that would make another cache of its own.
     """
     model = unwrap(model)
+    undo = ExitStack()
+    try:
+        with _patching:
+            run = _patch(undo, model, config)
+    except BaseException:
+        undo.close()
+        raise
+    try:
+        yield run
+    finally:
+        with _patching, run.lock:  # a forward pass of another thread ends first
+            undo.close()
+
+
+def _patch(undo: ExitStack, model: PreTrainedModel, config: SqueezeConfig) -> SqueezedModel:
+    """Put everything in place that `undo` takes away again."""
     if "_prepare_cache_for_generation" in vars(model):
         raise ValueError("the model is squeezed already: leave the outer `with squeezed(...)` first")
     run = SqueezedModel(model, config)
     step = compiled(_decode_block, model.device) if config.compile else None
     decoder = model.model
-    undo = ExitStack()
-    try:
-        _replace(undo, model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, run))
-        _replace(undo, model, "init_continuous_batching", _no_continuous_batching)
-        _replace(undo, decoder, "forward", functools.partial(_decoder_forward, run, decoder.forward))
-        if depends_on_length(model.config):
-            run.rope = _lengthwise(undo, decoder.rotary_emb)
-        for layer in decoder.layers:
-            hook = layer.register_forward_pre_hook(functools.partial(_enter, run), with_kwargs=True)
-            undo.callback(hook.remove)
-            hook = layer.post_attention_layernorm.register_forward_pre_hook(functools.partial(_mix, run))
-            undo.callback(hook.remove)
-            module = layer.self_attn
-            name = forward_name(module)
-            _replace(undo, module, name, functools.partial(_forward, run, module, getattr(module, name)))
-            if step is not None:
-                _replace(undo, layer, "forward", functools.partial(_block_forward, step, layer, layer.forward))
-        yield run
-    finally:
-        with run.lock:  # a forward pass of another thread ends first
-            undo.close()
+    _replace(undo, model, "_prepare_cache_for_generation", functools.partial(_prepare_cache, run))
+    _replace(undo, model, "init_continuous_batching", _no_continuous_batching)
+    _replace(undo, decoder, "forward", functools.partial(_decoder_forward, run, decoder.forward))
+    if depends_on_length(model.config):
+        run.rope = _lengthwise(undo, decoder.rotary_emb)
+    for layer in decoder.layers:
+        hook = layer.register_forward_pre_hook(functools.partial(_enter, run), with_kwargs=True)
+        undo.callback(hook.remove)
+        hook = layer.post_attention_layernorm.register_forward_pre_hook(functools.partial(_mix, run))
+        undo.callback(hook.remove)
+        module = layer.self_attn
+        name = forward_name(module)
+        _replace(undo, module, name, functools.partial(_forward, run, module, getattr(module, name)))
+        if step is not None:
+            _replace(undo, layer, "forward", functools.partial(_block_forward, step, layer, layer.forward))
+    return run
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -99,6 +115,8 @@ def unwrap(model: Any) -> PreTrainedModel:
             found = found.get_base_model()
         elif isinstance(getattr(found, "_orig_mod", None), nn.Module):
             found = found._orig_mod
+        elif isinstance(found, nn.DataParallel) and len(found.device_ids) > 1:
+            raise InputError("DataParallel copies a model to every GPU and runs the copies: give squeezed its .module")
         elif isinstance(getattr(found, "module", None), nn.Module):
             found = found.module
         else:
@@ -146,6 +164,8 @@ def _prepare_cache(run: SqueezedModel, generation_config, model_kwargs, generati
                 f"{name} cannot be combined with a squeezed cache, which takes the prompt in one piece, or in the "
                 "chunks of SqueezeConfig(prefill_chunk=...)"
             )
+    if generation_config.guidance_scale not in (None, 1):
+        raise ValueError("guidance_scale reads every prompt a second time, on a cache of its own: leave it out")
     if generation_config.use_cache is False:
         raise ValueError(
             "use_cache is False, in the call or in model.generation_config, which leaves nothing to squeeze: "
@@ -195,7 +215,11 @@ def _decoder_forward(
                     "past_key_values=run.cache(max_new_tokens), or use_cache=False for none"
                 )
             return original(attention_mask=attention_mask, **given)
-        if kwargs.get("output_attentions", getattr(run.model.config, "output_attentions", False)):
+        if cache.owner[0] is not run.model or (not cache.compressed and cache.owner[1] is not run.evictor):
+            raise ValueError(
+                "the cache was made for another model, or before run.use(...): make one with run.cache(max_new_tokens)"
+            )
+        if kwargs.get("output_attentions") or getattr(run.model.config, "output_attentions", False):
             raise ValueError(
                 "output_attentions is not supported with a squeezed cache, which keeps no probabilities: leave it out"
             )
@@ -210,6 +234,7 @@ def _decoder_forward(
         given["attention_mask"] = inputs.new_zeros(1, 1, 1, 1)
         if cache.compressed:
             cache.begin(tokens, batch, None)
+            cache.broken = True  # until the last layer has run
             output = original(**given)
             cache.end_step()
             return output

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from squeeze.config import InputError
 from squeeze.files import read_object
 from squeeze.longbench import generation_lengths
+from squeeze.text import shortened
 
 if TYPE_CHECKING:
     import torch
@@ -151,9 +152,23 @@ def clean(answer: str, model_name: str) -> str:
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:
-    """Raises InputError if the tokenizer has no chat template of its own."""
+    """Raises InputError if the tokenizer has no chat template of its own, or one that fails on a short message."""
     if tokenizer.chat_template is None:
         raise InputError(f"{model_name} has no chat template of its own: leave --chat out")
+    in_template(tokenizer, [{"role": "user", "content": "a"}])
+
+
+def in_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
+    """Messages in the tokenizer's own chat template, up to where an answer begins.
+
+    Raises:
+        InputError: the template, which is a program that came with the model, fails.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # whatever a template raises
+        said = shortened(" ".join(str(error).split()), 200)
+        raise InputError(f"the model's chat template cannot be used: {type(error).__name__}: {said}") from None
 
 
 def encode_prompt(
@@ -177,9 +192,7 @@ def encode_prompt(
     if dataset not in NO_CHAT:
         found = family(model_name)
         if chat:
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
+            prompt = in_template(tokenizer, [{"role": "user", "content": prompt}])
             special = False  # the template has written them
         elif found:
             prompt = found.chat.replace("{prompt}", prompt)

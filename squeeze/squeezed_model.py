@@ -17,7 +17,7 @@ from squeeze import curves, loss_curves
 from squeeze.allocation import Budgets, allocate, classify
 from squeeze.cache import SqueezeCache
 from squeeze.compatibility import check_transformers
-from squeeze.config import DEFAULT_ALGORITHM, InputError, SqueezeConfig
+from squeeze.config import DEFAULT_ALGORITHM, InputError, SqueezeConfig, whole_number
 from squeeze.evictors import make_evictor
 from squeeze.folder_config import own_window
 from squeeze.rope import LengthwiseRope, depends_on_length
@@ -106,37 +106,44 @@ class SqueezedModel:
         algorithm = config.algorithm or DEFAULT_ALGORITHM[architecture]
         if config.compile != self.compiled:
             raise ValueError("compiling is decided on when the model is squeezed: leave the `with` block first")
-        self.config = replace(config, algorithm=algorithm)
-        self.evictor = make_evictor(algorithm, config.start_size)
-        self.window = own_window(model.config)
-        if config.budgets is not None and min(config.budgets) < self.evictor.minimum_budget:
+        evictor, window = make_evictor(algorithm, config.start_size), own_window(model.config)
+        if config.budgets is not None and min(config.budgets) < evictor.minimum_budget:
             raise InputError(
-                f"budgets must be at least {self.evictor.minimum_budget} tokens for {algorithm}, "
+                f"budgets must be at least {evictor.minimum_budget} tokens for {algorithm}, "
                 f"got {min(config.budgets)} in layer {int(np.argmin(config.budgets))}"
             )
-        if self.window is not None and self.window < self.evictor.minimum_budget:
+        if window is not None and window < evictor.minimum_budget:
             raise InputError(
-                f"{algorithm} needs {self.evictor.minimum_budget} tokens a layer, and the model's own "
-                f"sliding window is {self.window}"
+                f"{algorithm} needs {evictor.minimum_budget} tokens a layer, and the model's own "
+                f"sliding window is {window}"
             )
         if config.allocation == "calibrated":
             if config.calibration is None:
                 raise InputError("the allocation calibrated needs loss curves: calibration=read_calibration(FILE)")
             config.calibration.check(algorithm, config.start_size, layers)
-        if self.evictor.sinks and depends_on_length(model.config):
+        if evictor.sinks and depends_on_length(model.config):
             rope = model.config.rope_parameters["rope_type"]
             raise InputError(f"streaming moves sink tokens by fixed angles; the model's RoPE is of type {rope}")
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
+        with self.lock:  # nothing is changed by a configuration that is refused
+            self.config, self.evictor, self.window = replace(config, algorithm=algorithm), evictor, window
 
     def forget_prefill(self) -> None:
         """Let go of the prefill that is kept for other configurations."""
         self.kept_prefill = None
 
     def cache(self, max_new_tokens: int) -> SqueezeCache:
-        """An empty cache for one prompt or batch and up to `max_new_tokens` tokens after it."""
+        """An empty cache for one prompt or batch and up to `max_new_tokens` tokens after it.
+
+        Raises:
+            InputError: `max_new_tokens` is no whole number, or below 0.
+        """
+        whole_number("max_new_tokens", max_new_tokens, 0)
         inv_freq = self.model.model.rotary_emb.inv_freq
-        return SqueezeCache(self.evictor, self.model.config.num_hidden_layers, max_new_tokens, inv_freq)
+        made = SqueezeCache(self.evictor, self.model.config.num_hidden_layers, max_new_tokens, inv_freq)
+        made.owner = self.model, self.evictor
+        return made
 
     def prefill(self, tokens: torch.Tensor) -> Prefill:
         """Prefill prompts of one length, `(batch, tokens)`, and keep all of it for `fork`."""

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
-from squeeze.arguments import Parser, as_path, real, whole
+from squeeze.arguments import Parser, real, user_path, whole
 from squeeze.config import InputError
 from squeeze.distributed import ALONE
 from squeeze.flags import run_command
@@ -90,9 +90,11 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("grid", type=as_path, metavar="FILE", help="the grid, in YAML; see below")
     made.add_argument(
-        "changes", nargs="*", metavar="KEY=VALUE", help="in place of what the file says: model=Mistral 'seed=[1, 2]'"
+        "arguments",
+        nargs="+",
+        metavar="FILE KEY=VALUE",
+        help="the grid, in YAML (see below); and values in place of those in it: model=Mistral 'seed=[1, 2]'",
     )
     made.add_argument("--dry_run", action="store_true", help="print the plan and what it costs, and run nothing")
     made.add_argument("--engine", default="local", help="local (default: this process) or ray")
@@ -109,6 +111,25 @@ def parser() -> Parser:
     )
     made.add_argument("--max_retries", type=whole(-1), default=3, help="of a Ray task whose worker dies (default: 3)")
     return made
+
+
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, `grid` and `changes` among its parts, in whatever order they came.
+
+    Raises:
+        InputError: there is no file, or more than one, or flags do not go together.
+    """
+    args = parser().parse_args(argv)
+    files = [one for one in args.arguments if "=" not in one or Path(one).is_file()]
+    if len(files) != 1:
+        raise InputError(f"a sweep has one file, got {shortened(' '.join(files)) or 'none'} (changes are KEY=VALUE)")
+    try:
+        args.grid = user_path(files[0])
+    except InputError as error:
+        raise InputError(f"a sweep's file {error}") from None
+    args.changes = [one for one in args.arguments if one != files[0]]
+    check(args)
+    return args
 
 
 def check(args: argparse.Namespace) -> None:
@@ -191,8 +212,7 @@ def sweep(argv: Sequence[str] | None = None) -> None:
     Raises:
         InputError: the file, or a run of the grid, is wrong; the other runs were done before.
     """
-    args = parser().parse_args(argv)
-    check(args)
+    args = read_arguments(argv)
     grid = read_grid(args.grid, args.changes)
     for reason in some(grid.left_out):
         say(f"left out: {reason}")

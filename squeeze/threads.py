@@ -8,6 +8,7 @@ long (docs/library.md). OpenMP reads the environment when torch is imported, so 
 from __future__ import annotations
 
 import os
+import re
 
 #: Any of these in the environment: the user has chosen, and nothing is changed.
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -21,7 +22,10 @@ def cores() -> int:
     """CPU cores that this process may use, by its affinity and the quota of its control group."""
     from joblib import cpu_count  # which takes a sixth of a second to import
 
-    return cpu_count(only_physical_cores=True)
+    try:
+        return cpu_count(only_physical_cores=True)
+    except ValueError:  # a variable of joblib's own that is no number
+        return os.cpu_count() or 1
 
 
 def settings(threads: int | None = None) -> dict[str, str]:
@@ -46,4 +50,4 @@ def settings(threads: int | None = None) -> dict[str, str]:
 
 def _processes() -> int:
     value = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(value)) if value.isdecimal() else 1
+    return max(1, int(value)) if re.fullmatch("[0-9]{1,6}", value) else 1

@@ -11,7 +11,10 @@ from transformers import LlamaConfig, MistralConfig
 
 import pred
 from squeeze import InputError, SqueezeConfig, loading, squeezed
+from squeeze.distributed import ALONE
 from squeeze.folder_config import declares, generation_config, model_config, own_window
+from squeeze.jobs import prepare
+from squeeze.models import greedy_wishes
 from squeeze.predict import full_cache_bytes, generate, greedy, pad_left, stop_tokens
 
 CPU, IDS = torch.device("cpu"), torch.arange(3, 60)
@@ -194,7 +197,7 @@ def test_a_generation_config_that_is_none_is_a_sentence(folder, content):
     (folder / "generation_config.json").write_text(content)
     with pytest.raises(InputError, match=r"generation_config\.json") as error:
         loading.load(folder, CPU, torch.float32)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "cannot be loaded" not in str(error.value)
 
 
 def test_ids_that_a_model_does_not_have_end_nothing():
@@ -235,3 +238,13 @@ def test_a_checkpoint_saved_after_training_predicts_like_any(tmp_path, monkeypat
     random_model("llama").save_pretrained(tmp_path / "endless")
     pred.main(["--model", "endless", "--data_dir", "data", "--dtype", "float32"])
     assert Path("pred_Long/endless/full/samsum.jsonl").read_text().count("\n") == 2
+
+
+def test_a_run_that_an_earlier_version_began_with_other_answers_does_not_go_on(folder):
+    """What the file asks for beside special tokens had an effect then, and is a setting now."""
+    assert greedy_wishes(folder) == []
+    change(folder, "generation_config.json", repetition_penalty=5.0, do_sample=True, min_length=0, temperature=0.2)
+    assert greedy_wishes(folder) == ["repetition_penalty"]
+    save_rows(folder.parent / "data", count=1)
+    job = prepare(["--model", str(folder), "--data_dir", str(folder.parent / "data")], ALONE)
+    assert job.settings["without_effect"] == ["repetition_penalty"]

@@ -172,3 +172,24 @@ def test_stop_rules(tokenizer):
     assert settings.pop("eos_token_id") == [tokenizer.eos_token_id, tokenizer.encode("\n")[-1]]
     assert settings == {"max_new_tokens": 128, "num_beams": 1, "do_sample": False, "min_new_tokens": 1}
     assert generation_settings(tokenizer, "trec") == {"max_new_tokens": 64, "num_beams": 1, "do_sample": False}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1/0 }}",
+        "{% for %}",
+        "{{ messages[5].x.y }}",
+        "{{ raise_exception('no\nway') }}",
+        "{% for i in range(10**9) %}a{% endfor %}",
+        "{{ messages[0].content.__class__.__mro__ }}",
+        {"rag": "x"},
+    ],
+)
+def test_a_chat_template_that_fails_is_a_sentence(template):
+    """It is a program that came with the model."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match="chat template cannot be used") as error:
+        check_chat_template(tokenizer, "tiny")
+    assert "\n" not in str(error.value)

@@ -294,3 +294,24 @@ def test_a_sweep_that_is_killed_ten_times_ends_in_the_same_bytes(forks, place):
         assert not list(Path("pred_Long").rglob("*partial*"))
         rounds += 1
         Path("pred_Long").rename(f"killed-{rounds}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["s.yaml", "model=tiny", "--dry_run"],
+        ["--dry_run", "model=tiny", "s.yaml"],
+        ["model=tiny", "s.yaml", "--dry_run", "ini_size=0.4"],
+        ["s.yaml", "--dry_run", "model=tiny"],
+    ],
+)
+def test_arguments_in_any_order(arguments):
+    args = sweep.read_arguments(arguments)
+    assert (args.grid, args.dry_run) == (Path("s.yaml"), True)
+    assert args.changes == [one for one in arguments if "=" in one]
+
+
+def test_a_sweep_has_one_file():
+    for wrong in (["model=tiny"], ["a.yaml", "b.yaml"], ["x" * 5000]):
+        with pytest.raises(InputError, match="a sweep"):
+            sweep.read_arguments(wrong)

@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from squeeze import threads
+from squeeze import InputError, threads
+from squeeze.distributed import ranks
 
 COMMANDS = (
     "sweep",
@@ -74,7 +75,7 @@ def test_a_choice_of_its_own_is_no_wish_of_the_users(bare):
 
 def test_processes_of_a_launcher_share_the_cores(bare):
     bare.setattr(threads, "cores", lambda: 16)
-    for world, expected in (("4", "4"), ("32", "1"), ("0", "16"), ("many", "16")):
+    for world, expected in (("4", "4"), ("32", "1"), ("0", "16"), ("many", "16"), ("9" * 5000, "16")):
         bare.setenv("LOCAL_WORLD_SIZE", world)
         assert threads.settings()["OMP_NUM_THREADS"] == expected
 
@@ -106,3 +107,26 @@ def test_the_openmp_that_torch_loads_waits_passively(command):
     assert f"OMP_NUM_THREADS = '{threads.cores()}'" in said
     said = python(*command, OMP_DISPLAY_ENV="TRUE", OMP_WAIT_POLICY="ACTIVE", OMP_NUM_THREADS="3")
     assert "OMP_WAIT_POLICY = 'ACTIVE'" in said and "OMP_NUM_THREADS = '3'" in said
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "x"}, "RANK in the environment must be a whole number, got x"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE in the environment must be a whole number"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK is 5 in the environment, and WORLD_SIZE 2"),
+        ({"RANK": "1"}, "RANK is 1 in the environment, and WORLD_SIZE 0"),
+    ],
+)
+def test_a_launchers_variables_that_are_none(monkeypatch, variables, words):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words):
+        ranks()
+
+
+def test_a_variable_of_joblibs_that_is_none_costs_nothing(bare):
+    bare.setenv("LOKY_MAX_CPU_COUNT", "x")
+    assert threads.cores() >= 1

@@ -1,11 +1,13 @@
 """Ways into a squeezed model besides `generate`: each is served, or is a sentence; nothing comes back empty."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import random_model
 from transformers import DynamicCache
 
-from squeeze import SqueezeConfig, squeezed
+from squeeze import InputError, SqueezeConfig, squeezed
 
 MODEL = random_model("llama")
 IDS = torch.randint(3, 199, (2, 60), generator=torch.Generator().manual_seed(3))
@@ -106,3 +108,70 @@ def test_training_with_checkpoints_is_a_sentence():
     model.gradient_checkpointing_enable()
     with squeezed(model, EVERYTHING) as run, pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
         model(IDS, past_key_values=run.cache(1))
+
+
+@pytest.mark.parametrize("algorithm", ["sliding_window", "streaming", "h2o"])
+def test_a_step_that_failed_in_the_middle_is_not_gone_on_with(algorithm):
+    """Some layers hold its token by then. A prompt that failed can be read again."""
+
+    def fail(module, args):
+        raise KeyboardInterrupt
+
+    with squeezed(MODEL, SqueezeConfig(algorithm, "0.3", "0.1")) as run, torch.no_grad():
+        expected = MODEL.generate(IDS, **SETTINGS)
+        cache = run.cache(4)
+        for fails in (True, False):
+            hook = MODEL.model.layers[2].register_forward_pre_hook(fail) if fails else None
+            with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+                MODEL(IDS, past_key_values=cache)
+            if hook:
+                hook.remove()
+        hook = MODEL.model.layers[2].register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            MODEL(IDS[:, :1], past_key_values=cache)
+        hook.remove()
+        with pytest.raises(ValueError, match="failed in the middle"):
+            MODEL(IDS[:, :1], past_key_values=cache)
+        assert torch.equal(MODEL.generate(IDS, **SETTINGS), expected)
+
+
+def test_a_cache_of_another_model_or_configuration_is_refused():
+    other = random_model("llama", seed=1)
+    with (
+        squeezed(MODEL, SqueezeConfig("h2o", "0.3", "0.1")) as run,
+        squeezed(other, SqueezeConfig("h2o", "0.3", "0.1")),
+    ):
+        with pytest.raises(ValueError, match="made for another model"):
+            other.generate(IDS, past_key_values=run.cache(6), **SETTINGS)
+        stale = run.cache(6)
+        run.use(SqueezeConfig("streaming", "0.3", "0.1"))
+        with pytest.raises(ValueError, match=r"or before run\.use"):
+            MODEL.generate(IDS, past_key_values=stale, **SETTINGS)
+
+
+def test_a_configuration_that_is_refused_changes_nothing():
+    with squeezed(MODEL, SqueezeConfig("h2o", "0.3", "0.1")) as run:
+        expected = MODEL.generate(IDS, **SETTINGS)
+        for refused in (
+            SqueezeConfig("streaming", budgets=[3] * 5),
+            SqueezeConfig("streaming", "0.3", allocation="calibrated"),
+            SqueezeConfig("h2o", budgets=[9] * 4),
+        ):
+            with pytest.raises(InputError):
+                run.use(refused)
+            assert run.config.algorithm == "h2o" and run.config.allocation == "squeeze"
+            assert torch.equal(MODEL.generate(IDS, **SETTINGS), expected)
+
+
+@pytest.mark.parametrize("count", [None, "3", -1, 2.5, True])
+def test_room_for_tokens_is_a_whole_number(count):
+    with squeezed(MODEL, EVERYTHING) as run, pytest.raises(InputError, match="max_new_tokens must be a whole number"):
+        run.cache(count)
+
+
+def test_an_empty_prompt_and_guidance_are_sentences():
+    with squeezed(MODEL, EVERYTHING) as run:
+        with pytest.raises(ValueError, match="the prompt has no tokens"):
+            MODEL(IDS[:, :0], past_key_values=run.cache(1))
+        with pytest.raises(ValueError, match="guidance_scale"):
+            MODEL.generate(IDS, guidance_scale=1.5, **SETTINGS)

@@ -1,6 +1,7 @@
 """What people put round a model: threads, PEFT, autocast, torch.compile."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +11,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from torch import nn
 from transformers import LlamaForSequenceClassification
 
-from squeeze import InputError, SqueezeConfig, squeezed
+from squeeze import InputError, SqueezeConfig, squeezed, squeezed_model
 from squeeze.packing import pack
 from squeeze.patch import unwrap
 
@@ -179,3 +180,35 @@ def test_a_model_that_its_user_compiled(how):
         cache = run.cache(1)
         assert torch.equal(wrapped(IDS, past_key_values=cache).logits[:, -1].argmax(-1), expected[:, 60])
         assert cache.compressed
+
+
+def test_threads_that_each_squeeze_one_model_are_let_in_one_by_one(monkeypatch):
+    """While one has it the others are refused, and afterwards the model is what it was."""
+    model = random_model("llama")
+    before = dict(vars(model)), dict(vars(model.model))
+    expected = model.generate(IDS, **SETTINGS)
+    start, inside = threading.Barrier(3), []
+    slow = squeezed_model.SqueezedModel.__init__
+
+    def init(self, *args):
+        time.sleep(0.05)
+        slow(self, *args)
+
+    monkeypatch.setattr(squeezed_model.SqueezedModel, "__init__", init)
+
+    def enter(_):
+        start.wait()
+        try:
+            with squeezed(model, SqueezeConfig("h2o", "0.3", "0.1")):
+                inside.append(1)
+                time.sleep(0.4)
+                assert len(inside) == 1
+                return "in"
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(3) as pool:
+        said = sorted(pool.map(enter, range(3)))
+    assert said[0] == "in" and all("squeezed already" in one for one in said[1:])
+    assert (dict(vars(model)), dict(vars(model.model))) == before
+    assert torch.equal(model.generate(IDS, **SETTINGS), expected)
