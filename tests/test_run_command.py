@@ -20,8 +20,3 @@ def test_closed_output(command):
         code, out, said = shell(f"python {command} {closed}")
         assert (code, out) == (2, ""), closed
         assert "Traceback" not in said
-
-
-def test_a_full_disk_behind_the_output():
-    code, _, said = shell("python -m squeeze.report --help >/dev/full")
-    assert "Traceback" not in said and code != 0

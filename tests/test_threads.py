@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -28,6 +29,7 @@ VARIABLES = (*threads.COUNTS, *threads.POLICIES, "LOCAL_WORLD_SIZE")
 def bare(monkeypatch):
     """An environment in which nobody has chosen."""
     monkeypatch.setattr(threads, "_given", {})
+    monkeypatch.setattr(threads, "is_calm", lambda count: False)
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
@@ -50,6 +52,26 @@ def python(*arguments, prepare=None, **environment):
 def test_passive_waiting_and_a_thread_for_each_core(bare):
     assert threads.settings() == {"OMP_NUM_THREADS": str(threads.cores()), "OMP_WAIT_POLICY": "PASSIVE"}
     assert threads.settings(threads=0)["OMP_NUM_THREADS"] == "1"
+
+
+def test_threads_spin_for_a_moment_where_nothing_else_runs(bare):
+    bare.setattr(threads, "is_calm", lambda count: count == threads.cores())
+    assert threads.settings()["GOMP_SPINCOUNT"] == str(threads.SPINS)
+    assert "GOMP_SPINCOUNT" not in threads.settings(1), "of another machine's calm nothing is known"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc here")
+def test_a_busy_machine_is_not_calm():
+    cores = os.cpu_count() or 1
+    assert not threads.is_calm(cores + 1)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        time.sleep(0.3)
+        assert not threads.is_calm(1)
+    finally:
+        for one in busy:
+            one.kill()
+            one.wait()
 
 
 @pytest.mark.parametrize("name", threads.COUNTS)
