@@ -38,16 +38,20 @@ def cores() -> int:
 
 
 def is_calm(threads: int) -> bool:
-    """Whether this machine has cores for so many threads now, beside what else is running on it."""
+    """Whether this machine has cores for so many threads now, beside what else is running on it.
+
+    Programs that end or begin just now are there for a moment: looked at for a tenth of a second, half a core counts
+    as none.
+    """
     others = []
-    for _ in range(5):
+    for _ in range(20):
         try:
             running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
         except (OSError, IndexError):
             return False
         others.append(int(running) - 1)  # without this process
-        time.sleep(0.01)
-    return statistics.median(others) + threads <= (os.cpu_count() or 1)
+        time.sleep(0.005)
+    return statistics.fmean(others) + threads < (os.cpu_count() or 1) + 0.6
 
 
 def settings(threads: int | None = None) -> dict[str, str]:
