@@ -219,7 +219,8 @@ def _decoder_forward(
             raise ValueError(
                 "the cache was made for another model, or before run.use(...): make one with run.cache(max_new_tokens)"
             )
-        if kwargs.get("output_attentions") or getattr(run.model.config, "output_attentions", False):
+        asked = kwargs.get("output_attentions")
+        if getattr(run.model.config, "output_attentions", False) if asked is None else asked:
             raise ValueError(
                 "output_attentions is not supported with a squeezed cache, which keeps no probabilities: leave it out"
             )
