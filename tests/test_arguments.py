@@ -228,7 +228,7 @@ def test_flags_and_the_rest_come_in_any_order():
     for argv in ("a --out o b", "--out o a b", "a b --out o", "--out=o a -- b"):
         args = parser.parse_args(argv.split())
         assert ([str(one) for one in args.runs], str(args.out)) == (["a", "b"], "o")
-    args = sweep.parser().parse_args(["x.yaml", "--dry_run", "model=A", "--engine", "local", "seed=1"])
+    args = sweep.read_arguments(["x.yaml", "--dry_run", "model=A", "--engine", "local", "seed=1"])
     assert (str(args.grid), args.changes, args.dry_run) == ("x.yaml", ["model=A", "seed=1"], True)
     with pytest.raises(InputError, match="unrecognized arguments: --mode"):
         parser.parse_args(["a", "--mode"])
