@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from squeeze import layouts, scoring
-from squeeze.config import InputError
-from squeeze.files import write_json, writing
-from squeeze.flags import check_flags, config_from_flags, eval_parser, for_model, run_command
-from squeeze.models import guess_model_type, run_name
-from squeeze.request_files import HELM_TASKS
-from squeeze.runs import check_count, run_folder
-from squeeze.tables import table
+from squeeze.benchmarks.longbench import layouts, scoring
+from squeeze.benchmarks.requests import HELM_TASKS
+from squeeze.cli.run import run_command
+from squeeze.cli.tables import table
+from squeeze.errors import InputError
+from squeeze.models.sources import guess_model_type, run_name
+from squeeze.runs.flags import check_flags, config_from_flags, eval_parser, for_model
+from squeeze.runs.folder import check_count, run_folder
+from squeeze.storage.files import write_json, writing
 from squeeze.text import say
 
 SCORES = ("data set", "samples", "score", "95% interval")

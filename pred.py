@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from squeeze.distributed import ranks
-from squeeze.flags import run_command
-from squeeze.jobs import prepare
+from squeeze.cli.run import run_command
+from squeeze.ranks import ranks
+from squeeze.runs.execute import OpenJob, do, here
+from squeeze.runs.jobs import prepare
 from squeeze.text import say
-from squeeze.work import OpenJob, do, here
 
 
 def main(argv: Sequence[str] | None = None) -> None:

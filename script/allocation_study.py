@@ -32,27 +32,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from squeeze import (
-    SqueezeConfig,
-    calibrate,
-    calibration,
-    curves,
-    fidelity,
-    inventory,
-    loading,
-    models,
-    predict,
-    squeezed,
-)
-from squeeze.allocation import allocate, round_to
+from squeeze import SqueezeConfig, calibrate, devices, squeezed
+from squeeze.allocations import calibration, curves
+from squeeze.allocations.formula import allocate, round_to
+from squeeze.benchmarks import fidelity, predict
+from squeeze.benchmarks.longbench.data import load_data
+from squeeze.benchmarks.records import Compared
+from squeeze.benchmarks.requests import read_requests
+from squeeze.cli.tables import table
+from squeeze.engine.loss_curves import MULTIPLES, divergences, measure
 from squeeze.evictors import make_evictor
-from squeeze.files import read_json, read_jsonl
-from squeeze.longbench import load_data
-from squeeze.loss_curves import MULTIPLES, divergences, measure
-from squeeze.manifest import Manifest
-from squeeze.records import Compared
-from squeeze.request_files import read_requests
-from squeeze.tables import table
+from squeeze.models import loading, sources
+from squeeze.runs import inventory
+from squeeze.runs.manifest import Manifest
+from squeeze.storage.files import read_json, read_jsonl
 
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
 SIZES = ("0.1", "0.2", "0.4")
@@ -178,10 +171,10 @@ def ways(known, algorithm, size, length, cap, similarities, own):
 def run(args):
     """Measure what is missing."""
     done = {tuple(one[key] for key in ("prompt", "algorithm", "size", "way")) for one in read(args.out)}
-    source = models.resolve("SmolLM2-135M", None)
-    folder = models.fetch(source, False)
-    device = loading.pick_device(args.device, 0)
-    model, tokenizer = loading.load(folder, device, loading.pick_dtype("float32", device), "auto")
+    source = sources.resolve("SmolLM2-135M", None)
+    folder = sources.fetch(source, False)
+    device = devices.pick_device(args.device, 0)
+    model, tokenizer = loading.load(folder, device, devices.pick_dtype("float32", device), "auto")
     how = predict.Options(max_length=args.max_length, model_name=source.name)
     prompts = {}
     for dataset in filter(None, args.datasets.split(",")):

@@ -28,12 +28,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import AttentionInterface
 
-from squeeze import SqueezeConfig, calibrate, curves, fidelity, loading, models, predict, squeezed
+from squeeze import SqueezeConfig, calibrate, devices, squeezed
+from squeeze.allocations import curves
+from squeeze.benchmarks import fidelity, predict
+from squeeze.benchmarks.longbench.data import load_data
+from squeeze.benchmarks.longbench.scoring import difference
+from squeeze.benchmarks.requests import read_requests
+from squeeze.engine.loss_curves import MULTIPLES, TAIL
 from squeeze.evictors import make_evictor
-from squeeze.longbench import load_data
-from squeeze.loss_curves import MULTIPLES, TAIL
-from squeeze.request_files import read_requests
-from squeeze.scoring import difference
+from squeeze.models import loading, sources
 
 NEW_TOKENS, AT_ONCE = 64, 20
 
@@ -128,9 +131,9 @@ def main():
     parser.add_argument("--max_length", type=int, default=2000, help="tokens of a prompt of LongBench")
     args = parser.parse_args()
     AttentionInterface.register("kept", attend)
-    source = models.resolve("SmolLM2-135M", None)
-    device = loading.pick_device("cpu", 0)
-    model, tokenizer = loading.load(models.fetch(source), device, torch.float32, "auto")
+    source = sources.resolve("SmolLM2-135M", None)
+    device = devices.pick_device("cpu", 0)
+    model, tokenizer = loading.load(sources.fetch(source), device, torch.float32, "auto")
     heads, share = model.config.num_key_value_heads, Fraction(args.ini_size)
 
     def prompts(data, limit=8192):

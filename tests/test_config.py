@@ -5,7 +5,9 @@ from fractions import Fraction
 
 import pytest
 
-from squeeze.config import InputError, SqueezeConfig, parse_fraction
+from squeeze.config import SqueezeConfig
+from squeeze.errors import InputError
+from squeeze.numbers import parse_fraction
 
 
 @pytest.mark.parametrize(

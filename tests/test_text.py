@@ -14,11 +14,13 @@ import pytest
 from made_runs import make_bench, make_fidelity, make_run
 from PIL import Image
 
-from squeeze import InputError, report, results
+from squeeze import InputError
+from squeeze.cli.run import run_command
+from squeeze.cli.tables import table
 from squeeze.compatibility import UntestedVersion
-from squeeze.figures import new_panel, render
-from squeeze.flags import run_command
-from squeeze.tables import table
+from squeeze.report import command as report
+from squeeze.report import results
+from squeeze.report.figures import new_panel, render
 from squeeze.text import fitted, printable
 
 CONTROLS = "".join(map(chr, (*range(1, 32), 127, *range(128, 160))))

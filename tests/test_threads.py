@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from squeeze import InputError, threads
-from squeeze.distributed import ranks
+from squeeze.ranks import ranks
 
 COMMANDS = (
     "sweep",
@@ -20,7 +20,7 @@ COMMANDS = (
     "helm_requests",
     "helm_env",
     "helm_score",
-    "embedded",
+    "models.embedded",
 )
 VARIABLES = (*threads.COUNTS, *threads.POLICIES, "LOCAL_WORLD_SIZE")
 

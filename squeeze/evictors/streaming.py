@@ -14,7 +14,7 @@ class StreamingLLM:
     """Attention sinks and a rolling cache (section 3.2).
 
     The method measures distance inside the cache. Recent tokens have the right distance as they are; that of the
-    sinks is corrected at every step (`squeeze.schedule`).
+    sinks is corrected at every step (`squeeze.engine.schedule`).
 
     Args:
         sinks: tokens at the start of the sequence that are never evicted (`start_size`).

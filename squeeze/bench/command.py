@@ -1,0 +1,304 @@
+"""Throughput and memory of caches, each configuration in its own process: `python -m squeeze.bench --help`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from squeeze.models import sources
+from squeeze.cli.arguments import Parser, as_path, path_text, real, whole
+from squeeze.bench.files import bandwidth, full_speeds, speed
+from squeeze.config import ALGORITHMS, ALLOCATIONS, DTYPES
+from squeeze.errors import InputError
+from squeeze.numbers import parse_fraction
+from squeeze.storage.files import write_json, write_whole, writing
+from squeeze.cli.run import run_command
+from squeeze.benchmarks.longbench.data import build_prompt, load_data
+from squeeze.cli.tables import table
+from squeeze.text import say
+from squeeze.bench.processes import run, turns
+
+EXAMPLES = """examples
+  the embedded model, full, uniform and squeezed caches, one prompt and batches of 8:
+    python -m squeeze.bench --batch_size 1 8 --prompt_length 4096 --ini_size 0.2 --KV_class3 0.12
+  beside Hugging Face's DynamicCache; and NVIDIA's kvpress, which needs an environment of its own:
+    python3.11 -m venv .venv-peers && .venv-peers/bin/pip install -r requirements-peers.txt
+    python -m squeeze.bench --peers --peer_python .venv-peers/bin/python
+  on a machine that others use too, or whose clock varies: all caches of a batch size side by side, in turns:
+    python -m squeeze.bench --batch_size 8 --dtype float32 --peers --in_turns
+"""
+COLUMNS = (
+    *("engine", "cache", "dtype", "batch", "prompt", "prefill s", "importance", "step ms", "late/early", "tokens/s"),
+    *("vs full", "KV MB", "peak MB", "limit ms", "of limit"),
+)
+LEGEND = """prefill s, step ms: median (quartiles) over all rounds
+importance: share of the prefill that similarities, classes and budgets took
+late/early: the last 32 steps over the first 32, where there are 64 or more
+vs full: tokens/s over those of the full DynamicCache, in its best dtype and attention, at this batch size
+peak MB: most memory held after loading"""
+#: Decode steps of a turn.
+TURN_STEPS = 4
+CACHES = ("full", "uniform", "squeezed", "compiled")
+
+
+def parser() -> Parser:
+    """The flags of `python -m squeeze.bench`."""
+    made = Parser(
+        prog="python -m squeeze.bench",
+        description="Measure prefill, decode and memory of full, uniform and squeezed KV caches.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        "--model", type=path_text, default="SmolLM2-135M", help="as in pred.py (default: the embedded model)"
+    )
+    made.add_argument("--model_path", type=path_text, help="where --model lies, as in pred.py")
+    made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    made.add_argument("--batch_size", type=whole(1), nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
+    made.add_argument("--prompt_length", type=whole(1), default=4096, help="tokens of every prompt (default: 4096)")
+    made.add_argument("--new_tokens", type=whole(1), default=65, help="tokens to generate after it (default: 65)")
+    made.add_argument(
+        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES[1:], help="default: float32 bfloat16"
+    )
+    made.add_argument(
+        "--caches",
+        nargs="+",
+        default=CACHES[:3],
+        choices=CACHES,
+        help="which caches; compiled is squeezed with its decode step compiled (default: full uniform squeezed)",
+    )
+    made.add_argument("--algorithm", nargs="+", default=["streaming"], choices=ALGORITHMS, help="default: streaming")
+    made.add_argument("--ini_size", default="0.2", help="as in pred.py (default: 0.2)")
+    made.add_argument("--KV_class3", default="0.12", help="as in pred.py (default: 0.12)")
+    made.add_argument("--allocation", default="squeeze-log", choices=ALLOCATIONS[:3], help="default: squeeze-log")
+    made.add_argument("--rounds", type=whole(1), default=3, help="prefills and generations of each (default: 3)")
+    made.add_argument(
+        "--in_turns",
+        action="store_true",
+        help=f"run the configurations of a batch size side by side, one at a time: a prefill each, then {TURN_STEPS} "
+        "decode steps each in turn, so that slow minutes hit all alike; needs memory for all caches at once",
+    )
+    made.add_argument(
+        "--peers", action="store_true", help="also DynamicCache, full and cut, and kvpress's presses of the algorithms"
+    )
+    made.add_argument(
+        "--peer_python", type=path_text, help="Python of the environment with kvpress (without it: no kvpress)"
+    )
+    made.add_argument(
+        "--peer_attn",
+        nargs="+",
+        default=["sdpa"],
+        choices=["sdpa", "eager"],
+        help="attention of peers (default: sdpa)",
+    )
+    made.add_argument(
+        "--memory_gb",
+        type=real("a number above 0", without_least=True),
+        help="say which batch would fit into so much, by the peaks measured",
+    )
+    made.add_argument(
+        "--data_dir",
+        type=path_text,
+        default=sources.ROOT / "data/longbench",
+        help="its samsum.jsonl gives the prompts' text",
+    )
+    made.add_argument("--out", type=as_path, default=Path("bench"), help="folder of the results (default: bench)")
+    return made
+
+
+def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dict[str, Any]]:
+    """Every configuration to measure, this engine's first. Budgets of peers are this engine's own, filled in later."""
+    common = {
+        **{"model": str(folder), "device": args.device, "tokens": tokens, "rounds": args.rounds},
+        **{"prompt_length": args.prompt_length, "new_tokens": args.new_tokens, "attn": "sdpa"},
+        "turn_steps": TURN_STEPS if args.in_turns else args.new_tokens,
+    }
+    layers = sources.read_config(folder).num_hidden_layers
+    everything = {"budgets": [args.prompt_length + args.new_tokens] * layers}
+    found = []
+    for batch_size in args.batch_size:
+        for dtype in args.dtype:
+            base = common | {"batch_size": batch_size, "dtype": dtype}
+            for algorithm in args.algorithm:
+                sizes = {"ini_size": args.ini_size, "allocation": args.allocation, "algorithm": algorithm}
+                configs = {
+                    "full": {"algorithm": algorithm, **everything},
+                    "uniform": sizes | {"kv_class3": args.ini_size},
+                    "squeezed": sizes | {"kv_class3": args.KV_class3},
+                    "compiled": sizes | {"kv_class3": args.KV_class3, "compile": True},
+                }
+                for cache in args.caches:
+                    label = f"{algorithm} {cache}"
+                    found.append(base | {"engine": "squeeze", "cache": label, "config": configs[cache]})
+            if args.peers:
+                found += peers(base, args)
+    return found
+
+
+def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What users would run instead, at the same total of tokens."""
+    budget = int(parse_fraction("ini_size", args.ini_size) * args.prompt_length)
+    layers = sources.read_config(Path(base["model"])).num_hidden_layers
+    cut = {"budgets": [budget] * layers}
+    found = []
+    for attn in args.peer_attn:
+        transformers = base | {"engine": "transformers", "attn": attn}
+        name = "DynamicCache" if attn == "sdpa" else f"DynamicCache {attn}"
+        found += [transformers | {"cache": f"{name} full"}, transformers | {"cache": f"{name} uniform", **cut}]
+        if attn == "sdpa" and "squeezed" in args.caches:  # eager attention builds one mask for all layers
+            found.append(transformers | {"cache": f"{name} squeezed", "budgets": "squeezed"})
+        if args.peer_python and "streaming" in args.algorithm:
+            kvpress = transformers | {"engine": "kvpress", "python": args.peer_python, "algorithm": "streaming"}
+            name = "" if attn == "sdpa" else f" {attn}"
+            found.append(kvpress | {"cache": f"StreamingLLMPress{name}", **cut})
+            if attn == "sdpa" and "squeezed" in args.caches:
+                found.append(kvpress | {"cache": "PerLayerCompressionPress", "budgets": "squeezed"})
+    if args.peer_python and "h2o" in args.algorithm:  # attention weights, which eager attention alone gives
+        observed = {"engine": "kvpress", "python": args.peer_python, "algorithm": "h2o", "attn": "eager"}
+        found.append(base | observed | {"cache": "ObservedAttentionPress", **cut})
+    return found
+
+
+def with_quartiles(found: dict[str, float], digits: int, unit: float = 1.0) -> str:
+    """`12.3 (12.1–12.9)`"""
+    median, low, high = (f"{found[key] / unit:.{digits}f}" for key in ("median", "low", "high"))
+    return f"{median} ({low}–{high})"
+
+
+def row(record: dict[str, Any], copy_bandwidth: float, baseline: float | None = None) -> dict[str, str]:
+    """A line of the table; the limit is what the weights and the KV kept take to be read once.
+
+    Args:
+        baseline: tokens per second to compare with.
+    """
+    spec, found = record["spec"], record["result"]
+    line = {
+        **{"engine": spec["engine"], "cache": spec["cache"], "dtype": spec["dtype"]},
+        **{"batch": str(spec["batch_size"]), "prompt": str(spec["prompt_length"])},
+    }
+    if "error" in found:
+        return dict.fromkeys(COLUMNS, "-") | line | {"prefill s": "failed"}
+    step = found["step_seconds"]["median"]
+    limit = (found["weight_bytes"] + found["kv_bytes"]) / copy_bandwidth
+    importance = found.get("importance_seconds", {"median": 0.0})["median"] / found["prefill_seconds"]["median"]
+    return line | {
+        "prefill s": with_quartiles(found["prefill_seconds"], 2),
+        "importance": f"{100 * importance:.1f}%" if importance else "-",
+        "step ms": with_quartiles(found["step_seconds"], 1, 0.001),
+        "late/early": f"{found['late_over_early']:.2f}" if "late_over_early" in found else "-",
+        "tokens/s": f"{speed(record):.1f}",
+        "vs full": f"{speed(record) / baseline:.2f}" if baseline else "-",
+        "KV MB": f"{found['kv_bytes'] / 1e6:.1f}",
+        "peak MB": f"{found['peak_bytes'] / 1e6:.0f}",
+        "limit ms": f"{1000 * limit:.1f}",
+        "of limit": f"{100 * limit / step:.0f}%",
+    }
+
+
+def fitting(records: Sequence[dict[str, Any]], memory: float) -> dict[str, int]:
+    """The largest batch whose peak fits into `memory` bytes, by a line through the peaks of two batch sizes."""
+    peaks: dict[str, dict[int, int]] = {}
+    for record in records:
+        if "peak_bytes" in record["result"]:
+            spec = record["spec"]
+            name = f"{spec['engine']} {spec['cache']} {spec['dtype']}"
+            peaks.setdefault(name, {})[spec["batch_size"]] = record["result"]["peak_bytes"]
+    found = {}
+    for name, by_batch in peaks.items():
+        if len(by_batch) > 1:
+            (small, low), (large, high) = min(by_batch.items()), max(by_batch.items())
+            each = (high - low) / (large - small)
+            found[name] = max(int((memory - low) / each + small), 0) if each > 0 else large
+    return found
+
+
+def plot(records: Sequence[dict[str, Any]]) -> bytes:
+    """Tokens per second, and memory, over the batch size, as PNG: a line for each cache."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series: dict[str, list[tuple[int, float, float]]] = {}
+    for record in records:
+        spec, found = record["spec"], record["result"]
+        if "error" not in found:
+            name = f"{spec['engine']}: {spec['cache']}, {spec['dtype']}"
+            series.setdefault(name, []).append((spec["batch_size"], speed(record), found["peak_bytes"] / 1e9))
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for index, (name, points) in enumerate(series.items()):
+        batch, speeds, memory = zip(*sorted(points), strict=True)
+        style = {"marker": "osv^Dx+"[index % 7], "color": f"C{index % 10}", "linestyle": ["-", "--"][index // 10 % 2]}
+        axes[0].plot(batch, speeds, label=name, **style)
+        axes[1].plot(batch, memory, **style)
+    for axis, what in zip(axes, ("decode, tokens per second", "peak memory, GB"), strict=True):
+        axis.set(xlabel="batch size", ylabel=what, ylim=(0, None))
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    pyplot.close(figure)
+    return image.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {args.out}: {error.strerror}") from None
+    if args.peer_python is not None:
+        program = shutil.which(args.peer_python)
+        if program is None:
+            raise InputError(f"--peer_python {args.peer_python} is no program that can be run")
+        args.peer_python = os.path.abspath(program)  # links as they are: they tell Python its environment
+    source = sources.resolve(args.model, args.model_path)
+    folder = sources.fetch(source)
+    data = load_data("samsum", args.data_dir)
+
+    from squeeze.config import SqueezeConfig
+    from squeeze.devices import pick_device, pick_dtype
+    from squeeze.models.loading import load_tokenizer
+
+    for dtype in args.dtype:
+        pick_dtype(dtype, pick_device(args.device))
+    SqueezeConfig(ini_size=args.ini_size, kv_class3=args.KV_class3)
+    text = "\n\n".join(build_prompt("samsum", one) for one in data.rows[:8])
+    tokens = load_tokenizer(folder)(text).input_ids
+    todo = specs(args, folder, tokens)
+    records: list[dict[str, Any]] = []
+    shared: dict[str, Any] = {}
+    together = (
+        groupby(todo, key=lambda spec: spec["batch_size"]) if args.in_turns else ((None, [spec]) for spec in todo)
+    )
+    with tqdm(total=sum(map(turns, todo)), unit="turn") as bar:
+        for _, group in together:
+            for record in run(list(group), shared, bar):
+                records.append(record)
+                with writing(args.out / "bench.json"):
+                    write_json(args.out / "bench.json", {"machine": platform.platform(), "runs": records})
+                bar.write(table(COLUMNS, [row(record, bandwidth(records))]).splitlines()[-1])
+    copies, full = bandwidth(records), full_speeds(records)
+    print(table(COLUMNS, [row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]))
+    print(LEGEND)
+    print(f"limit: weights and KV read once, at the {copies / 1e9:.1f} GB/s of a copy (median of all processes)")
+    for record in records:
+        if "error" in record["result"]:
+            say(f"{record['spec']['engine']} {record['spec']['cache']}: {record['result']['error']}")
+    if args.memory_gb:
+        for name, batch in fitting(records, 1e9 * args.memory_gb).items():
+            print(f"{name}: batches of up to {batch} fit into {args.memory_gb:g} GB")
+    with writing(args.out / "bench.png"):
+        write_whole(args.out / "bench.png", plot(records))
+    say(f"{args.out / 'bench.json'} {args.out / 'bench.png'}")
+

@@ -1,0 +1,90 @@
+"""What `squeeze.bench` writes into `bench.json`, and the speeds that follow from it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from squeeze.storage.schema import Amount, Positive, PositiveAmount, check
+from squeeze.storage.files import read_json
+
+
+class Quartiles(TypedDict):
+    median: PositiveAmount
+    low: PositiveAmount
+    high: PositiveAmount
+
+
+class Median(TypedDict):
+    median: Amount
+
+
+class Spec(TypedDict):
+    """What was measured; `budgets` are those of a cache that was cut."""
+
+    engine: str
+    cache: str
+    dtype: str
+    batch_size: Positive
+    device: str
+    prompt_length: Positive
+    model: str
+
+
+class Measured(TypedDict):
+    """What came out; a configuration that failed has only an `error`."""
+
+    step_seconds: Quartiles
+    prefill_seconds: Quartiles
+    importance_seconds: NotRequired[Median]
+    late_over_early: NotRequired[Amount]
+    kv_bytes: Amount
+    peak_bytes: Amount
+    weight_bytes: Amount
+    copy_bandwidth: PositiveAmount
+
+
+class Failed(TypedDict):
+    error: str
+
+
+class Record(TypedDict):
+    spec: Spec
+    result: dict[str, Any]
+
+
+class Bench(TypedDict):
+    machine: NotRequired[str]
+    runs: list[Record]
+
+
+def read_bench(path: Path) -> Bench:
+    """Read a file of `squeeze.bench`; InputError, naming the field, if it is none."""
+    found = read_json(path, Bench)
+    for number, record in enumerate(found["runs"]):
+        kind = Failed if "error" in record["result"] else Measured
+        check(record["result"], kind, f"{path}: runs[{number}].result")
+    return found
+
+
+def bandwidth(records: Sequence[Any]) -> float:
+    """Bytes per second of a copy, the median over all processes of the run."""
+    measured = [record["result"]["copy_bandwidth"] for record in records if "error" not in record["result"]]
+    return statistics.median(measured) if measured else 1.0
+
+
+def speed(record: Any) -> float:
+    """Tokens decoded per second."""
+    return record["spec"]["batch_size"] / record["result"]["step_seconds"]["median"]
+
+
+def full_speeds(records: Sequence[Any]) -> dict[int, float]:
+    """Batch size → the best speed of a full DynamicCache."""
+    found: dict[int, float] = {}
+    for record in records:
+        spec = record["spec"]
+        if spec["engine"] == "transformers" and "budgets" not in spec and "error" not in record["result"]:
+            found[spec["batch_size"]] = max(speed(record), found.get(spec["batch_size"], 0.0))
+    return found

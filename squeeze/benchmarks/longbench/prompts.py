@@ -1,0 +1,209 @@
+"""How LongBench's runner puts a prompt to a model and reads its answer: truncation, chat formats, stop rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from squeeze.benchmarks.longbench.data import generation_lengths
+from squeeze.errors import InputError
+from squeeze.storage.files import read_object
+from squeeze.text import shortened
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+#: Few-shot and code-completion data sets are given to chat models as they are, too.
+NO_CHAT = frozenset({"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"})
+
+ASSISTANT = "A chat between a curious {} and an artificial intelligence assistant. The assistant gives helpful, "
+ASSISTANT += "detailed, and polite answers to the {}'s questions."
+
+
+#: What models that were taught to chat are called, whatever else is in their names.
+CHAT_WORDS = re.compile(r"chat|instruct|(?<![a-z])(inst|it|assistant)(?![a-z])")
+
+#: What `run.json` says of prompts in a template that came with the model.
+OWN_TEMPLATE = "the tokenizer's own chat template"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that LongBench's runner knows by a part of their name.
+
+    Args:
+        names: any of these in the model's name, to the letter.
+        spelled: how else people write them, a pattern for a name in small letters.
+        chat: the prompt with the chat format around it, `{prompt}` to be filled in.
+        clean: what is scored of an answer.
+        has_bases: some models of that name were not taught to chat; the chat models among those spelled otherwise
+            are told by `CHAT_WORDS`.
+    """
+
+    names: tuple[str, ...]
+    spelled: str
+    chat: str
+    clean: Callable[[str], str] = str
+    has_bases: bool = True
+
+
+#: Those that can be Llamas or Mistrals; the first that fits is the model's.
+FAMILIES = (
+    Family(
+        ("longchat", "vicuna"),
+        r"longchat|vicuna",
+        ASSISTANT.format("user", "user") + " USER: {prompt} ASSISTANT:",
+        has_bases=False,
+    ),
+    Family(
+        ("llama2",), r"llama[-_. ]?v?2(?=chat|instruct|[-_ ]|\.(?![0-9]))|llama\.2\.[0-9]+b", "[INST]{prompt}[/INST]"
+    ),
+    Family(
+        ("xgen",),
+        r"(?<![a-z])xgen(?![a-z])",
+        ASSISTANT.format("human", "human") + "\n\n ### Human: {prompt}\n###",
+        lambda answer: answer.strip().replace("Assistant:", ""),
+    ),
+    Family(
+        ("internlm",),
+        r"internlm(?=[-_. ]?[0-9.]+b|[-_. ]?chat)",  # a number that is no size is that of a later model
+        "<|User|>:{prompt}<eoh>\n<|Bot|>:",
+        lambda answer: answer.split("<eoa>")[0],
+    ),
+)
+
+
+def family(model_name: str) -> Family | None:
+    """The family whose rules apply to a model: LongBench's runner's own, or its chat models spelled otherwise."""
+    return _by_name(model_name) or _by_spelling(model_name)
+
+
+def _by_name(model_name: str) -> Family | None:
+    """As LongBench's runner finds it; also base models that have llama2 in their name."""
+    return next((one for one in FAMILIES if any(name in model_name for name in one.names)), None)
+
+
+def _by_spelling(model_name: str) -> Family | None:
+    name = model_name.lower()
+    chat = bool(CHAT_WORDS.search(name))
+    return next((one for one in FAMILIES if (chat or not one.has_bases) and re.search(one.spelled, name)), None)
+
+
+def chat_format(dataset: str, model_name: str, chat: bool) -> str | None:
+    """What a prompt of a data set is put into, as `run.json` says it; None for a prompt that stays as it is.
+
+    Args:
+        chat: the tokenizer's own template was asked for.
+    """
+    if dataset in NO_CHAT:
+        return None
+    found = family(model_name)
+    return OWN_TEMPLATE if chat else found.chat if found else None
+
+
+def chat_settings(dataset: str, model_name: str, chat: bool) -> dict[str, str]:
+    """What changes a data set's results and is in no other setting: a format that LongBench's runner would not use."""
+    found = chat_format(dataset, model_name, chat)
+    return {"chat_format": found} if found and not chat and not _by_name(model_name) else {}
+
+
+def chat_note(datasets: Sequence[str], model_name: str, folder: Path, chat: bool) -> str | None:
+    """A sentence on what prompts are put into, or on a chat model whose prompts stay as they are; None for neither.
+
+    Args:
+        folder: the model's.
+    Raises:
+        InputError: the tokenizer's settings cannot be read.
+    """
+    concerned = [dataset for dataset in datasets if dataset not in NO_CHAT]
+    if chat or not concerned:
+        return None
+    where = f"prompts of {', '.join(concerned)}"
+    found = family(model_name)
+    if found:
+        shown = found.chat.replace("\n", "\\n")
+        return f"{where} are put into LongBench's chat format for {' and '.join(found.names)}: {shown}"
+    template = has_chat_template(folder)
+    if template or CHAT_WORDS.search(model_name.lower()):
+        way = "--chat uses its tokenizer's own chat template" if template else "its tokenizer has no chat template"
+        return (
+            f"{model_name} looks like a chat model, and {where} are put to it without a chat format, since LongBench "
+            f"has none for that name: {way}"
+        )
+    return None
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a model's folder has a chat template; InputError if its tokenizer's settings cannot be read."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and bool(read_object(settings).get("chat_template"))
+
+
+def clean(answer: str, model_name: str) -> str:
+    """What LongBench's runner keeps of a model's answer."""
+    found = family(model_name)
+    return found.clean(answer) if found else answer
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:
+    """Raises InputError if the tokenizer has no chat template of its own, or one that fails on a short message."""
+    if tokenizer.chat_template is None:
+        raise InputError(f"{model_name} has no chat template of its own: leave --chat out")
+    in_template(tokenizer, [{"role": "user", "content": "a"}])
+
+
+def in_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
+    """Messages in the tokenizer's own chat template, up to where an answer begins.
+
+    Raises:
+        InputError: the template, which is a program that came with the model, fails.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # whatever a template raises
+        said = shortened(" ".join(str(error).split()), 200)
+        raise InputError(f"the model's chat template cannot be used: {type(error).__name__}: {said}") from None
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, dataset: str, prompt: str, max_length: int, model_name: str, chat: bool = False
+) -> torch.Tensor:
+    """Turn a prompt into tokens: one that is too long keeps its first and last halves, then comes the chat format.
+
+    Args:
+        max_length: the most tokens of the prompt, before the chat format.
+        model_name: decides on the chat format.
+        chat: use the tokenizer's own chat template in place of LongBench's format for the name.
+    Returns:
+        Token ids, (tokens,).
+    """
+    tokens = tokenizer(prompt, truncation=False).input_ids
+    if len(tokens) > max_length:
+        half = max_length // 2
+        first = tokenizer.decode(tokens[:half], skip_special_tokens=True)
+        prompt = first + tokenizer.decode(tokens[-half:], skip_special_tokens=True)
+    special = True
+    if dataset not in NO_CHAT:
+        found = family(model_name)
+        if chat:
+            prompt = in_template(tokenizer, [{"role": "user", "content": prompt}])
+            special = False  # the template has written them
+        elif found:
+            prompt = found.chat.replace("{prompt}", prompt)
+    return tokenizer(prompt, truncation=False, add_special_tokens=special, return_tensors="pt").input_ids[0]
+
+
+def generation_settings(tokenizer: PreTrainedTokenizerBase, dataset: str) -> dict[str, Any]:
+    """What LongBench passes to `generate`: greedy, and for samsum a stop at a newline that is not the first token."""
+    settings: dict[str, Any] = {"max_new_tokens": generation_lengths()[dataset], "num_beams": 1, "do_sample": False}
+    if dataset == "samsum":
+        newline = tokenizer.encode("\n", add_special_tokens=False)[-1:]
+        ends = [token for token in (tokenizer.eos_token_id, *newline) if token is not None]
+        settings |= {"min_new_tokens": 1} | ({"eos_token_id": ends} if ends else {})
+    return settings

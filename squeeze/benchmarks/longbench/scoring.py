@@ -1,0 +1,190 @@
+"""From prediction files to LongBench's tables: scores of samples, data sets, length buckets and task groups."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from squeeze.benchmarks.longbench.data import check_lists
+from squeeze.benchmarks.longbench.metrics import METRICS, rouge_l
+from squeeze.benchmarks.records import Prediction, PredictionByLength
+from squeeze.errors import InputError
+from squeeze.storage.files import read_jsonl
+
+ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL")
+
+#: Only the first line of these predictions is scored: the models go on with the next example of the prompt.
+FIRST_LINE = frozenset({"trec", "triviaqa", "samsum", "lsht"})
+
+#: LongBench's tasks; a group's score is the mean of its data sets'.
+GROUPS = {
+    "single-document QA": ("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh"),
+    "multi-document QA": ("hotpotqa", "2wikimqa", "musique", "dureader"),
+    "summarization": ("gov_report", "qmsum", "multi_news", "vcsum"),
+    "few-shot learning": ("trec", "triviaqa", "samsum", "lsht"),
+    "synthetic": ("passage_count", "passage_retrieval_en", "passage_retrieval_zh"),
+    "code": ("lcc", "repobench-p"),
+}
+
+#: LongBench-E's buckets, by a row's length: below 4,000, below 8,000, and the rest.
+BUCKETS = ("0-4k", "4-8k", "8k+")
+CONFIDENCE, RESAMPLES = 0.95, 10_000
+
+
+def read_predictions(path: Path, task: str = "Long", dataset: str | None = None) -> list[Any]:
+    """Read a prediction file, this project's or another's that LongBench's `eval.py` reads.
+
+    Args:
+        task: `Long`, or `e`, whose lines must have the row's length, too.
+        dataset: whose predictions they are; None: the one that the file is named after.
+    Returns:
+        `squeeze.benchmarks.records.Prediction` of each line.
+    Raises:
+        InputError: the file is empty, ends in the middle of a line, or has a line that is not a prediction.
+    """
+    kind: type[Any] = PredictionByLength if task == "e" else Prediction
+    rows = read_jsonl(path, kind)
+    for number, row in rows:
+        check_lists(row, dataset or dataset_of(path), f"{path} line {number}")
+    return [row for _, row in rows]
+
+
+def dataset_of(path: Path) -> str:
+    """The data set whose rows or predictions a file holds, by its name."""
+    return path.name.split(".")[0]
+
+
+def task_of(folder: Path) -> str:
+    """The benchmark whose predictions a folder holds, by its path: `e` is LongBench-E, which is scored by length."""
+    return "e" if "pred_e" in folder.absolute().parts else "Long"
+
+
+def score_file(path: Path, task: str, rouge: bool = True) -> dict[str, Any]:
+    """One data set's part of `result_detail.json`: its score, and every sample's, in percent.
+
+    Args:
+        path: the prediction file.
+        task: `Long`, or `e` for the score of each range of lengths as well.
+        rouge: also ROUGE-1, 2 and L by `rouge-score`, which take longer than all the rest.
+    Raises:
+        InputError: the file is not whole, or is no prediction file.
+    """
+    dataset = dataset_of(path)
+    if dataset not in METRICS:
+        raise InputError(f"{path} is named after none of the data sets")
+    rows = read_predictions(path, task)
+    return score_rows(dataset, rows, task, rouge)
+
+
+def score_rows(dataset: str, rows: Sequence[Any], task: str, rouge: bool = True) -> dict[str, Any]:
+    """What `score_file` gives, for predictions that were read from anywhere."""
+    each = sample_scores(dataset, rows)
+    low, high = interval(each)
+    details = rouge_details(dataset, rows) if rouge else [{} for _ in rows]
+    found: dict[str, Any] = {
+        "score": dataset_score(each),
+        "samples": len(rows),
+        "interval": [round(100 * low, 2), round(100 * high, 2)],
+    }
+    if task == "e":
+        found["buckets"] = bucket_scores(rows, each)
+    if details[0]:
+        found["rouge_score"] = means(details)
+    found["per_sample"] = [{"score": round(100 * one, 2), **more} for one, more in zip(each, details, strict=True)]
+    return found
+
+
+def scored_text(dataset: str, prediction: str) -> str:
+    """The part of a prediction that LongBench scores."""
+    return prediction.lstrip("\n").split("\n")[0] if dataset in FIRST_LINE else prediction
+
+
+def sample_scores(dataset: str, rows: Sequence[dict[str, Any]]) -> list[float]:
+    """LongBench's score of each prediction, the best over its answers, in [0, 1]."""
+    metric = METRICS[dataset]
+    return [
+        max(metric(scored_text(dataset, row["pred"]), answer, row["all_classes"] or ()) for answer in row["answers"])
+        for row in rows
+    ]
+
+
+def dataset_score(scores: Sequence[float]) -> float:
+    """LongBench's number for a data set: the mean in percent, rounded to two decimals."""
+    return round(100 * sum(scores) / len(scores), 2)
+
+
+def bucket_scores(rows: Sequence[dict[str, Any]], scores: Sequence[float]) -> dict[str, float | None]:
+    """LongBench-E's three numbers for a data set; None where no row is of that length."""
+    found: dict[str, list[float]] = {bucket: [] for bucket in BUCKETS}
+    for row, score in zip(rows, scores, strict=True):
+        found[BUCKETS[(row["length"] >= 4000) + (row["length"] >= 8000)]].append(score)
+    return {bucket: dataset_score(values) if values else None for bucket, values in found.items()}
+
+
+def group_scores(scores: Mapping[str, float]) -> dict[str, float]:
+    """The mean of each task group that is whole, and `all` where every data set of LongBench is there."""
+    found = {
+        group: round(fmean(scores[one] for one in members), 2)
+        for group, members in GROUPS.items()
+        if all(one in scores for one in members)
+    }
+    if len(found) == len(GROUPS):
+        found["all"] = round(fmean(scores[one] for members in GROUPS.values() for one in members), 2)
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% bootstrap interval (percentiles) of the mean of `values`; the same for the same values."""
+    from scipy.stats import bootstrap  # half a second to import, of which --help knows nothing
+
+    if len(set(values)) == 1:
+        return values[0], values[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = bootstrap(
+            (np.asarray(values, dtype=float),),
+            np.mean,
+            n_resamples=RESAMPLES,
+            batch=1000,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of `second - first`, sample by sample, and its 95% bootstrap interval: (mean, low, high).
+
+    Both runs answered the same samples, so the difference is resampled in pairs.
+    """
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    return (fmean(differences), *interval(differences))
+
+
+def rouge_details(dataset: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """F of ROUGE-1, 2 and L by `rouge-score`, with stemming, in percent: per prediction the best over its answers.
+
+    Beside LongBench's own ROUGE-L of English text, never in its place; nothing for other metrics.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # a second to import
+
+    if METRICS[dataset] is not rouge_l:
+        return [{} for _ in rows]
+    scorer = RougeScorer(list(ROUGE_VARIANTS), use_stemmer=True)
+    details = []
+    for row in rows:
+        best = scorer.score_multi(row["answers"], scored_text(dataset, row["pred"]))
+        details.append({variant: round(100 * best[variant].fmeasure, 2) for variant in ROUGE_VARIANTS})
+    return details
+
+
+def means(details: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every number in `details`, rounded to two decimals."""
+    rows = list(details)
+    return {name: round(fmean(row[name] for row in rows), 2) for name in rows[0]}

@@ -1,0 +1,205 @@
+"""Files of requests in HELM's published layout: a `{"request": {...}}` a line, with the prompt and its settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from msgspec import Meta
+
+from squeeze.errors import InputError
+from squeeze.storage.files import parse_jsonl, read_bytes, read_json
+from squeeze.storage.schema import Amount, Count, Positive, check
+
+#: What `--pred` calls them: the prompts of HELM's two summarization scenarios.
+HELM_TASKS = {"xsum": "HELM's XSum", "cnndm": "HELM's CNN/DailyMail"}
+
+#: How many requests a run takes if it does not say, as published.
+SAMPLE_NUM = 300
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a request wants its prompt to be completed.
+
+    Args:
+        max_tokens: the most tokens of a completion.
+        temperature: 0 is greedy.
+        top_p: sample from the likeliest tokens of this probability.
+        n: completions of the prompt.
+        stop: a completion ends before the first of these strings.
+        logprobs: how many of the likeliest tokens are reported at each position.
+        random: HELM's word that makes another request of the same prompt; None for none.
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    logprobs: int = 1
+    random: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_tokens", 1), ("n", 1), ("logprobs", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be a whole number, {least} or more, got {getattr(self, name)}")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not all(self.stop):
+            raise InputError(f"stop must be texts that are not empty, got {list(self.stop)}")
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The settings that decide on a completion's text, as JSON would give them back."""
+        found = asdict(self) | {"stop": list(self.stop)}
+        found |= {"temperature": float(self.temperature), "top_p": float(self.top_p)}
+        del found["logprobs"]
+        return found
+
+
+class Asked(TypedDict):
+    """What is read of a request; `Decoding` knows the ranges."""
+
+    prompt: str
+    max_tokens: Count
+    temperature: Amount
+    top_p: NotRequired[Amount]
+    n: NotRequired[Annotated[int, Meta(ge=0, le=10_000)]]
+    stop: NotRequired[str | list[str] | None]
+    logprobs: NotRequired[Annotated[int, Meta(ge=0, le=10_000)] | None]
+    random: NotRequired[str | None]
+    best_of: NotRequired[Count]
+
+
+class Line(TypedDict):
+    request: dict[str, Any]
+
+
+class MadeBy(TypedDict):
+    """What of `squeeze.helm_requests`' note is read again when HELM scores."""
+
+    requests_sha256: str
+    scenario: str
+    run_entry: str
+    max_eval_instances: Positive
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how it is to be completed; `raw` is the request as the file has it."""
+
+    prompt: str
+    decoding: Decoding
+    raw: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A file of requests.
+
+    Args:
+        dataset: `xsum` or `cnndm`.
+        source: the file.
+        sha256: of the file.
+        made_by: what `squeeze.helm_requests` noted beside the file; None for one that it did not make.
+    """
+
+    dataset: str
+    rows: list[Request]
+    source: str
+    sha256: str
+    made_by: dict[str, Any] | None
+
+    def count(self, sample_num: int | None) -> int:
+        """How many requests a run takes that asked for `sample_num` of them, or for the published number."""
+        return min(sample_num or SAMPLE_NUM, len(self.rows))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What changes the results, for `Run.open`."""
+        return {"requests_sha256": self.sha256}
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What `run.json` says about the requests."""
+        return {"source": self.source, "sha256": self.sha256, "rows": len(self.rows), "made_by": self.made_by}
+
+
+def read_requests(task: str, path: str | None) -> Requests:
+    """Read a file of requests.
+
+    Args:
+        task: `xsum` or `cnndm`.
+        path: the file; None is `data/<task>.jsonl`.
+    Raises:
+        InputError: it is not there, or a line is no request that can be answered.
+    """
+    source = Path(path or f"data/{task}.jsonl")
+    if not source.is_file():
+        raise InputError(
+            f"the requests {source} are not there: python -m squeeze.helm_requests --scenario {task} --model MODEL "
+            f"--out {source} makes them (--scenario {task}_local --articles FILE from articles of your own)"
+        )
+    content = read_bytes(source)
+    rows = [parse(row["request"], f"{source} line {number}") for number, row in parse_jsonl(content, source, Line)]
+    digest = hashlib.sha256(content).hexdigest()
+    return Requests(task, rows, str(source), digest, _note(source, digest))
+
+
+def parse(raw: dict[str, Any], where: str) -> Request:
+    """Read one request.
+
+    Raises:
+        InputError: it has no prompt, or asks for what cannot be done.
+    """
+    asked = check(raw, Asked, where)
+    if not asked["prompt"].strip():
+        raise InputError(f"{where} has no prompt")
+    stop = asked.get("stop") or []
+    try:
+        decoding = Decoding(
+            max_tokens=asked["max_tokens"],
+            temperature=asked["temperature"],
+            top_p=asked.get("top_p", 1.0),
+            n=asked.get("n", 1),
+            stop=tuple([stop] if isinstance(stop, str) else stop),
+            logprobs=asked.get("logprobs") or 0,
+            random=asked.get("random"),
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if raw.get("echo"):
+        raise InputError(f"{where} asks for echo, which a file of completions cannot have")
+    if asked.get("best_of", 1) > decoding.n:
+        raise InputError(f"{where} asks for the best of {raw['best_of']} completions: only n is supported")
+    known = {"model", "request_type", "prompt", "echo", "best_of", *asdict(decoding)}
+    for name in raw.keys() - known:
+        if raw[name]:
+            raise InputError(f"{where} asks for {name}, which is not supported")
+    return Request(asked["prompt"], decoding, raw)
+
+
+def note_path(path: Path) -> Path:
+    """Where `squeeze.helm_requests` notes how it made a file of requests."""
+    return path.with_suffix(".made_by.json")
+
+
+def _note(path: Path, digest: str) -> dict[str, Any] | None:
+    """How the file was made, if that note is about this very file."""
+    note = note_path(path)
+    found: Any = read_json(note, MadeBy) if note.is_file() else None
+    return found if found and found["requests_sha256"] == digest else None
+
+
+def key(prompt: str, decoding: Decoding) -> str:
+    """What tells a request from others: its prompt and the settings that decide on the text."""
+    return json.dumps([prompt, decoding.key], ensure_ascii=False, sort_keys=True)

@@ -1,0 +1,91 @@
+"""The device that a model runs on: which one, in which dtype, its clock and its memory."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from squeeze.config import DTYPES
+from squeeze.errors import InputError
+from squeeze.text import shortened
+
+T = TypeVar("T")
+
+
+def pick_device(device: str | None, local_rank: int = 0) -> torch.device:
+    """Read `--device`; None is a GPU, or the CPU where there is none.
+
+    Args:
+        local_rank: which of several processes on this machine this is: the GPU that it gets unless `device` names one.
+    Raises:
+        InputError: there is no such device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu, cuda or cuda:N, got {shortened(device)}")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: PyTorch finds no CUDA here; use --device cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
+    return found
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Read `--dtype`; auto is bfloat16 on a GPU, and on a CPU that multiplies it in hardware, else float32.
+
+    Raises:
+        InputError: it is none of `DTYPES`, or bfloat16 on a GPU that has none.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {shortened(dtype)}")
+    on_gpu = device.type == "cuda"
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu or _cpu_multiplies_bfloat16() else "float32"
+    if dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(f"{torch.cuda.get_device_name(device)} has no bfloat16: use --dtype float16 or float32")
+    return getattr(torch, dtype)
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """AVX512-BF16 or AMX: without them it is emulated, and float32 is faster."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held so far: on GPUs, tensors; on the CPU, all of its resident memory."""
+    if device.type == "cuda":
+        return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def unless_out_of_memory(work: Callable[[], T]) -> T | None:
+    """What `work` gives, or None where memory ran out; what the attempt held is free again on return."""
+    try:
+        return work()
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:  # PyTorch's allocator on the CPU has no exception of its own
+        if "can't allocate memory" not in str(error):
+            raise
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None

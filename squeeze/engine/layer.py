@@ -1,0 +1,156 @@
+"""One layer's part of a SqueezeCache: buffers of keys and values, as long as its budget."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from squeeze.evictors import Evictor
+
+#: What flash-attn's kernels take.
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def decode_kernel(device: torch.device, dtype: torch.dtype, scored: bool) -> str:
+    """How to decode: `grouped` matrix products, or the fused kernel of `flash` (flash-attn) or `sdpa` (PyTorch).
+
+    On CPUs, and on GPUs in float32, grouped products are faster, by measurement (docs/gpu.md). With `scored` attention
+    probabilities are wanted, which fused kernels do not give.
+    """
+    if device.type != "cuda" or dtype not in FLASH_DTYPES or scored:
+        return "grouped"
+    return "flash" if importlib.util.find_spec("flash_attn") is not None else "sdpa"
+
+
+class SqueezeLayer(CacheLayerMixin):
+    """Keys and values of one layer, and what its evictor remembers about them.
+
+    Attributes:
+        keys, values: `(batch, kv_heads, slots, head_dim)`, keys after RoPE at their original positions. A sequence
+            holds `min(seen, budget)` tokens, always in the first slots; the buffer is as long as the largest budget.
+        scores: H2O's accumulated attention, float32, `(batch, kv_heads, slots)`; no elements for the other evictors.
+        held: position of the token in each slot, -1 where it is empty, int32, same shape as `scores`.
+        position, budget, lengths, rows: of the decode step under way, as `squeeze.engine.schedule` describes them.
+        longest: the most tokens that any sequence holds.
+        ragged: whether sequences hold different numbers of tokens.
+        kernel: how decoding attends, see `decode_kernel`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    position: torch.Tensor
+    budget: torch.Tensor
+    lengths: torch.Tensor
+    rows: torch.Tensor
+    longest: int
+    ragged: bool
+    kernel: str
+
+    def __init__(self, evictor: Evictor):
+        super().__init__()
+        self.evictor = evictor
+        self.scores = torch.empty(0)
+        self.held = torch.empty(0, dtype=torch.int32)
+
+    def fill(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> None:
+        """Hold a whole left-padded prompt, `(batch, kv_heads, tokens, head_dim)`, until `compress`."""
+        self.keys, self.values, self.scores = keys, values, scores
+        self.is_initialized = True
+
+    def compress(self, lengths: Sequence[int], budgets: Sequence[int]) -> None:
+        """Keep what each sequence's budget allows; padding is dropped, and the prompt's own tensors let go."""
+        batch, heads, _, head_dim = self.keys.shape
+        slots = max(budgets)
+        keys = self.keys.new_zeros(batch, heads, slots, head_dim)
+        values = torch.zeros_like(keys)
+        scored = self.evictor.needs_scores
+        scores = self.scores.new_zeros((batch, heads, slots) if scored else 0)
+        held = torch.full_like(scores, -1, dtype=torch.int32)
+        for row, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
+            row_scores = self.scores[row, :, -length:] if scored else self.scores
+            kept = self.evictor.keep(length, budget, row_scores).to(keys.device).expand(heads, -1)
+            index = kept[..., None].expand(-1, -1, head_dim)
+            count = kept.shape[1]
+            # Straight into the buffer: what is kept never exists twice.
+            torch.gather(self.keys[row, :, -length:], 1, index, out=keys[row, :, :count])
+            torch.gather(self.values[row, :, -length:], 1, index, out=values[row, :, :count])
+            if scored:
+                scores[row, :, :count] = row_scores.gather(1, kept)
+                held[row, :, :count] = kept
+        self.keys, self.values, self.scores, self.held = keys, values, scores, held
+        self.kernel = decode_kernel(keys.device, keys.dtype, scored)
+
+    def extend(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        seen: Sequence[int],
+        lengths: Sequence[int],
+        budgets: Sequence[int],
+    ) -> None:
+        """Keep what the budgets allow of a prompt's next chunk; for evictors that need no scores.
+
+        A token's slot is the same however long the prompt has become, so what stays needs not be moved.
+
+        Args:
+            keys, values: `(batch, kv_heads, tokens, head_dim)`, left-padded.
+            seen: tokens of each sequence that came before these.
+            lengths: tokens of each sequence, 0 where it has not begun.
+        """
+        for row, (before, length, budget) in enumerate(zip(seen, lengths, budgets, strict=True)):
+            position = self.evictor.keep(before + length, budget, self.scores)[0]  # of each slot
+            slots = (position >= before).nonzero()[:, 0]
+            index = position[slots] - before - length
+            self.keys[row][:, slots] = keys[row][:, index]
+            self.values[row][:, slots] = values[row][:, index]
+
+    def past(self, row: int, seen: int, budget: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What is kept of one sequence's first `seen` tokens, in their order.
+
+        Returns:
+            keys and values `(kv_heads, kept, head_dim)`, and positions `(kept,)`.
+        """
+        positions, slots = self.evictor.keep(seen, budget, self.scores)[0].sort()
+        return self.keys[row][:, slots], self.values[row][:, slots], positions.to(self.keys.device)
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Place a new token per sequence, `(batch, kv_heads, 1, head_dim)`; where there is no room, evict another."""
+        batch, heads, _, head_dim = keys.shape
+        rows = self.rows
+        if self.evictor.needs_scores:
+            rows = rows + self.evictor.slot(self.position, self.budget, self.held, self.scores)
+        rows = rows.view(-1)
+        # Not scatter_, which for 16-bit types goes through a copy of the whole buffer on the CPU.
+        self.keys.view(-1, head_dim).index_copy_(0, rows, keys.reshape(-1, head_dim).to(self.keys.dtype))
+        self.values.view(-1, head_dim).index_copy_(0, rows, values.reshape(-1, head_dim).to(self.values.dtype))
+        if self.evictor.needs_scores:
+            self.scores.view(-1).index_fill_(0, rows, 0.0)
+            self.held.view(-1).index_copy_(0, rows, self.position.int().expand(batch, heads).reshape(-1))
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the key and value tensors."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of scores and positions."""
+        return self.scores.nbytes + self.held.nbytes
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: buffers are made by `compress`, when the budgets are known."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise ValueError("a SqueezeCache is used by a model inside `with squeezed(model, config)`, not by others")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise ValueError("a SqueezeCache needs no mask: use it with a model inside `with squeezed(model, config)`")
+
+    def get_seq_length(self) -> int:
+        raise ValueError("the logical length is the cache's: SqueezeCache.get_seq_length()")
+
+    def get_max_length(self) -> int:
+        return -1

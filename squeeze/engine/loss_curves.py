@@ -1,0 +1,142 @@
+"""What the output loses when one layer's cache is cut, measured on a prompt.
+
+The prompt's last tokens stand for a question about what comes before. The prompt before them is prefilled once; then
+every layer in turn keeps more or less than the others, the last tokens are fed one by one, as if they were generated,
+and their next-token distributions are compared with the full cache's. All of it is the engine's own decoding, with
+evictions at every step, so that a curve measures what a run would do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import torch
+
+from squeeze.devices import unless_out_of_memory
+from squeeze.engine.prefill import Forks, Prefill
+from squeeze.errors import InputError
+from squeeze.models.rope import unscaled_length
+
+#: Tokens at a prompt's end that are held out.
+TAIL = 48
+
+#: Sizes of the layer that is cut, as multiples of what the others keep.
+MULTIPLES = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
+
+#: Layers that are cut in one batch, each to all sizes, by the kind of device; fewer where memory is short.
+LAYERS_AT_ONCE = {"cpu": 5, "cuda": 64}
+
+
+def cost(length: int, shares: int, layers: int) -> int:
+    """Tokens that `measure` runs on a prompt of `length` tokens."""
+    rows = shares * (1 + layers * (len(MULTIPLES) - 1))
+    return length + (length - TAIL) + TAIL * rows
+
+
+@torch.inference_mode()
+def measure(
+    run: Forks,
+    prompt: torch.Tensor,
+    shares: Sequence[Fraction],
+    advance: Callable[[int], object] = lambda tokens: None,
+) -> list[list[list[float]]]:
+    """Loss curves of all layers on one prompt.
+
+    Args:
+        run: what `squeezed` gave; its algorithm evicts.
+        prompt: token ids, (tokens,).
+        shares: what every layer keeps while one of them keeps more or less, as fractions of the prompt.
+        advance: is told how many tokens were run, each time.
+    Returns:
+        Mean KL(full || cut) over the held-out tokens in nats, for each share, layer and multiple.
+    Raises:
+        InputError: the prompt is too short to hold out its tail, or its length changes the model's RoPE.
+    """
+    if len(prompt) < 4 * TAIL:
+        raise InputError(
+            f"a prompt of {len(prompt)} tokens is too short to measure loss curves on: it must have {4 * TAIL}, "
+            f"{TAIL} of them held out; take longer ones, or an allocation that need not measure on this prompt"
+        )
+    if run.rope is not None and len(prompt) > unscaled_length(run.model.config):
+        raise InputError(
+            f"a prompt of {len(prompt)} tokens is too long to measure loss curves on: beyond "
+            f"{unscaled_length(run.model.config)} tokens the model's RoPE depends on the length, and what a layer's "
+            "cache costs cannot be told from that"
+        )
+    layers, length = run.model.config.num_hidden_layers, len(prompt) - TAIL
+    most = min(len(prompt), run.window or len(prompt))
+    held = run.prefill(prompt[None, :length])
+    prompt = prompt.to(held.inputs.device)
+    full = run.model(prompt[None], use_cache=False, logits_to_keep=TAIL).logits[0].float().log_softmax(dim=-1)
+    advance(length + len(prompt))
+
+    def losses(budgets: list[list[int]]) -> list[float]:
+        found = divergences(run, held, budgets, prompt[length:], full)
+        advance(TAIL * len(budgets))
+        return found
+
+    def tokens(size: Fraction) -> int:
+        return min(max(int(size * length), run.evictor.minimum_budget), most)
+
+    curves, at_once = [], LAYERS_AT_ONCE[prompt.device.type]
+    for share in shares:
+        uniform = [tokens(share)] * layers
+        [unchanged] = losses([uniform])
+        curves.append([[unchanged] * len(MULTIPLES) for _ in range(layers)])
+        for first in range(0, layers, at_once):
+            cuts = [
+                (layer, index)
+                for layer in range(first, min(first + at_once, layers))
+                for index, multiple in enumerate(MULTIPLES)
+                if multiple != 1
+            ]
+            budgets = [
+                [*uniform[:layer], tokens(MULTIPLES[index] * share), *uniform[layer + 1 :]] for layer, index in cuts
+            ]
+            for (layer, index), loss in zip(cuts, losses(budgets), strict=True):
+                curves[-1][layer][index] = loss
+    return curves
+
+
+@torch.inference_mode()
+def divergences(
+    run: Forks, held: Prefill, budgets: Sequence[Sequence[int]], text: torch.Tensor, full: torch.Tensor
+) -> list[float]:
+    """How far caches that are cut in several ways are from the full one, over a text that follows on a prompt.
+
+    Args:
+        run: what `squeezed` gave.
+        held: the prompt, from `run.prefill`.
+        budgets: tokens of each layer, `(ways, layers)`; run as one batch, or as several where memory is short.
+        text: token ids, `(tokens,)`.
+        full: the full cache's log-probabilities after each of them, `(tokens, vocabulary)`.
+    Returns:
+        Mean KL(full || cut) over the text in nats, of each way.
+    Raises:
+        torch.OutOfMemoryError: a single way does not fit into memory.
+    """
+    if len(budgets) == 1:
+        return _divergences(run, held, budgets, text, full)
+    found = unless_out_of_memory(lambda: _divergences(run, held, budgets, text, full))
+    if found is not None:
+        return found
+    half = len(budgets) // 2
+    return [kl for part in (budgets[:half], budgets[half:]) for kl in divergences(run, held, part, text, full)]
+
+
+def _divergences(
+    run: Forks, held: Prefill, budgets: Sequence[Sequence[int]], text: torch.Tensor, full: torch.Tensor
+) -> list[float]:
+    cache = run.fork(held, budgets, len(text))
+    found = torch.zeros(len(budgets), device=full.device)
+    for position, (token, expected) in enumerate(zip(text, full, strict=True), start=held.inputs.shape[1]):
+        output = run.model(
+            token.expand(len(budgets), 1),
+            position_ids=torch.full((len(budgets), 1), position, device=token.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logprobs = output.logits[:, -1].float().log_softmax(dim=-1)
+        found += (expected.exp() * (expected - logprobs)).sum(dim=-1)
+    return (found / len(text)).tolist()

@@ -1,0 +1,178 @@
+"""Generate a data set's predictions batch by batch, and measure time, memory and budgets while doing so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, StoppingCriteria
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+
+from squeeze.devices import now, peak_memory
+from squeeze.engine.squeezed_model import SqueezedModel
+from squeeze.errors import InputError
+from squeeze.generation.stopping import StopStrings
+from squeeze.models.folder_config import own_window, valid_ids
+
+
+class FirstToken(StoppingCriteria):
+    """Stops nothing; notes when the first token was there, which is when the prefill was over."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self.time: float | None = None
+        self.then = then
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if self.time is None:
+            self.time = now(input_ids.device)
+            self.then()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    settings: dict[str, Any],
+    run: SqueezedModel | None,
+    processors: LogitsProcessorList | None = None,
+    stops: StopStrings | None = None,
+) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """Generate after a batch of prompts, padded on the left.
+
+    Args:
+        prompts: token ids of each, (tokens,).
+        settings: for the model's `generate`.
+        run: what `squeezed` gave; None for the full cache.
+        processors: of the logits, such as those that sample.
+        stops: what ends a row beside the model's own end.
+    Returns:
+        The new tokens of each prompt, (new tokens,), up to and with the first that stops it, and what was measured on
+        each: `prompt_tokens`, `new_tokens`, `prefill_seconds`, `decode_seconds`, `kv_bytes` held after the prefill,
+        `full_kv_bytes` that the full cache of this prompt alone holds after it, `state_bytes`, `peak_memory_bytes`,
+        and for a squeezed cache `similarities`, `classes`, `budgets` and `notes`. Seconds and bytes held are shares of
+        the batch's.
+    """
+    tokens, mask = pad_left(model, prompts)
+    device = tokens.device
+    cache = None if run is not None else DynamicCache(config=model.config)
+    held = {"state_bytes": 0}
+
+    def measure_cache() -> None:
+        if cache is not None:
+            held["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    first = FirstToken(measure_cache)
+    start = now(device)
+    output = model.generate(
+        tokens,
+        attention_mask=mask,
+        past_key_values=cache,
+        stopping_criteria=StoppingCriteriaList([first, *([stops] if stops else [])]),
+        logits_processor=processors,
+        pad_token_id=_pad_token(model),
+        **settings,
+    )[:, tokens.shape[1] :].cpu()
+    end = now(device)
+    if run is not None:
+        held = {"kv_bytes": run.kv_bytes, "state_bytes": run.state_bytes}
+    prefilled = first.time or end
+    shared = run.shared_seconds if run is not None else 0.0
+    shares = {"prefill_seconds": prefilled - start + shared, "decode_seconds": end - prefilled} | held
+    ends = stop_tokens(model, settings)
+    outputs = [_until_stop(row, ends) for row in output]
+    if stops is not None:
+        outputs = [row[:end] for row, end in zip(outputs, stops.ends, strict=True)]
+    stats = []
+    for row, (prompt, new) in enumerate(zip(prompts, outputs, strict=True)):
+        one: dict[str, Any] = {"prompt_tokens": len(prompt), "new_tokens": len(new)}
+        one |= {name: value / len(prompts) for name, value in shares.items()}
+        one["full_kv_bytes"] = full_cache_bytes(model.config, len(prompt), model.dtype)
+        one["peak_memory_bytes"] = peak_memory(device)
+        if run is not None:
+            one["similarities"] = [round(float(value), 6) for value in np.asarray(run.similarities)[row]]
+            one["classes"] = np.asarray(run.classes)[row].tolist()
+            one["budgets"] = np.asarray(run.budgets)[row].tolist()
+            one["notes"] = run.notes[row]
+        stats.append(one)
+    return outputs, stats
+
+
+def pad_left(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as one batch on the model's device: token ids and mask, `(batch, longest)`.
+
+    Raises:
+        InputError: a prompt has no tokens, or one that the model does not have.
+    """
+    check_tokens(model, prompts)
+    device = model.get_input_embeddings().weight.device
+    pad = _pad_token(model)
+    tokens = pad_sequence(list(prompts), batch_first=True, padding_value=pad, padding_side="left").to(device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
+    return tokens, (torch.arange(tokens.shape[1], device=device) >= tokens.shape[1] - lengths).long()
+
+
+def check_tokens(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> None:
+    """Raises InputError where a tokenizer does not belong to a model: a token is missing there, or there is none."""
+    there = model.get_input_embeddings().num_embeddings
+    for prompt in prompts:
+        if not len(prompt):
+            raise InputError("the tokenizer makes no tokens of a prompt: nothing can follow it")
+        if int(prompt.max()) >= there:
+            raise InputError(
+                f"the tokenizer gives token {int(prompt.max())}, and the model's tokens are 0 to {there - 1}: they do "
+                "not belong together"
+            )
+
+
+def stop_tokens(model: PreTrainedModel, settings: dict[str, Any]) -> torch.Tensor:
+    """Token ids that end an answer, `(stops,)`."""
+    stops = settings.get("eos_token_id", model.generation_config.eos_token_id)
+    return torch.tensor(valid_ids(stops, model.get_input_embeddings().num_embeddings), dtype=torch.long)
+
+
+def _until_stop(tokens: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
+    """Drop what `generate` pads a row with that stopped before the others of its batch."""
+    found = torch.isin(tokens, stops).nonzero()
+    return tokens[: int(found[0]) + 1] if len(found) else tokens
+
+
+def _pad_token(model: PreTrainedModel) -> int:
+    """Any token: no padding is ever attended, but `generate` wants one."""
+    there = model.get_input_embeddings().num_embeddings
+    generation = model.generation_config
+    return [*valid_ids(generation.pad_token_id, there), *valid_ids(generation.eos_token_id, there), 0][0]
+
+
+def full_cache_bytes(config: PretrainedConfig, length: int, dtype: torch.dtype) -> int:
+    """Bytes of all keys and values of `length` tokens, or of what the model's own window needs for the next one."""
+    window = own_window(config)
+    held = min(length, window - 1) if window else length
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * held * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt for `generate`.
+
+    Args:
+        tokens: token ids, (tokens,).
+        settings: for the model's `generate`.
+        stop: strings that end an answer.
+        kind: prompts go into one batch only where this is equal.
+    """
+
+    tokens: torch.Tensor
+    settings: dict[str, Any]
+    stop: tuple[str, ...] = ()
+    kind: Any = None
+
+
+def greedy(max_new_tokens: int) -> dict[str, Any]:
+    """Settings for `generate`: a processor of the logits may sample nevertheless."""
+    return {"max_new_tokens": max_new_tokens, "num_beams": 1, "do_sample": False}

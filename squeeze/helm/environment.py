@@ -1,0 +1,223 @@
+"""What HELM needs to know of a squeezed model (`prod_env`), and running its commands.
+
+`python -m squeeze.helm_env --model Mistral --ini_size 0.4 --KV_class3 0.25` writes it for a live model, which any HELM
+scenario can then be run on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from squeeze.cli.arguments import Parser, path_text
+from squeeze.errors import InputError
+from squeeze.models import sources
+from squeeze.models.model_config import ModelConfig
+from squeeze.runs.flags import add_cache_flags, check_flags, config_from_flags, for_model
+from squeeze.runs.folder import run_folder
+from squeeze.storage.files import Open, read_bytes, write_whole, writing
+from squeeze.text import say
+
+#: Where everything of HELM's lies, relative to the working directory.
+OUTPUT = Path("helm/benchmark_output")
+ENVIRONMENT = Path("helm/prod_env")
+LOGS = Path("helm/logs")
+
+MARK = "# Written by this project's HELM commands, which may write it again.\n"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model as HELM knows it.
+
+    Args:
+        name: `squeeze/<engine>`.
+        description: one sentence.
+        client: the class of `squeeze.helm_client` that answers for it.
+        args: of the class.
+        folder: the model's, for its tokenizer.
+        positions: the most tokens of prompt and completion together.
+    """
+
+    name: str
+    description: str
+    client: str
+    args: dict[str, Any]
+    folder: Path
+    positions: int
+
+
+def engine(run: Path) -> str:
+    """What HELM calls the model of a run's folder: `pred_xsum/Mistral/0.4/25` is `Mistral_0.4_25`."""
+    return "_".join(run.parts[1:])
+
+
+def find_model(model: str, model_path: str | None) -> tuple[Path, ModelConfig]:
+    """The folder and config of a model whose tokenizer is there.
+
+    Raises:
+        InputError: there is no such model, or it has no tokenizer.
+    """
+    folder = sources.fetch(sources.resolve(model, model_path), weights=False)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"the model folder {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})")
+    return folder, sources.read_config(folder)
+
+
+def write_environment(folder: Path, deployments: Sequence[Deployment]) -> None:
+    """Write HELM's three configuration files.
+
+    Raises:
+        InputError: a file of that name is there that was not written by this function.
+    """
+    described = [
+        {
+            "name": one.name,
+            "display_name": one.name.removeprefix("squeeze/"),
+            "description": one.description,
+            "creator_organization_name": "squeeze",
+            "access": "open",
+            "release_date": None,
+            "tags": ["TEXT_MODEL_TAG", "FULL_FUNCTIONALITY_TEXT_MODEL_TAG"],
+        }
+        for one in deployments
+    ]
+    deployed = [
+        {
+            "name": one.name,
+            "model_name": one.name,
+            "tokenizer_name": one.name,
+            "max_sequence_length": one.positions,
+            "client_spec": {"class_name": f"squeeze.helm_client.{one.client}", "args": one.args},
+        }
+        for one in deployments
+    ]
+    tokenizers = [
+        {
+            "name": one.name,
+            "tokenizer_spec": {
+                "class_name": "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer",
+                "args": {"pretrained_model_name_or_path": str(one.folder), "trust_remote_code": False},
+            },
+        }
+        for one in deployments
+    ]
+    contents = {
+        "model_metadata.yaml": {"models": described},
+        "model_deployments.yaml": {"model_deployments": deployed},
+        "tokenizer_configs.yaml": {"tokenizer_configs": tokenizers},
+    }
+    for name in contents:
+        path = folder / name
+        if path.exists() and not (path.is_file() and read_bytes(path).startswith(MARK.encode())):
+            raise InputError(f"{path} is there and was not written by this project: move it away")
+    with writing(f"into {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            write_whole(folder / name, MARK + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+class HelmError(InputError):
+    """A command of HELM's has failed; `code` is its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def helm(command: str, *arguments: str) -> None:
+    """Run `helm-run` or `helm-summarize` of this environment; what it prints goes to a file in `helm/logs`.
+
+    Raises:
+        HelmError: it failed; the message has the log's path and its last error.
+        InputError: HELM is not installed.
+    """
+    program = Path(sys.executable).with_name(command)
+    if not program.exists():
+        raise InputError(f"{command} is not in {program.parent}: pip install -r requirements-helm.txt")
+    log = LOGS / f"{command}.log"
+    # HELM does not look for plugins and clients in the working directory.
+    path = os.pathsep.join(filter(None, (str(sources.ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    with writing(log):
+        LOGS.mkdir(parents=True, exist_ok=True)
+        file = Open(log, os.O_WRONLY | os.O_CREAT)
+    with file:
+        os.ftruncate(file.number, 0)
+        streams: Any = {"stdout": file.number, "stderr": subprocess.STDOUT}
+        code = subprocess.run([str(program), *arguments], env=environment, **streams)
+    if code.returncode:
+        last = last_error(log.read_text("utf-8", errors="replace"))
+        raise HelmError(
+            f"{command} failed with exit code {code.returncode}: {last} (all of it: {log})", code.returncode
+        )
+
+
+def last_error(log: str) -> str:
+    """The last line that names an exception and what it says, but HELM's own summary of failed runs."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b:?", line)]
+    told = [line for line in errors if "Failed runs:" not in line]
+    line = next(iter(reversed(told or errors or lines)), "it printed nothing")
+    return line if len(line) <= 500 else line[:497] + "..."
+
+
+def live(args: argparse.Namespace) -> Deployment:
+    """The deployment of a model that is run while HELM asks, with a full or a squeezed cache, as the flags say."""
+    folder, config = find_model(args.model, args.model_path)
+    sources.check_arch(args.model_arch, config.model_type)
+    squeeze = for_model(config_from_flags(args), config.model_type)
+    name = sources.run_name(args.model)
+    run = run_folder("live", name, squeeze, config.model_type, args.seed)
+    cache: dict[str, Any] = {}
+    if squeeze is not None:
+        cache = {"ini_size": args.ini_size, "KV_class3": args.KV_class3, "algorithm": squeeze.algorithm}
+        cache |= {"allocation": squeeze.allocation, "start_size": squeeze.start_size}
+        cache = {key: value for key, value in cache.items() if value is not None}
+    rest = {"device": args.device, "dtype": args.dtype, "seed": args.seed, "chat": args.chat}
+    description = ", ".join(
+        [name, *(f"{key} {value}" for key, value in cache.items())] if cache else [name, "full cache"]
+    )
+    return Deployment(
+        name=f"squeeze/{engine(run)}",
+        description=description,
+        client="SqueezeClient",
+        args={"model": str(folder), **cache, **rest},
+        folder=folder,
+        positions=config.max_position_embeddings,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(
+        prog="python -m squeeze.helm_env",
+        description="Write what HELM needs to run any of its scenarios on a squeezed model.",
+        allow_abbrev=False,
+    )
+    add_cache_flags(parser)
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU if there is one, else the CPU)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+    parser.add_argument("--out", type=path_text, default=str(ENVIRONMENT), help=f"the folder (default: {ENVIRONMENT})")
+    args = parser.parse_args(argv)
+    if args.model is None:
+        raise InputError("--model is missing: a name in config/model2path.json, a local folder or a Hub name")
+    check_flags(args)
+    args.enable_squeeze = args.enable_squeeze or args.ini_size is not None or args.KV_class3 is not None
+    deployment = live(args)
+    write_environment(Path(args.out), [deployment])
+    say(f"{args.out}: {deployment.name}; now, for example")
+    print(
+        f"  PYTHONPATH={sources.ROOT} helm-run --plugins squeeze.helm_plugin --local-path {args.out} --suite live "
+        f"-n 1 -o {OUTPUT} -m 10 --run-entries simple_mcqa:model={deployment.name}"
+    )

@@ -1,0 +1,316 @@
+"""Score `pred.py`'s predictions with HELM itself, and show runs side by side: what `script/helm.sh` calls.
+
+`helm-run` asks a client that answers from the predictions, so that HELM scores exactly those. All runs of a task are
+one HELM suite, `helm/benchmark_output/runs/<task>`, to which `latest` points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from squeeze.benchmarks.requests import HELM_TASKS
+from squeeze.cli.arguments import Parser, as_path, path_text, whole
+from squeeze.cli.tables import table
+from squeeze.errors import InputError
+from squeeze.helm.environment import ENVIRONMENT, OUTPUT, Deployment, engine, find_model, helm, write_environment
+from squeeze.helm.files import Stat, Suite
+from squeeze.helm.requests import SCENARIOS, check_full, run_entry
+from squeeze.models import sources
+from squeeze.runs.flags import TEMPERATURE, add_cache_flags, check_flags, config_from_flags, for_model
+from squeeze.runs.folder import run_folder
+from squeeze.runs.inventory import describe
+from squeeze.runs.manifest import AnsweredOrigin, Manifest, RequestsSummary, check_settings
+from squeeze.storage.files import read_bytes, read_json, unfinished, write_json, writing
+from squeeze.storage.schema import check, shown
+from squeeze.text import say
+
+RUNS = OUTPUT / "runs"
+ROUGE = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
+COLUMNS = ("model", "algorithm", "allocation", "ini_size", "KV_class3", "instances", *ROUGE.values(), "KV kept")
+
+#: What this module knows of the runs in a suite; a suite without this file is someone else's.
+MARK = "squeeze.json"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A run of `pred.py` on HELM's requests, and how HELM is to be asked about it.
+
+    Args:
+        folder: the run's.
+        file: its predictions.
+        entry: HELM's run entry, but for the model.
+        sample_num: the most instances HELM takes, as when it made the requests.
+        model: the model's folder, for its tokenizer.
+        positions: the model's window.
+        columns: what the table says about the run.
+    """
+
+    folder: Path
+    file: Path
+    entry: str
+    sample_num: int
+    model: Path
+    positions: int
+    columns: dict[str, str]
+
+    @property
+    def engine(self) -> str:
+        """What the suite calls the run."""
+        return engine(self.folder)
+
+    @property
+    def sha256(self) -> str:
+        """Of the predictions."""
+        return hashlib.sha256(read_bytes(self.file)).hexdigest()
+
+
+def read_run(folder: Path, args: argparse.Namespace) -> Predictions:
+    """Read what a run's folder says about itself.
+
+    Raises:
+        InputError: it is no finished run, or does not say which requests it answered and the flags do not either.
+    """
+    if not (folder / "run.json").is_file():
+        raise InputError(f"there is no run in {folder}: python pred.py --pred {args.pred} makes one")
+    found = _summary(folder, args.pred)
+    if found is None:
+        raise InputError(f"{folder} has no predictions of {args.pred}")
+    settings, summary = found
+    file = folder / f"{args.pred}.jsonl"
+    if "samples" not in summary or not file.is_file():
+        raise InputError(f"{folder} is not finished: start pred.py again to go on")
+    entry, sample_num = _scenario(folder, summary["data"], args)
+    have, want = summary["samples"], summary["data"]["rows"]
+    if have < want:
+        raise InputError(
+            f"{folder} has {have} predictions, but HELM will ask {want}, all of {summary['data']['source']}: go on "
+            f"with pred.py --sample_num {want}, or make fewer requests with squeeze.helm_requests --sample_num {have}"
+        )
+    start = summary["starts"][-1]
+    model, config = find_model(start["flags"]["model"], start["flags"].get("model_path"))
+    columns = describe(settings, summary)
+    columns |= {"model": start["model"]["name"], "KV kept": f"{100 * summary['kept']:.1f}%"}
+    return Predictions(folder, file, entry, sample_num, model, config.max_position_embeddings, columns)
+
+
+def _summary(folder: Path, task: str) -> tuple[dict[str, Any], Any] | None:
+    """A run's settings and what it says about a task: `RequestsSummary` where it is finished; None if nothing."""
+    path = folder / "run.json"
+    manifest = read_json(path, Manifest)
+    check_settings(manifest["settings"], path)
+    summary = manifest["datasets"].get(task)
+    if summary is None or "measure" in manifest["settings"]:
+        return None
+    if "samples" in summary:
+        check(summary, RequestsSummary, f"{path}: {task}")
+    return manifest["settings"], summary
+
+
+def _scenario(folder: Path, data: AnsweredOrigin, args: argparse.Namespace) -> tuple[str, int]:
+    """HELM's run entry and number of instances: as noted when the requests were made, or by the flags."""
+    note = data["made_by"]
+    if note is None:
+        if args.scenario is None:
+            raise InputError(
+                f"{folder} answers {data['source']}, which python -m squeeze.helm_requests did not make: say with "
+                "--scenario, --sample_num and --temperature how HELM would make those requests"
+            )
+        return run_entry(args.scenario, args.articles, args.temperature), args.sample_num or data["rows"]
+    if args.scenario not in (None, note["scenario"]):
+        raise InputError(f"{folder} answers requests of {note['scenario']}, not of {args.scenario}")
+    return note["run_entry"], note["max_eval_instances"]
+
+
+def score(task: str, found: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
+    """Let HELM score the runs that it has not scored yet.
+
+    Returns:
+        What is known of all runs in the task's suite, by what HELM calls their models: `predictions`, `sha256`,
+        `scenario`, `columns`, and `run`, the folder of HELM's results.
+    Raises:
+        InputError: the suite, or a run in it, was made by someone else, or HELM fails.
+    """
+    suite = RUNS / task
+    # A kill may have come before the mark was written.
+    if suite.is_dir() and not (suite / MARK).is_file() and {*suite.iterdir()} - {*unfinished(suite / MARK)}:
+        raise InputError(f"{suite} is there and was not made by this command: move it away")
+    known: dict[str, Any] = dict(read_json(suite / MARK, Suite)["runs"]) if (suite / MARK).is_file() else {}
+    fresh = [one for one in found if known.get(one.engine, {}).get("sha256") != one.sha256]
+    if fresh and not all(SCENARIOS[_short(one.entry)].local for one in fresh):
+        check_full()
+    for one in fresh:
+        for stale in _helm_folders(suite, one.engine):
+            if one.engine not in known:
+                raise InputError(f"{stale} is there and was not made by this command: move it away")
+            say(f"note: {stale} is of earlier predictions and is made anew")
+            with writing(stale):
+                shutil.rmtree(stale)
+        known[one.engine] = {"predictions": str(one.folder), "scenario": one.entry, "columns": one.columns}
+    if fresh:
+        with writing(f"into {suite}"):
+            suite.mkdir(parents=True, exist_ok=True)
+            (suite / "summary.json").unlink(missing_ok=True)  # it is of other runs, until HELM has made it again
+            write_json(suite / MARK, {"runs": known})
+        for number in sorted({one.sample_num for one in fresh}):
+            _helm_run(task, [one for one in fresh if one.sample_num == number], number)
+        for one in fresh:
+            [run] = _helm_folders(suite, one.engine)
+            known[one.engine] |= {"sha256": one.sha256, "run": run.name}
+        with writing(f"into {suite}"):
+            write_json(suite / MARK, {"runs": known})
+    if fresh or not (suite / "summary.json").is_file():
+        helm(
+            "helm-summarize",
+            *("--suite", task, "-o", str(OUTPUT), "--local-path", str(ENVIRONMENT), "--auto-generate-schema"),
+        )
+    _point_latest(task)
+    return known
+
+
+def _helm_folders(suite: Path, name: str) -> list[Path]:
+    """The folders of HELM's results for a model."""
+    return [path for path in sorted(suite.glob("*/")) if path.name.endswith(f"model=squeeze_{name}")]
+
+
+def _short(entry: str) -> str:
+    """The name in `SCENARIOS` of a run entry."""
+    name = entry.split(":")[0]
+    found = [short for short, scenario in SCENARIOS.items() if scenario.run_spec == name]
+    if not found:
+        raise InputError(f"the run entry {shown(entry)} is of none of the scenarios {', '.join(SCENARIOS)}")
+    return found[0]
+
+
+def _helm_run(task: str, found: Sequence[Predictions], sample_num: int) -> None:
+    deployments = [
+        Deployment(
+            name=f"squeeze/{one.engine}",
+            description=", ".join(f"{key} {value}" for key, value in one.columns.items() if value != "-"),
+            client="ReplayClient",
+            args={"predictions": str(one.file)},
+            folder=one.model,
+            positions=one.positions,
+        )
+        for one in found
+    ]
+    write_environment(ENVIRONMENT, deployments)
+    print(f"helm-run: {len(found)} run(s) of {task}, at most {sample_num} instances each")
+    helm(
+        "helm-run",
+        *("--plugins", "squeeze.helm_plugin", "--local-path", str(ENVIRONMENT), "-o", str(OUTPUT)),
+        *("--suite", task, "-m", str(sample_num), "-n", "1", "--disable-cache", "--exit-on-error"),
+        *("--run-entries", *(f"{one.entry},model=squeeze/{one.engine}" for one in found)),
+    )
+
+
+def _point_latest(task: str) -> None:
+    """Make `latest` the task's suite, for `helm-server --suite latest`."""
+    latest = RUNS / "latest"
+    if latest.exists() and not latest.is_symlink():
+        raise InputError(f"{latest} is there and is no link of this command's: move it away")
+    with writing(latest):
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(task)
+
+
+def rouge(run: Path) -> dict[str, float]:
+    """HELM's mean of each ROUGE over a run's test instances, 0 to 1, and `num_instances`.
+
+    Raises:
+        InputError: HELM wrote none.
+    """
+    found = {
+        stat["name"]["name"]: mean
+        for stat in read_json(run / "stats.json", list[Stat])
+        if stat["name"].get("split") == "test"
+        and stat["name"].get("perturbation") is None
+        and (mean := stat.get("mean")) is not None
+    }
+    missing = [name for name in (*ROUGE, "num_instances") if name not in found]
+    if missing:
+        raise InputError(f"{run / 'stats.json'} has no {missing[0]} of test instances")
+    return {name: found[name] for name in (*ROUGE, "num_instances")}
+
+
+def line(suite: Path, known: dict[str, Any]) -> dict[str, str]:
+    """A run's line of the table; ROUGE in percent."""
+    scores = rouge(suite / known["run"])
+    shown = {title: f"{100 * scores[name]:.2f}" for name, title in ROUGE.items()}
+    return known["columns"] | shown | {"instances": f"{scores['num_instances']:g}"}
+
+
+def write_result(folder: Path, task: str, run: Path) -> None:
+    """Write a run's ROUGE, in percent, into its own folder, where `squeeze.report` looks."""
+    scores = rouge(run)
+    with writing(folder / "result.json"):
+        write_json(folder / "result.json", {task: {title: 100 * scores[name] for name, title in ROUGE.items()}})
+
+
+def find_folders(args: argparse.Namespace) -> list[Path]:
+    """The runs to score: the folders that the command line names; or the run that its flags name, and every finished
+    run of the same model on the same requests."""
+    if args.folders:
+        return args.folders
+    if args.model is None:
+        raise InputError("nothing to score: give folders of runs, or --model and pred.py's other flags")
+    args.enable_squeeze = args.enable_squeeze or args.ini_size is not None or args.KV_class3 is not None
+    config = config_from_flags(args)
+    model_type = sources.guess_model_type(args.model, args.model_path, args.model_arch)
+    name = sources.run_name(args.model)
+    named = run_folder(args.pred, name, for_model(config, model_type), model_type, args.seed)
+    data = _finished(named, args.pred)
+    others = sorted(path.parent for path in Path(f"pred_{args.pred}", name).rglob("run.json"))
+    found = [named]
+    for one in others if data is not None else ():
+        try:
+            found += [one] if one != named and _finished(one, args.pred) == data else []
+        except InputError as error:
+            print(f"left out: {error}")
+    return found
+
+
+def _finished(folder: Path, task: str) -> AnsweredOrigin | None:
+    """The requests that a run has answered; None if it has not answered all of them, or measured something else."""
+    found = _summary(folder, task) if (folder / "run.json").is_file() else None
+    summary = found[1] if found else {}
+    return summary["data"] if "samples" in summary and summary["samples"] >= summary["data"]["rows"] else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(
+        prog="script/helm.sh",
+        description="Score predictions of HELM's requests with HELM, and show all runs scored so far side by side.",
+        epilog="The settings at the top of the script, or in the environment, come first; flags win over them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folders", nargs="*", type=as_path, help="run folders, in place of the flags that name one")
+    parser.add_argument("--pred", help="the task: xsum or cnndm (default: as the folders are called, or xsum)")
+    add_cache_flags(parser)
+    parser.add_argument("--scenario", help=f"for requests of unknown origin: {', '.join(SCENARIOS)}")
+    parser.add_argument("--articles", type=path_text, help="of xsum_local and cnndm_local")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.3, help="of requests of unknown origin (0.3)")
+    parser.add_argument(
+        "--sample_num", type=whole(1), help="instances that HELM takes, for requests of unknown origin"
+    )
+    args = parser.parse_args(argv)
+    called = args.folders[0].parts[0] if args.folders and args.folders[0].parts else ""
+    args.pred = args.pred or next((task for task in HELM_TASKS if called == f"pred_{task}"), "xsum")
+    check_flags(args)
+    if args.pred not in HELM_TASKS:
+        raise InputError(f"--pred must be {' or '.join(HELM_TASKS)} here, got {args.pred}: eval.py scores LongBench")
+    found = [read_run(folder, args) for folder in find_folders(args)]
+    known = score(args.pred, found)
+    for one in found:
+        write_result(one.folder, args.pred, RUNS / args.pred / known[one.engine]["run"])
+    scored = [one for one in known.values() if "run" in one]
+    for entry in dict.fromkeys(one["scenario"] for one in scored):
+        print(f"{entry}; ROUGE in percent, KV is what is held after prefill")
+        print(table(COLUMNS, [line(RUNS / args.pred, one) for one in scored if one["scenario"] == entry]))
+    print(f"{RUNS / args.pred}, also as {RUNS / 'latest'}: helm-server -o {OUTPUT} --suite latest shows every answer")

@@ -1,0 +1,126 @@
+"""A model's folder → the model and its tokenizer on a device, with errors that say what to do."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from squeeze.config import DTYPES
+from squeeze.errors import InputError
+from squeeze.models.folder_config import generation_config, model_config
+from squeeze.models.model_config import ModelConfig, read_config
+from squeeze.models.model_files import inspect
+from squeeze.models.packing import pack
+from squeeze.models.rope import LengthwiseRope, depends_on_length, forward_name
+from squeeze.text import shortened
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A model's tokenizer; InputError if its files are not whole."""
+    return _load_tokenizer(folder, model_config(folder))
+
+
+def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    try:
+        # Not by mistral-common, which reads other files, only because it happens to be installed.
+        found = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, mistral_format=False)
+        found("a")  # some of its settings are looked at only when it is used
+        return found
+    except Exception as error:
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {_said(error)}") from error
+
+
+def load(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    attn: str = "auto",
+    allow_pickle: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer for inference, without running code that came with them.
+
+    Of the folder's configuration only the architecture and the special tokens count (`squeeze.models.folder_config`). On the
+    CPU the linear layers are packed (`squeeze.models.packing`).
+
+    Args:
+        folder: from `fetch`.
+        attn: `auto` (sdpa), `sdpa`, `eager` or `flash_attention_2`.
+        device_map: accelerate's, in place of `device`, for a model that is larger than one device.
+    Raises:
+        InputError: the files are not a whole model, or a package is not installed that it or `attn` needs.
+    """
+    weights, said, config = inspect(folder, allow_pickle), read_config(folder), model_config(folder)
+    tokenizer = _load_tokenizer(folder, config)
+    _check_quantization(folder, said)
+    generation = generation_config(folder, config.vocab_size, tokenizer)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            generation_config=generation,
+            dtype=dtype,
+            attn_implementation="sdpa" if attn == "auto" else attn,
+            use_safetensors=not weights.pickled,
+            trust_remote_code=False,
+            device_map=device_map or {"": device},
+            offload_folder=_offload_folder() if device_map else None,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise InputError(f"the model in {folder} does not fit on {device} in {dtype}") from None
+    except Exception as error:
+        if said.quantization is not None:
+            raise InputError(f"{_quantized(folder, said)}, which cannot be loaded here: {_said(error)}") from error
+        if isinstance(error, ImportError) and attn == "flash_attention_2":
+            raise InputError(f"--attn {attn} is not installed here: {_said(error)}") from error
+        raise InputError(f"the model in {folder} cannot be loaded: {_said(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"the weights in {folder} lack {len(missing)} tensors of the model, among them {missing[0]}")
+    if device_map is None:
+        pack(model)
+    if depends_on_length(model.config):
+        rotary = model.model.rotary_emb
+        setattr(rotary, forward_name(rotary), LengthwiseRope(rotary))
+    return model.eval(), tokenizer
+
+
+def _check_quantization(folder: Path, config: ModelConfig) -> None:
+    """Raises InputError if transformers does not know the quantization: it would take the weights as they are."""
+    if config.quantization not in (None, "bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):
+        known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+        raise InputError(f"{_quantized(folder, config)}, which transformers does not know: it knows {known}")
+
+
+def _quantized(folder: Path, config: ModelConfig) -> str:
+    return f"the weights in {folder} are quantized by {config.quantization} (quantization_config in config.json)"
+
+
+def _offload_folder() -> str:
+    """Where accelerate may put what fits into no memory; gone with this process."""
+    folder = tempfile.mkdtemp(prefix="squeeze-offload-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _said(error: Exception) -> str:
+    """What an error of a library says, in one line; its kind as well where that is only a name or a number."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines[:2] = [" ".join(lines[:2])]
+    kind = "" if lines and " " in lines[0] else f"{type(error).__name__} "
+    return (kind + (lines[0] if lines else "")).strip()

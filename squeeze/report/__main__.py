@@ -1,0 +1,5 @@
+import sys
+
+from squeeze.report.command import main
+
+sys.exit(main())

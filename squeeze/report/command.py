@@ -1,0 +1,211 @@
+"""Runs side by side, as text or as a page with figures: `python -m squeeze.report --help`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from squeeze.bench.files import read_bench
+from squeeze.benchmarks.requests import HELM_TASKS
+from squeeze.cli.arguments import Parser, as_path
+from squeeze.cli.run import run_command
+from squeeze.cli.tables import table
+from squeeze.errors import InputError
+from squeeze.runs.inventory import COLUMNS, Entry, Inventory, describe, find
+from squeeze.storage.files import read_json
+from squeeze.text import say
+
+Score = Annotated[float, Meta(ge=0, le=100)]
+FIDELITY_COLUMNS = (*COLUMNS[:6], "KL", "95% interval", "agreement", "KV kept", "tokens")
+EXAMPLES = """examples
+  every run below pred_Long as a table, with the scores that eval.py wrote:
+    python -m squeeze.report pred_Long
+  the same, and a page with figures, tables and their data; scores are computed from the predictions:
+    python -m squeeze.report pred_Long --out report
+  several benchmarks, and the measurements of python -m squeeze.bench:
+    python -m squeeze.report pred_Long pred_e pred_xsum bench/bench.json --out report
+
+The page, report/index.html, is one file that needs nothing beside it, no network and no server. The figures lie beside
+it as SVG and PNG, and what they show as CSV. A run that is not finished, or damaged, is named and left out. Nothing is
+kept from one report to the next: what is there now is what is shown.
+"""
+
+
+def parser() -> Parser:
+    """The flags of `python -m squeeze.report`."""
+    made = Parser(
+        prog="python -m squeeze.report",
+        description="Show runs side by side: scores, KV kept and speed, as text tables or as a page with figures.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        "runs",
+        nargs="+",
+        type=as_path,
+        metavar="RUNS",
+        help="run folders, or folders that hold any, like pred_Long; also bench.json of squeeze.bench, or its folder",
+    )
+    made.add_argument(
+        "--out",
+        type=as_path,
+        metavar="FOLDER",
+        help="write a page with figures into this folder, which must be new, empty, or an earlier report's",
+    )
+    return made
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """One run's line for each of its finished data sets: the columns and `dataset`, as text."""
+    entries = [one for one in find([folder / "run.json"]).entries if not one.fidelity]
+    return [line(entry, recorded_score(entry)) for entry in entries]
+
+
+def line(entry: Entry, score: Any) -> dict[str, str]:
+    """A line of the table of scores.
+
+    Args:
+        score: a number, or several by name; None where there is none.
+    """
+    summary = entry.summary
+    return describe(entry.settings, summary) | {
+        "dataset": entry.dataset,
+        "model": entry.start["model"]["name"],
+        "score": _text(score),
+        "KV kept": f"{100 * summary['kept']:.1f}%",
+        "KV MB": f"{summary['kv_bytes'] / 1e6:.1f}",
+        "tokens/s": f"{summary['tokens_per_second']:.1f}",
+        "samples": str(summary["samples"]),
+    }
+
+
+def recorded_score(entry: Entry) -> Any:
+    """The score that `eval.py`, or HELM, wrote into the run's folder; None if none did.
+
+    Raises:
+        InputError: what is there is damaged.
+    """
+    path = entry.folder / "result.json"
+    kind: Any = dict[str, Score | dict[str, Score | None]]
+    return read_json(path, kind).get(entry.dataset) if path.exists() else None
+
+
+def _text(score: Any) -> str:
+    """A score; LongBench-E's are one for each range of lengths, shortest first, HELM's one for each ROUGE."""
+    if isinstance(score, dict):
+        return "/".join(_text(value) for value in score.values())
+    return f"{score:.2f}" if isinstance(score, int | float) else "-"
+
+
+def fidelity_line(entry: Entry) -> dict[str, str]:
+    """A line of the table of comparisons with the full cache."""
+    summary = entry.summary
+    found = describe(entry.settings, summary) | {"dataset": entry.dataset, "model": entry.start["model"]["name"]}
+    found |= {"samples": str(summary["samples"]), "KV kept": f"{100 * summary['kept']:.1f}%"}
+    found |= {"KL": "-", "95% interval": "-", "agreement": "-", "tokens": str(summary.get("tokens", "-"))}
+    if "kl" in summary:
+        kl = summary["kl"]
+        found |= {"KL": f"{kl['mean']:.4f}", "95% interval": f"{kl['low']:.4f}–{kl['high']:.4f}"}
+        found |= {"agreement": f"{100 * summary['agreement']['mean']:.1f}%"}
+    return found
+
+
+def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = None) -> None:
+    """Print a table for every data set, the full cache first, then as the folders came.
+
+    Args:
+        scores: of (folder, data set), in place of what was written beside the runs; what is not in it is left out.
+    Raises:
+        InputError: there is nothing that could be printed.
+    """
+    lines, compared, benches = [], [], []
+    for entry in found.entries:
+        key = str(entry.folder), entry.dataset
+        if scores is not None and key not in scores:
+            continue
+        if entry.fidelity:
+            compared.append(fidelity_line(entry))
+        else:
+            score = None if scores is None else scores[key]
+            try:
+                score = recorded_score(entry) if scores is None else score
+            except InputError as error:
+                found.problems.append(str(error))
+            lines.append(line(entry, score))
+    for path in found.benches:
+        try:
+            benches.append((path, read_bench(path)["runs"]))
+        except InputError as error:
+            found.problems.append(str(error))
+    if not lines and not compared and not benches:
+        raise InputError("; ".join(found.problems))
+    for dataset in dict.fromkeys(one["dataset"] for one in lines):
+        chosen = [one for one in lines if one["dataset"] == dataset]
+        scale = "ROUGE-1/2/L by HELM" if dataset in HELM_TASKS else "LongBench's score"
+        say(f"{dataset}: {scale}; KV is what is held after prefill, mean of the samples")
+        print(table(COLUMNS, sorted(chosen, key=lambda one: one["algorithm"] != "full cache")))
+    for dataset in dict.fromkeys(one["dataset"] for one in compared):
+        say(f"{dataset}: KL divergence from the full cache, nats a token, and agreement of the likeliest token")
+        print(table(FIDELITY_COLUMNS, [one for one in compared if one["dataset"] == dataset]))
+    for path, records in benches:
+        print_bench(path, records)
+
+
+def print_bench(path: Path, records: Sequence[Any]) -> None:
+    """Print the table that `squeeze.bench` printed."""
+    from squeeze.bench import command as bench
+
+    copies, full = bench.bandwidth(records), bench.full_speeds(records)
+    made = [bench.row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]
+    if made:
+        say(f"{path}: speed and memory by squeeze.bench")
+        print(table(bench.COLUMNS, made))
+
+
+def report(argv: Sequence[str] | None = None) -> None:
+    """Print the tables, and with `--out` write the page.
+
+    Raises:
+        InputError: there is no finished run, or the folder of `--out` is not the command's own.
+    """
+    args = parser().parse_args(argv)
+    found = find(args.runs)
+    if not found.entries and not found.benches:
+        if found.damaged:
+            raise InputError("; ".join(found.problems))
+        raise InputError(f"no run in {', '.join(map(str, args.runs))} is finished: start pred.py again to go on")
+    if args.out is None:
+        print_tables(found)
+        for problem in found.problems:
+            say(f"left out: {problem}", sys.stderr)
+        return
+
+    from squeeze.report import page, results, sections  # pandas and matplotlib, of which the text tables know nothing
+    from squeeze.report.files import check_folder, write_folder
+
+    check_folder(args.out)
+    read = results.read(found)
+    if not (len(read.runs) or len(read.fidelity) or len(read.bench)):
+        raise InputError("; ".join(read.problems))
+    scores = {(one["folder"], one["dataset"]): results.shown_score(one) for one in read.runs.to_dict("records")}
+    scores |= {(one["folder"], one["dataset"]): None for one in read.fidelity.to_dict("records")}
+    print_tables(found, scores)
+    command = shlex.join(["python", "-m", "squeeze.report", *(sys.argv[1:] if argv is None else argv)])
+    made = sections.make(read)
+    for problem in made.problems:
+        say(f"left out: {problem}")
+    for what in read.unscored:
+        say(f"not scored yet: {what}")
+    say(write_folder(args.out, page.files(made, command)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 2 and a sentence where there is nothing to show."""
+    return run_command(lambda _: report(argv))

@@ -1,0 +1,70 @@
+"""Which runs' layers are shown, and what a run measured on each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from squeeze.allocations import calibration
+from squeeze.benchmarks.records import LayeredSample, check_layers, read_samples
+from squeeze.errors import InputError
+from squeeze.report.results import GROUP
+from squeeze.runs.manifest import Manifest
+from squeeze.storage.files import read_bytes, read_json
+
+
+def chosen(runs: pd.DataFrame) -> pd.DataFrame:
+    """A squeezed run of each model, data set and allocation: at the median `ini_size`, then the median `KV_class3`."""
+    rows = []
+    squeezed = runs[~runs["allocation"].isin(["full", "uniform"])]
+    for _, group in squeezed.groupby([*GROUP, "allocation"], sort=False):
+        for size in ("ini_size", "KV_class3"):
+            there = sorted(set(group[size].dropna()))
+            if not there:  # loss curves take no KV_class3
+                continue
+            group = group[group[size] == there[(len(there) - 1) // 2]]
+        rows.append(group.iloc[0])
+    return pd.DataFrame(rows, columns=runs.columns)
+
+
+def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
+    """What a squeezed run measured on each prompt and layer.
+
+    Returns:
+        A row for each prompt and layer, in order: `prompt` and `layer` from 0, `similarity` (NaN in runs that did not
+        keep it), `layer_class` 1 to 3, `budget` in tokens, and `share`, the budget as a fraction of the prompt.
+    Raises:
+        InputError: the run's samples are damaged or have no budgets.
+    """
+    path = folder / "samples" / f"{dataset}.jsonl"
+    samples = read_samples(read_bytes(path), path, LayeredSample)
+    check_layers(samples, LayeredSample, path)
+    rows = []
+    for sample in samples:
+        stats = sample["stats"]
+        similarities = stats.get("similarities", [None] * len(stats["budgets"]))
+        for layer, (similarity, one, budget) in enumerate(
+            zip(similarities, stats["classes"], stats["budgets"], strict=True)
+        ):
+            row = {"prompt": sample["index"], "layer": layer, "similarity": similarity}
+            rows.append(row | {"layer_class": one, "budget": budget, "share": budget / stats["prompt_tokens"]})
+    found = pd.DataFrame(rows)
+    found["similarity"] = found["similarity"].astype(float)
+    return found
+
+
+def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibration:
+    """The loss curves that a run with the allocation `calibrated` was made from.
+
+    Args:
+        folder: the run's.
+        name: the model's name.
+    Raises:
+        InputError: they are not there any more.
+    """
+    place = calibration.place(name, algorithm)
+    found = calibration.read_calibration(place) if place.exists() else None
+    if found is None or found.sha256 != read_json(folder / "run.json", Manifest)["settings"].get("calibration"):
+        raise InputError(f"{folder} was made from loss curves that are not in {place} any more")
+    return found

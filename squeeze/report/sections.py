@@ -1,0 +1,217 @@
+"""The parts of the page: which figures and tables there are, what they show in words, and their data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from squeeze.errors import InputError
+from squeeze.numbers import parse_fraction
+from squeeze.report import captions, figures, layer_figures, results
+from squeeze.report.layers import chosen, curves_of, parse_layers
+from squeeze.report.page_parts import Cell, Names, Plot, Section, Sections, Table, heading, label_of, panel_name
+from squeeze.report.results import GROUP, Results
+from squeeze.text import fitted
+
+
+def make(found: Results) -> Sections:
+    """Choose and draw what there is to be seen."""
+    problems = list(found.problems)
+    names = Names()
+    made = [
+        cheapest(found),
+        scores(found, names),
+        fidelity(found, names),
+        sensitivity(found, names),
+        layers(found, names, problems),
+        bench(found, names),
+        all_runs(found),
+    ]
+    return Sections([one for one in made if one is not None], problems, found.unscored)
+
+
+def scores(found: Results, names: Names) -> Section | None:
+    """Score against KV kept: a panel for each model, data set and algorithm."""
+    scored = found.runs[found.runs["score"].notna()]
+    bounded = scored[scored["allocation"] != "full"]
+    if bounded.empty:
+        return None
+    made = Section("score", "Score against KV kept", captions.SCORE, scored.drop(columns=["versions", "command"]))
+    for _, group in bounded.groupby(GROUP, sort=False):
+        full = _full(found, group)
+        limits = _limits(group, full)
+        for algorithm, panel in group.groupby("algorithm", sort=False):
+            first = panel.iloc[0]
+            panel = panel.assign(same=_same(panel, full))
+            line = None if full is None else (full.score, full.low, full.high)
+            figure = figures.by_kept(panel, "score", heading(first, str(algorithm)), label_of(first), line, limits)
+            name = panel_name(names, "score", first, str(algorithm))
+            made.plots.append(Plot(name, figure, captions.score(panel, full)))
+    return made
+
+
+def _full(found: Results, group: pd.DataFrame) -> Any | None:
+    """The full cache's run that most of the runs of a data set compare with."""
+    fulls = [full for one in group.itertuples() if (full := results.full_of(found.runs, one)) is not None]
+    folders = [full.folder for full in fulls]
+    return max(fulls, key=lambda full: folders.count(full.folder)) if fulls else None
+
+
+def _same(panel: pd.DataFrame, full: Any | None) -> pd.Series:
+    """True for runs on the full cache's samples, or where there is no full cache, on as many as most."""
+    if full is not None:
+        return (panel["samples"] == full.samples) & (panel["data"] == full.data)
+    return panel["samples"] == panel["samples"].mode().iloc[0]
+
+
+def _limits(group: pd.DataFrame, full: Any | None) -> tuple[float, float] | None:
+    line = [] if full is None else [full.score, full.low, full.high]
+    return figures.limits(group["score"], group["low"], group["high"], line)
+
+
+def fidelity(found: Results, names: Names) -> Section | None:
+    """KL divergence against KV kept: a panel for each model, data set and algorithm."""
+    if found.fidelity.empty:
+        return None
+    frame = found.fidelity
+    made = Section("kl", "KL divergence against KV kept", captions.KL, frame.drop(columns=["versions", "command"]))
+    for _, panel in frame.groupby([*GROUP, "algorithm"], sort=False):
+        first = panel.iloc[0]
+        log = bool((panel["low"] > 0).all())
+        title = heading(first, first.algorithm)
+        panel = panel.assign(same=_same(panel, None))
+        figure = figures.by_kept(panel, "kl", title, "KL from the full cache, nats a token", log=log)
+        name = panel_name(names, "kl", first, first.algorithm)
+        made.plots.append(Plot(name, figure, captions.kl(panel)))
+    return made
+
+
+def sensitivity(found: Results, names: Names) -> Section | None:
+    """Score over KV_class3 at fixed ini_size: a panel for each model, data set, algorithm and allocation."""
+    frame = results.sensitivity(found.runs)
+    if frame.empty:
+        return None
+    made = Section("sensitivity", "Sensitivity to KV_class3", captions.SENSITIVITY, frame)
+    for _, group in frame.groupby([*GROUP, "samples", "data"], sort=False):
+        full = _full(found, found.runs[found.runs["folder"].isin(group["folder"])])
+        line = None if full is None else full.score
+        limits = _limits(group, full)
+        for _, panel in group.groupby(["algorithm", "allocation"], sort=False):
+            first = panel.iloc[0]
+            title = heading(first, first.algorithm, first.allocation)
+            figure = figures.sensitivity(panel, title, label_of(first), line, limits)
+            name = panel_name(names, "sensitivity", first, first.algorithm, first.allocation)
+            made.plots.append(Plot(name, figure, captions.sensitivity(panel)))
+    return made
+
+
+def layers(found: Results, names: Names, problems: list[str]) -> Section | None:
+    """Similarities of a run of each model and data set, and budgets of one for each allocation."""
+    squeezed = found.runs[~found.runs["allocation"].isin(["full", "uniform"])]
+    if squeezed.empty:
+        return None
+    parts: list[pd.DataFrame] = []
+    made = Section("layers", "Layers: similarities, classes and budgets", captions.LAYERS, pd.DataFrame())
+    for _, group in chosen(found.runs).groupby(GROUP, sort=False):
+        budgets: list[Plot] = []
+        mapped = False
+        for run in group.itertuples():
+            try:
+                measured = parse_layers(Path(run.folder), run.dataset)
+            except InputError as error:
+                problems.append(f"{error}; its layers are not drawn")
+                continue
+            parts.append(measured.assign(**{name: getattr(run, name) for name in (*GROUP, "allocation", "folder")}))
+            if not mapped and measured["similarity"].notna().all():
+                figure = layer_figures.similarity_map(measured, heading(run, "similarity"))
+                caption = captions.similarity(measured, run)
+                made.plots.append(Plot(panel_name(names, "similarity", run), figure, caption, wide=True))
+                mapped = True
+            title = heading(run, "budgets", run.allocation)
+            figure = layer_figures.budget_bars(measured, run.ini_size, title)
+            budgets.append(
+                Plot(panel_name(names, "budgets", run, run.allocation), figure, captions.budgets(measured, run))
+            )
+            if run.allocation == "calibrated":
+                try:
+                    budgets.append(losses(run, names))
+                except InputError as error:
+                    made.notes.append(str(error))
+        if budgets and not mapped:
+            made.notes.append(captions.no_similarities(group.iloc[0]))
+        made.plots += budgets
+    made.data = pd.concat(parts).reset_index(drop=True) if parts else made.data
+    return made if made.plots else None
+
+
+def losses(run: Any, names: Names) -> Plot:
+    """The loss curves that a calibrated run was made from; InputError where they are not there any more."""
+    curves = curves_of(Path(run.folder), run.model, run.algorithm)
+    first = curves.first(parse_fraction("ini_size", run.ini_size))
+    measured, share = curves.relative(first), curves.shares[first]
+    multiples = [float(one) for one in curves.multiples]
+    title = heading(run, "loss curves", run.algorithm)
+    figure = layer_figures.loss_lines(measured, multiples, float(share), title)
+    return Plot(
+        panel_name(names, "losses", run, run.algorithm),
+        figure,
+        captions.losses(measured, curves, float(share), run.algorithm),
+    )
+
+
+def bench(found: Results, names: Names) -> Section | None:
+    """Speed, memory and KV held over the batch size, for each file and prompt length."""
+    if found.bench.empty:
+        return None
+    made = Section("bench", "Throughput and memory", captions.BENCH, found.bench)
+    for _, group in found.bench.groupby(["file", "model", "device", "prompt_length"], sort=False):
+        first = group.iloc[0]
+        group = group.assign(peak=group["peak_bytes"] / 1e9, kv=group["kv_bytes"] / 1e6)
+        where = fitted(f"{first.model}, {first.prompt_length} tokens, {first.device}", 120)
+        for value, title, label in (
+            ("tokens_per_second", "Decode speed", "tokens per second"),
+            ("peak", "Peak memory", "GB, most held after loading"),
+            ("kv", "KV cache", "MB held after prefill"),
+        ):
+            speed = value == "tokens_per_second"
+            figure = figures.by_batch(group, value, f"{title}\n{where}", label, intervals=speed)
+            name = names("bench", title.lower(), first.model, str(first.prompt_length), first.device)
+            made.plots.append(Plot(name, figure, captions.bench(group, value, title, first)))
+    return made
+
+
+def cheapest(found: Results) -> Section | None:
+    """The table a user came for."""
+    frame = results.cheapest(found.runs)
+    if frame.empty:
+        return None
+    rows = []
+    for key, group in frame.groupby([*GROUP, "algorithm", "kind"], sort=False):
+        cells = [Cell(str(word)) for word in key]
+        full = group["full"].max()
+        cells.append(Cell("-" if pd.isna(full) else f"{full:.2f}", -1.0 if pd.isna(full) else full))
+        for one in group.itertuples():
+            order = 9.0 if pd.isna(one.kept) else one.kept
+            cells.append(Cell(one.reason or captions.best(one), order))
+        rows.append(cells)
+    titles = ["model", "benchmark", "data set", "algorithm", "budgets", "full score"]
+    table = Table([*titles, *(f"within {within}%" for within in results.WITHIN)], rows, ["full score"])
+    return Section("cheapest", "How little KV is enough", captions.CHEAPEST, frame, table=table)
+
+
+def all_runs(found: Results) -> Section | None:
+    """Every run, with what made it."""
+    frame = pd.concat([one for one in (found.runs, found.fidelity) if not one.empty]) if _any(found) else found.runs
+    if frame.empty:
+        return None
+    rows = [captions.run_cells(one) for one in frame.to_dict("records")]
+    columns = [name for name in rows[0] if any(row[name][0] not in ("", "-") for row in rows)]
+    cells = [[Cell(*row[name]) for name in columns] for row in rows]
+    numbers = [name for name in columns if name in captions.NUMBERS]
+    return Section("runs", "All runs", captions.RUNS, frame, table=Table(columns, cells, numbers, captions.ASIDE))
+
+
+def _any(found: Results) -> bool:
+    return not (found.runs.empty and found.fidelity.empty)

@@ -1,0 +1,141 @@
+"""What runs there are: folders → what each run says about itself, and what is left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from squeeze.benchmarks.requests import HELM_TASKS
+from squeeze.config import BY_LOSS
+from squeeze.errors import InputError
+from squeeze.runs.manifest import Manifest, check_settings, check_summary
+from squeeze.storage.files import read_json
+
+COLUMNS = (
+    *("model", "algorithm", "allocation", "ini_size", "KV_class3"),
+    *("samples", "score", "KV kept", "KV MB", "tokens/s", "classes"),
+)
+
+
+GO_ON = "start pred.py with the same flags to go on"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished data set of a run.
+
+    Args:
+        folder: the run's.
+        dataset: its name.
+        settings: the run's, of `run.json`.
+        summary: what `run.json` says about the data set.
+    """
+
+    folder: Path
+    dataset: str
+    settings: dict[str, Any]
+    summary: dict[str, Any]
+
+    @property
+    def fidelity(self) -> bool:
+        """True for a comparison with the full cache, token by token, in place of predictions."""
+        return self.settings.get("measure") == "fidelity"
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """How the run was started last: `command`, `model`, `device`, `versions`."""
+        return self.summary["starts"][-1]
+
+    @property
+    def unscored(self) -> str | None:
+        """The command that scores it, for HELM's tasks, which only HELM scores; None where there is a score."""
+        if self.dataset not in HELM_TASKS or self.fidelity or (self.folder / "result.json").exists():
+            return None
+        return f"sh script/helm.sh {self.folder}"
+
+
+@dataclass
+class Inventory:
+    """Args:
+    entries: finished data sets of runs, in order of their folders.
+    benches: files of `squeeze.bench`.
+    problems: a sentence for each thing that is there and was left out.
+    damaged: True if any of it is damaged, and not just unfinished.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    benches: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    damaged: bool = False
+
+
+def find(paths: Sequence[Path]) -> Inventory:
+    """Read every run, and find every `bench.json`, in or below `paths`.
+
+    Raises:
+        InputError: a path holds neither.
+    """
+    found = Inventory()
+    runs: dict[Path, Path] = {}
+    benches: dict[Path, Path] = {}
+    for path in paths:
+        manifests = [path] if path.name == "run.json" else sorted(path.rglob("run.json"))
+        measured = [path] if path.is_file() and path.suffix == ".json" and not manifests else []
+        measured += sorted(path.rglob("bench.json"))
+        if not manifests and not measured:
+            raise InputError(f"{path} holds no run: pred.py makes one")
+        for one in manifests:
+            runs.setdefault(one.parent.resolve(), one.parent)
+        for one in measured:
+            benches.setdefault(one.resolve(), one)
+    found.benches = list(benches.values())
+    for folder in runs.values():
+        _read(folder, found)
+    return found
+
+
+def _read(folder: Path, found: Inventory) -> None:
+    """Add a run's data sets to `found`, or why they are left out."""
+    path = folder / "run.json"
+    try:
+        manifest = read_json(path, Manifest)
+        settings, datasets = manifest["settings"], manifest["datasets"]
+        check_settings(settings, path)
+    except InputError as error:
+        found.problems.append(str(error))
+        found.damaged = True
+        return
+    partial = {path.name.split(".")[0]: path.name for path in sorted(folder.glob("*.partial*.jsonl"))}
+    for dataset in {**dict.fromkeys(partial), **datasets}:
+        summary = datasets.get(dataset, {})
+        if dataset in partial or "samples" not in summary:
+            which = f" ({partial[dataset]} is there)" if dataset in partial else ""
+            found.problems.append(f"{folder}: {dataset} is not finished{which}: {GO_ON}")
+            continue
+        entry = Entry(folder, dataset, settings, summary)
+        try:
+            check_summary(summary, entry.fidelity, path, dataset)
+            found.entries.append(entry)
+        except InputError as error:
+            found.problems.append(str(error))
+            found.damaged = True
+    if not datasets:
+        found.problems.append(f"{folder} has no data set yet: {GO_ON}")
+
+
+def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
+    """What was asked of a run: its algorithm, allocation and sizes, and how its layers fell into classes."""
+    if settings["cache"] == "full":
+        return dict.fromkeys(COLUMNS, "-") | {"algorithm": "full cache"}
+    uniform = settings["ini_size"] == settings.get("KV_class3")
+    # Budgets from loss curves do not follow from classes.
+    layers = [] if settings["allocation"] in BY_LOSS else summary.get("layers_per_class", [])
+    return {
+        "algorithm": settings["algorithm"],
+        "allocation": "uniform" if uniform else settings["allocation"],
+        "ini_size": f"{settings['ini_size']:g}",
+        "KV_class3": f"{settings['KV_class3']:g}" if "KV_class3" in settings else "-",
+        "classes": "-" if uniform or not layers else "/".join(f"{count:g}" for count in layers),
+    }

@@ -1,0 +1,160 @@
+"""What `run.json` must say, by who reads it: kinds of JSON. Other fields may stand beside these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from msgspec import Meta
+
+from squeeze.benchmarks.requests import MadeBy
+from squeeze.config import ALGORITHMS, ALLOCATIONS, BY_LOSS
+from squeeze.storage.schema import Amount, Count, Nats, Positive, Share, check
+
+Size = Annotated[float, Meta(ge=1e-9, le=1)]
+#: Fraction of the full cache: the least budget of a layer can be more than a short prompt.
+Kept = Annotated[float, Meta(ge=0, le=1000)]
+
+
+class Manifest(TypedDict):
+    """A run; what it says about a data set is read one by one, so that one that is damaged is left out alone."""
+
+    settings: dict[str, Any]
+    datasets: dict[str, dict[str, Any]]
+
+
+class CountedSamples(TypedDict):
+    samples: NotRequired[Count]
+
+
+class Counted(TypedDict):
+    """A run of which only the numbers of samples count."""
+
+    datasets: dict[str, CountedSamples]
+
+
+class BegunDataset(TypedDict):
+    settings: dict[str, Any]
+    starts: list[dict[str, Any]]
+    layers_per_class: NotRequired[list[Amount]]
+
+
+class Begun(TypedDict):
+    """A run that goes on."""
+
+    settings: dict[str, Any]
+    datasets: dict[str, BegunDataset]
+
+
+class FullSettings(TypedDict):
+    cache: Literal["full", "squeezed"]
+    seed: NotRequired[Count]
+    measure: NotRequired[str]
+    calibration: NotRequired[str]
+
+
+class LossSettings(FullSettings):
+    algorithm: Annotated[str, Meta(pattern=f"^({'|'.join(ALGORITHMS)})\\Z")]
+    allocation: Annotated[str, Meta(pattern=f"^({'|'.join(ALLOCATIONS)})\\Z")]
+    ini_size: Size
+
+
+class ClassSettings(LossSettings):
+    KV_class3: Size
+
+
+class ModelName(TypedDict):
+    name: str
+
+
+class Start(TypedDict):
+    """How a data set's run was started."""
+
+    model: ModelName
+    device: NotRequired[str]
+    command: NotRequired[str]
+    versions: NotRequired[dict[str, str | None]]
+
+
+class Origin(TypedDict):
+    sha256: NotRequired[str]
+
+
+class Summary(TypedDict):
+    """What both kinds of finished data sets say."""
+
+    samples: Positive
+    kept: Kept
+    starts: Annotated[list[Start], Meta(min_length=1)]
+    layers_per_class: NotRequired[list[Amount]]
+    data: NotRequired[Origin]
+
+
+class PredictedSummary(Summary):
+    kv_bytes: Amount
+    tokens_per_second: Amount
+
+
+class FidelitySummary(Summary):
+    compared: NotRequired[Count]
+    tokens: NotRequired[Count]
+
+
+class NatsInterval(TypedDict):
+    mean: Nats
+    low: Nats
+    high: Nats
+
+
+class ShareInterval(TypedDict):
+    mean: Share
+    low: Share
+    high: Share
+
+
+class ComparedSummary(FidelitySummary):
+    """Where there were tokens to compare."""
+
+    kl: NatsInterval
+    agreement: ShareInterval
+
+
+class Flags(TypedDict):
+    model: str
+    model_path: NotRequired[str | None]
+
+
+class FlaggedStart(Start):
+    flags: Flags
+
+
+class AnsweredOrigin(TypedDict):
+    """The requests that were answered."""
+
+    source: str
+    rows: Positive
+    made_by: MadeBy | None
+
+
+class RequestsSummary(TypedDict):
+    """A finished data set of HELM's, as `squeeze.helm_score` reads it."""
+
+    samples: Positive
+    kept: Kept
+    starts: Annotated[list[FlaggedStart], Meta(min_length=1)]
+    layers_per_class: NotRequired[list[Amount]]
+    data: AnsweredOrigin
+
+
+def check_settings(settings: dict[str, Any], path: Path) -> None:
+    """Raises InputError unless a run's settings say how its cache was made."""
+    where = f"{path}: settings"
+    check(settings, FullSettings, where)
+    if settings["cache"] == "squeezed":
+        check(settings, LossSettings if settings.get("allocation") in BY_LOSS else ClassSettings, where)
+
+
+def check_summary(summary: dict[str, Any], fidelity: bool, path: Path, dataset: str) -> None:
+    """Raises InputError unless what is said of a finished data set can be shown."""
+    compared = ComparedSummary if "kl" in summary else FidelitySummary
+    check(summary, compared if fidelity else PredictedSummary, f"{path}: {dataset}")

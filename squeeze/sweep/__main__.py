@@ -1,0 +1,5 @@
+import sys
+
+from squeeze.sweep.command import main
+
+sys.exit(main())

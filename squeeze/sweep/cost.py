@@ -1,0 +1,139 @@
+"""What a sweep is going to cost, before it starts: tokens to prefill and to decode, and bytes of keys and values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from squeeze.cli.tables import table
+from squeeze.ranks import ALONE
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from squeeze.generation.generate import Prompt
+    from squeeze.runs.execute import OpenJob
+    from squeeze.runs.jobs import Job
+
+COLUMNS = ("run", "data set", "samples", "to do", "prompt tokens", "new tokens", "KV MB kept", "KV MB in prefill")
+
+
+@dataclass
+class Total:
+    """What all runs come to.
+
+    Attributes:
+        samples: to do, counted once a run.
+        prompt_tokens: of those samples.
+        prefilled: those tokens where prompts that runs share are counted once.
+        new_tokens: the most that can come out.
+        measured: tokens to run for loss curves, of the allocation `measured`.
+        prefill_bytes: the most keys and values that a prefill holds.
+    """
+
+    samples: int = 0
+    prompt_tokens: int = 0
+    prefilled: int = 0
+    new_tokens: int = 0
+    measured: int = 0
+    prefill_bytes: int = 0
+
+
+def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
+    """The plan as a table and a few sentences.
+
+    Args:
+        groups: runs that share a model and data.
+    """
+    total = Total()
+    lines = [line for group in groups for line in _group(group, total)]
+    said = [
+        table(COLUMNS, lines),
+        "New tokens are the most there can be; KV MB kept is the most that a batch holds while it decodes.",
+        f"In all {_count(len(lines), 'point')} with {_count(total.samples, 'sample')} to do: {total.prompt_tokens:,} "
+        f"prompt tokens, of which {total.prefilled:,} are prefilled, the others shared between runs; "
+        f"at most {total.new_tokens:,} new tokens; {total.prefill_bytes / 1e6:,.1f} MB of keys and values in the "
+        "largest prefill.",
+    ]
+    if total.measured:
+        said.append(f"To measure loss curves on the prompts, {total.measured:,} more tokens are run.")
+    return "\n".join(said)
+
+
+def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
+    """The lines of runs on one model and the same data; what they come to is added to `total`."""
+    from squeeze.benchmarks import predict
+    from squeeze.models import loading
+    from squeeze.models.folder_config import model_config
+
+    job = group[0].job
+    lines = []
+    tokenizer, config = loading.load_tokenizer(job.model), model_config(job.model)
+    for index, data in enumerate(job.data):
+        prompts = predict.encode(tokenizer, data, max(one.samples[index].total for one in group), job.how)
+        shared: dict[Any, set[int]] = {}
+        for one in group:
+            samples = one.samples[index]
+            missing = samples.missing
+            for way in _prefills(one.job):
+                shared.setdefault(way, set()).update(missing)
+            tokens = sum(len(prompts[index].tokens) for index in missing) * len(_prefills(one.job))
+            measured = _measuring(one.job, config, [len(prompts[index].tokens) for index in missing])
+            new = sum(prompts[index].settings["max_new_tokens"] for index in missing)
+            kept, full = _most_bytes(one.job, config, prompts[: samples.total])
+            total.samples += len(missing)
+            total.prompt_tokens += tokens
+            total.measured += measured
+            total.new_tokens += new
+            if missing:
+                total.prefill_bytes = max(total.prefill_bytes, full)
+            cells = (one.job.place, samples.dataset, samples.total, len(missing), f"{tokens:,}", f"{new:,}")
+            memory = (f"{kept / 1e6:,.1f}", f"{full / 1e6:,.1f}")
+            lines.append(dict(zip(COLUMNS, map(str, (*cells, *memory)), strict=True)))
+        total.prefilled += sum(len(prompts[index].tokens) for missing in shared.values() for index in missing)
+    return lines
+
+
+def _prefills(job: Job) -> list[Any]:
+    """The ways in which a run prefills a prompt; runs share those that are equal."""
+    if job.config is None:
+        return [job.place]  # transformers' own, which is not shared
+    squeezed: Any = ("squeezed", job.config.algorithm == "h2o", job.config.attn)
+    if job.config.prefill_chunk is not None:
+        squeezed = "in chunks", job.place  # what a chunk attends to depends on the budgets
+    return [squeezed, job.place] if job.args.fidelity else [squeezed]
+
+
+def _measuring(job: Job, config: PretrainedConfig, lengths: Sequence[int]) -> int:
+    """Tokens that are run for the loss curves of prompts of these lengths."""
+    from squeeze.engine import loss_curves
+
+    if job.config is None or job.config.allocation != "measured":
+        return 0
+    return sum(loss_curves.cost(length, 1, config.num_hidden_layers) for length in lengths)
+
+
+def _most_bytes(job: Job, config: PretrainedConfig, prompts: Sequence[Prompt]) -> tuple[int, int]:
+    """The most bytes of keys and values that a batch holds while it decodes, and in its prefill."""
+    from squeeze.generation.generate import full_cache_bytes
+    from squeeze.runs.batching import share
+
+    token = full_cache_bytes(config, 1, job.dtype)
+    kept = full = 0
+    for batch in share(prompts, job.how.batch_size, ALONE):
+        length = max(len(prompts[index].tokens) for index in batch)
+        held = full_cache_bytes(config, length + prompts[batch[0]].settings["max_new_tokens"], job.dtype)
+        if job.config is not None:
+            held = min(held, math.ceil(job.config.share * length) * token)
+        prefill = length * token
+        if job.config is not None and job.config.prefill_chunk is not None and not job.args.fidelity:
+            one_layer = token // config.num_hidden_layers
+            prefill = min(prefill, held + one_layer * min(job.config.prefill_chunk, length))
+        kept, full = max(kept, len(batch) * held), max(full, len(batch) * prefill)
+    return kept, full
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

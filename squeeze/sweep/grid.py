@@ -1,0 +1,241 @@
+"""A sweep's YAML file → command lines of `pred.py`, one a run.
+
+A key of the file is one of `pred.py`'s flags; a list of values makes it an axis of the grid. The full cache and a
+uniform budget of every `ini_size` are added as baselines.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from squeeze.cli.arguments import check_text
+from squeeze.config import BY_LOSS
+from squeeze.errors import InputError
+from squeeze.numbers import MOST_DIGITS, parse_fraction
+from squeeze.runs.flags import pred_parser
+from squeeze.text import shortened
+
+#: Flags that may have several values: each names its runs' folders.
+AXES = ("model", "seed", "fidelity", "algorithm", "allocation", "ini_size", "KV_class3")
+
+#: Flags that a squeezed cache has and the full one has not.
+SQUEEZED = ("algorithm", "allocation", "ini_size", "KV_class3", "start_size", "compile", "prefill_chunk", "fidelity")
+
+#: What a sweep decides on by itself.
+OWN = ("help", "enable_squeeze", "overwrite")
+
+#: Of a sweep's file, and of its grid: what is larger was not meant, and would take hours to read or to look at.
+MOST_BYTES, MOST_POINTS = 1_000_000, 100_000
+
+#: YAML's words for no value, where they are not in quotes.
+NOTHING = ("", "~", "null", "Null", "NULL")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Args:
+    runs: the flags of each run.
+    left_out: points that cannot be, with the reason.
+    """
+
+    runs: list[list[str]]
+    left_out: list[str]
+
+
+def read_grid(path: Path, changes: Sequence[str] = ()) -> Grid:
+    """Read a sweep's file.
+
+    Args:
+        changes: `key=value`, in place of what the file says.
+    Raises:
+        InputError: it is no YAML file of known keys, each once, a size is no number, or the grid is empty or too
+            large.
+    """
+    found = _keys(_compose(_read(path), str(path)), str(path))
+    changed = set()
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise InputError(f"{shortened(change)} is no change of {path}: write key=value, such as model=Mistral")
+        if key in changed:
+            raise InputError(f"{shortened(key)} is changed twice: write its values as one list, key=[..., ...]")
+        changed.add(key)
+        found[key] = _compose(value.encode(), shortened(change))
+    return expand({key: _values(path, key, node) for key, node in found.items()}, str(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if len(text) > MOST_BYTES:
+        raise InputError(f"{path} is no sweep: it has more than {MOST_BYTES:,} bytes")
+    return text
+
+
+def _compose(text: bytes, where: str) -> yaml.Node | None:
+    """What YAML says, all values as text, so that 0.03 is 3/100 and not the nearest binary number."""
+    try:
+        return yaml.compose(text.decode("utf-8"), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise InputError(f"{where} is no sweep: its values lie in one another without an end") from None
+
+
+def _keys(node: yaml.Node | None, where: str) -> dict[str, yaml.Node | None]:
+    """A file's keys, each of which is there once."""
+    if not isinstance(node, yaml.MappingNode):
+        raise InputError(f"{where} is no sweep: it has no keys such as model, datasets, ini_size and KV_class3")
+    found: dict[str, yaml.Node | None] = {}
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise InputError(f"{where} line {line}: a key is not text")
+        if key.value in found:
+            raise InputError(
+                f"{where} has {shortened(key.value)} twice, in lines {lines[key.value]} and {line}: "
+                "write its values as one list"
+            )
+        found[key.value], lines[key.value] = value, line
+    return found
+
+
+def _values(path: Path, key: str, node: yaml.Node | None) -> list[str]:
+    """A key's values as text."""
+    flags = known_flags()
+    check_text(f"{path}: a key", key)
+    if key in OWN:
+        raise InputError(f"{path}: {key} is not for sweeps, which decide on it by themselves")
+    if key not in flags:
+        near = difflib.get_close_matches(key, flags, n=1, cutoff=0.4) if len(key) < 100 else []
+        hint = f": did you mean {near[0]}?" if near else f": a key is one of pred.py's flags, {', '.join(flags)}"
+        raise InputError(f"{path}: there is no {shortened(key)}{hint}")
+    values = _texts(node)
+    if values is None:
+        raise InputError(f"{path}: {key} must be a value or a list of values")
+    for one in values:
+        check_text(f"{path}: {key}", one)
+    if key == "datasets":
+        return [",".join(values)] if values else []
+    if len(values) > 1 and key not in AXES:
+        raise InputError(f"{path}: {key} must be one value; lists are for {', '.join(('datasets', *AXES))}")
+    if flags[key] and not {one.lower() for one in values} <= {"true", "false"}:
+        raise InputError(f"{path}: {key} must be true or false, got {shortened(', '.join(values))}")
+    return [one.lower() if flags[key] else one for one in dict.fromkeys(values)]
+
+
+def _texts(node: yaml.Node | None) -> list[str] | None:
+    """The texts that a node is made of, those that say something; None if it is made of anything else."""
+    tags = yaml.resolver.BaseResolver
+    is_list = isinstance(node, yaml.SequenceNode) and node.tag == tags.DEFAULT_SEQUENCE_TAG
+    nodes = node.value if is_list and node else [node] if node is not None else []
+    if not all(isinstance(one, yaml.ScalarNode) and one.tag == tags.DEFAULT_SCALAR_TAG for one in nodes):
+        return None
+    return [one.value for one in nodes if one.value not in NOTHING or (one.style and one.value)]
+
+
+@cache
+def known_flags() -> dict[str, bool]:
+    """The flags of `pred.py` that a sweep may have, and whether they are switches."""
+    actions = pred_parser()._actions
+    return {action.dest: action.nargs == 0 for action in actions if action.dest not in OWN}
+
+
+def expand(values: dict[str, list[str]], where: str) -> Grid:
+    """All points of a grid.
+
+    Args:
+        values: of each key, as text.
+        where: they come from, for errors.
+    """
+    if not values.get("model"):
+        raise InputError(f"{where}: the grid is empty, model has no value")
+    if not values.get("ini_size"):
+        raise InputError(f"{where}: the grid is empty, ini_size has no value")
+    axes = {key: len(values.get(key) or [""]) for key in AXES}
+    points = math.prod(axes[key] for key in ("model", "seed", "fidelity", "algorithm", "ini_size"))
+    points *= 1 + axes["allocation"] * axes["KV_class3"]
+    if points > MOST_POINTS:
+        raise InputError(f"{where}: the grid has {points:,} points, and {MOST_POINTS:,} are the most: make several")
+    fixed = {key: found[0] for key, found in values.items() if key not in AXES and found}
+    runs: dict[tuple[str, ...], None] = {}
+    left_out: list[str] = []
+    for point in _points(values, left_out):
+        flags = fixed | point
+        if "ini_size" not in point:
+            flags = {key: value for key, value in flags.items() if key not in SQUEEZED}
+        runs[tuple(command(flags))] = None
+    if not runs:
+        raise InputError(f"{where}: the grid is empty; left out: {'; '.join(left_out)}")
+    return Grid([list(run) for run in runs], list(dict.fromkeys(left_out)))
+
+
+def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[str, str]]:
+    """The axes' values at each point; those that cannot be go to `left_out`."""
+    sizes = list(dict.fromkeys(plain(parse_fraction("ini_size", text)) for text in values["ini_size"]))
+    for model in values["model"]:
+        for seed in values.get("seed") or [""]:
+            for fidelity in values.get("fidelity") or ["false"]:
+                base = {"model": model, "fidelity": fidelity} | ({"seed": seed} if seed else {})
+                if fidelity == "false":
+                    yield base
+                for algorithm in values.get("algorithm") or [""]:
+                    some = base | ({"algorithm": algorithm} if algorithm else {})
+                    for ini_size in sizes:
+                        yield some | {"ini_size": ini_size, "KV_class3": ini_size}
+                        for allocation in values.get("allocation") or ["squeeze"]:
+                            if allocation in BY_LOSS:
+                                yield some | {"allocation": allocation, "ini_size": ini_size}
+                                continue
+                            more = {"allocation": allocation} if allocation != "squeeze" else {}
+                            for text in values.get("KV_class3") or []:
+                                kv_class3 = class3(text, ini_size)
+                                larger = Fraction(kv_class3) - Fraction(ini_size)
+                                if larger > 0:
+                                    left_out.append(f"KV_class3 {text} is more than ini_size {ini_size}")
+                                elif larger < 0:
+                                    yield some | more | {"ini_size": ini_size, "KV_class3": kv_class3}
+
+
+def class3(text: str, ini_size: str) -> str:
+    """`KV_class3` as text: a fraction as it is, or a multiple of `ini_size` such as 0.5x."""
+    if not text.endswith("x"):
+        return plain(parse_fraction("KV_class3", text))
+    multiple = parse_fraction("KV_class3", text[:-1])
+    return plain(parse_fraction("KV_class3", multiple * Fraction(ini_size)))
+
+
+def plain(size: Fraction) -> str:
+    """A size as text in one way only, so that 0.20 and 0.2 are one run: decimal where it ends, else like 1/3."""
+    with localcontext(prec=4 * MOST_DIGITS):  # as many as the longest decimal that ends can have
+        decimal = (Decimal(size.numerator) / size.denominator).normalize()
+    return f"{decimal:f}" if Fraction(decimal) == size else str(size)
+
+
+def command(flags: dict[str, str]) -> list[str]:
+    """Flags as `pred.py` takes them."""
+    known = known_flags()
+    found: list[str] = []
+    for name in known:
+        if name not in flags:
+            continue
+        if name == "ini_size":
+            found.append("--enable_squeeze")
+        if known[name]:
+            found += [f"--{name}"] if flags[name] == "true" else []
+        else:  # what begins with a dash would be taken for a flag
+            found += [f"--{name}={flags[name]}"] if flags[name].startswith("-") else [f"--{name}", flags[name]]
+    return found

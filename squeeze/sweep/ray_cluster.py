@@ -1,0 +1,200 @@
+"""Runs of a sweep as tasks of a Ray cluster whose machines share the working directory.
+
+This process holds the folders' locks, writes `run.json` and publishes. A task does a share of the batches of runs on
+one model and one data set, and appends to partial files of its own. Where a worker dies, Ray starts its task again,
+which goes on from what all partial files hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from squeeze import threads
+from squeeze.errors import InputError
+from squeeze.ranks import Ranks
+from squeeze.runs.execute import OpenJob, Worker, kind_of, load, work_on
+from squeeze.runs.jobs import Job, prepare_all
+from squeeze.runs.samples import Samples
+from squeeze.storage.paths import ROOT
+
+#: Ray's own take ten minutes to find that an address does not answer. They are read when it is imported.
+PATIENCE = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "10"}
+
+#: Seconds between looks at what the tasks have written.
+POLL_SECONDS = 0.5
+
+
+class Cluster:
+    """A Ray cluster.
+
+    Args:
+        address: `host:port`, `auto`, or None: one on this machine, started if there is none.
+        num_cpus, num_gpus: of a task; None: a GPU if the cluster has any.
+        max_retries: of a task whose worker dies.
+    Raises:
+        InputError: Ray is not installed, the address does not answer, or a task would never get what it asks for.
+    """
+
+    def __init__(self, address: str | None, num_cpus: float, num_gpus: float | None, max_retries: int) -> None:
+        os.environ |= {name: value for name, value in PATIENCE.items() if name not in os.environ}
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError:
+            raise InputError("Ray is not installed here: pip install -r requirements-ray.txt") from None
+        if not ray.is_initialized():
+            try:
+                ray.init(address=address, logging_level=logging.WARNING)
+            except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+                where, said = address or "this machine", " ".join(str(error).split())
+                raise InputError(
+                    f"the Ray cluster at {where} does not answer ({said}): start it with ray start --head, "
+                    "or leave --address out for one on this machine alone"
+                ) from None
+        self.ray = ray
+        there = ray.cluster_resources()
+        gpus = (1.0 if there.get("GPU") else 0.0) if num_gpus is None else num_gpus
+        self.workers = 1 << 30
+        for name, wanted in (("CPU", num_cpus), ("GPU", gpus)):
+            if wanted > there.get(name, 0):
+                raise InputError(f"a task wants {wanted:g} {name}s and the Ray cluster has {there.get(name, 0):g}")
+            if wanted:
+                self.workers = min(self.workers, int(there[name] // wanted))
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        self.options: dict[str, Any] = {
+            "num_cpus": num_cpus,
+            "num_gpus": gpus,
+            "max_retries": max_retries,
+            "runtime_env": {"env_vars": {"PYTHONPATH": path, **threads.settings(int(num_cpus))}},
+        }
+
+    def prepare(self, commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
+        """Read and check command lines of `pred.py` on a machine like those that will run them."""
+        [found] = self._results([self._submit(prepare_there, os.getcwd(), commands)])
+        return found
+
+    @contextmanager
+    def worker(self, group: Sequence[OpenJob], bar: tqdm) -> Iterator[Worker]:
+        """Does runs on one model and the same data in as many tasks as fit on the cluster at once."""
+
+        def work(todo: Sequence[OpenJob], index: int) -> int:
+            how = todo[0].job.how
+            for one in todo:  # before others write
+                one.run.begin(one.samples[index])
+            most = max(one.samples[index].total for one in todo)
+            shards = min(self.workers, -(-most // how.batch_size))
+            # Where there are fewer batches than workers, the runs are divided as well.
+            parts = min(len(todo), max(1, self.workers // shards))
+            tasks = [
+                self._submit(
+                    run_share,
+                    os.getcwd(),
+                    [(one.job.argv, one.job.settings) for one in todo[part::parts]],
+                    index,
+                    Ranks(shard, shards),
+                )
+                for part in range(parts)
+                for shard in range(shards)
+            ]
+            return min(self._results(tasks, [one.samples[index] for one in todo], bar))
+
+        yield work
+
+    def _submit(self, function: Any, *given: Any) -> Any:
+        return self.ray.remote(**self.options)(function).remote(*given)
+
+    def _results(self, tasks: list[Any], watched: Sequence[Samples] = (), bar: tqdm | None = None) -> list[Any]:
+        """Wait for tasks, and move the bar on with what they write; all are cancelled where one cannot go on."""
+        pending, seen = tasks, _lines(watched)
+        try:
+            while pending:
+                done, pending = self.ray.wait(pending, timeout=POLL_SECONDS)
+                self.ray.get(done)
+                now = _lines(watched)
+                if bar is not None:
+                    bar.update(now - seen)
+                seen = now
+            return self.ray.get(tasks)
+        except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, InputError):
+                raise InputError(str(error.cause)) from None
+            raise
+        except self.ray.exceptions.RayError as error:
+            said = " ".join(str(error).split())
+            raise InputError(f"a Ray task was given up, and no sample is lost ({said})") from None
+        finally:
+            for one in pending:
+                self.ray.cancel(one, force=True)
+
+
+def prepare_there(folder: str, commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
+    """`prepare_all` in a task."""
+    os.chdir(folder)
+    return prepare_all(commands)
+
+
+def run_share(folder: str, runs: Sequence[tuple[Sequence[str], dict[str, Any]]], index: int, share: Ranks) -> int:
+    """Do a share of the batches of one data set for runs on one model, in a task.
+
+    Args:
+        folder: the working directory.
+        runs: the flags of each, and its settings as the first process found them.
+        index: the data set's number.
+        share: which of the batches.
+    Returns:
+        The batch size at the end.
+    Raises:
+        InputError: this machine does not see the runs' folders, or would compute with other settings.
+    """
+    os.chdir(folder)
+    jobs: list[tuple[Job, Samples]] = []
+    for job, (_, settings) in zip(prepare_all([argv for argv, _ in runs]), runs, strict=True):
+        if isinstance(job, InputError):
+            raise InputError(f"{job} (on {platform.node()})")
+        if job.settings != settings:
+            changed = ", ".join(name for name in settings if job.settings.get(name) != settings[name])
+            raise InputError(
+                f"{platform.node()} would run with another {changed}: name it, or use machines that are alike"
+            )
+        if not (job.place / "run.json").exists():
+            raise InputError(
+                f"{platform.node()} does not see {job.place.absolute()}: a cluster's machines must share it"
+            )
+        data = job.data[index]
+        # A name that no other attempt has: a line that was torn when a worker died is never added to.
+        writer = f"{share.rank + 1}-{platform.node()}-{os.getpid()}"
+        count = data.count(job.args.sample_num)
+        samples = Samples(job.place, data.dataset, job.settings_of(data), count, kind_of(job.args).sample, writer)
+        samples.read()
+        jobs.append((job, samples))
+    return work_on(jobs, index, _loaded([job for job, _ in jobs]), share, tqdm(disable=True))
+
+
+_kept: dict[Any, Any] = {}
+_stack = ExitStack()
+
+
+def _loaded(jobs: Sequence[Job]) -> Any:
+    """The model of some jobs, which stays loaded for this process's next task."""
+    squeezed = next((job.config for job in jobs if job.config is not None), None)
+    key = jobs[0].loads, squeezed and squeezed.compile
+    if key not in _kept:
+        _kept.clear()
+        _stack.close()
+        _kept[key] = _stack.enter_context(load(jobs))
+    engine = _kept[key]
+    if engine.squeezed is not None:
+        engine.squeezed.share_prefills = len(jobs) > 1
+    return engine
+
+
+def _lines(watched: Sequence[Samples]) -> int:
+    """Samples that are on disk."""
+    return sum(path.read_bytes().count(b"\n") for samples in watched for path in samples.partials)

@@ -1,0 +1,168 @@
+"""The benchmark: measures in processes of their own, writes what it prints, and says what failed."""
+
+import json
+import time
+
+import pytest
+import torch
+from conftest import random_model
+from tiny import save_rows, save_tiny
+from transformers import DynamicCache
+
+from squeeze import InputError
+from squeeze.bench import command as bench, worker
+
+SPEC = {"engine": "squeeze", "cache": "h2o squeezed", "dtype": "float32", "batch_size": 4, "prompt_length": 64}
+
+
+def record(batch_size=4, peak=1e9, step=0.1, **spec):
+    result = {
+        **{"weight_bytes": 5e8, "kv_bytes": 3e8, "copy_bandwidth": 2e10, "peak_bytes": peak},
+        "prefill_seconds": {"median": 1.5, "low": 1.4, "high": 1.6},
+        "step_seconds": {"median": step, "low": step / 2, "high": 2 * step},
+    }
+    return {"spec": SPEC | {"batch_size": batch_size} | spec, "result": result}
+
+
+def test_a_line_has_speed_memory_and_the_bandwidth_limit():
+    line = bench.row(record(), 2e10)
+    assert (line["tokens/s"], line["limit ms"], line["of limit"]) == ("40.0", "40.0", "40%")
+    assert (line["prefill s"], line["step ms"]) == ("1.50 (1.40–1.60)", "100.0 (50.0–200.0)")
+    assert (line["vs full"], line["late/early"], line["importance"]) == ("-", "-", "-")
+    failed = bench.row({"spec": SPEC, "result": {"error": "MemoryError"}}, 2e10)
+    assert (failed["prefill s"], failed["tokens/s"]) == ("failed", "-")
+
+
+def test_speeds_are_compared_with_the_best_full_dynamic_cache_of_the_batch_size():
+    records = [record(step=0.2, engine="transformers"), record(step=0.4, engine="transformers", dtype="bfloat16")]
+    records += [record(step=0.1, engine="transformers", budgets=[9]), record(1, step=0.5, engine="transformers")]
+    full = bench.full_speeds(
+        [*records, record(step=0.01), {"spec": SPEC | {"engine": "transformers"}, "result": {"error": ""}}]
+    )
+    assert full == {4: 20.0, 1: 2.0}
+    assert bench.row(record(step=0.04), 2e10, full[4])["vs full"] == "5.00"
+
+
+def test_a_peak_is_that_of_what_came_after_the_reset():
+    cpu = torch.device("cpu")
+    worker.reset_peak_memory(cpu)
+    start = worker.peak_memory(cpu)
+    large = torch.ones(100_000_000)
+    assert worker.peak_memory(cpu) > start + 350e6
+    del large
+    worker.reset_peak_memory(cpu)
+    assert worker.peak_memory(cpu) < start + 50e6
+
+
+def test_the_bandwidth_is_the_runs_median():
+    records = [record() for _ in range(3)] + [{"spec": SPEC, "result": {"error": "MemoryError"}}]
+    records[1]["result"]["copy_bandwidth"] = 1e9
+    assert bench.bandwidth(records) == 2e10
+
+
+def test_the_batch_that_fits_is_read_off_a_line_through_the_peaks():
+    records = [record(1, 1.1e9), record(4, 1.4e9), record(1, 2e9, cache="alone")]
+    assert bench.fitting(records, 2e9) == {"squeeze h2o squeezed float32": 10}
+    assert bench.fitting(records, 0.5e9) == {"squeeze h2o squeezed float32": 0}
+
+
+def test_cutting_a_dynamic_cache_leaves_its_last_tokens():
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(torch.arange(10.0).view(1, 1, 10, 1), torch.arange(10.0).view(1, 1, 10, 1), layer)
+    worker.cut(cache, [3, 5])
+    assert [layer.keys.flatten().tolist() for layer in cache.layers] == [[7, 8, 9], [5, 6, 7, 8, 9]]
+    assert cache.layers[0].keys.untyped_storage().nbytes() == 12
+
+
+def test_prompts_differ_and_have_the_length_asked_for():
+    ids = worker.prompts({"tokens": list(range(2000)), "prompt_length": 5000, "batch_size": 3})
+    assert ids.shape == (3, 5000)
+    assert len(set(ids[:, 0].tolist())) == 3
+
+
+def test_what_a_step_reads_of_the_weights():
+    tied, untied = random_model("llama", tie_word_embeddings=True), random_model("llama")
+    assert worker.weight_bytes(tied) == sum(p.nbytes for p in tied.parameters())
+    assert worker.weight_bytes(untied) == worker.weight_bytes(tied)
+
+
+@pytest.mark.parametrize("how", [[], ["--in_turns"]], ids=["alone", "in turns"])
+def test_a_small_benchmark(tmp_path, capsys, how):
+    save_tiny(tmp_path / "tiny")
+    save_rows(tmp_path / "data")
+    sizes = ["--prompt_length", "60", "--new_tokens", "8", "--rounds", "2", "--batch_size", "1", "2", "--peers"]
+    folders = ["--model", str(tmp_path / "tiny"), "--data_dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    caches = ["--caches", "squeezed", "--algorithm", "h2o", "--dtype", "float32", "--memory_gb", "100"]
+    bench.main([*folders, *sizes, *caches, *how])
+    shown = capsys.readouterr().out
+    runs = json.loads((tmp_path / "out/bench.json").read_text())["runs"]
+    assert [run["spec"]["batch_size"] for run in runs] == [1] * 4 + [2] * 4
+    assert all(run["spec"]["turn_steps"] == (bench.TURN_STEPS if how else 8) for run in runs)
+    per_token = 5 * 2 * 2 * 8 * 4
+    for batch_size, (squeezed, full, cut, cut_alike) in ((1, runs[:4]), (2, runs[4:])):
+        budgets = squeezed["result"]["budgets"]
+        assert all(sum(one) == 60 for one in budgets), "5 layers, a fifth of 60 tokens each"
+        longest = [max(layer) for layer in zip(*budgets, strict=True)]
+        assert squeezed["result"]["kv_bytes"] == batch_size * sum(longest) * per_token / 5
+        assert full["result"]["kv_bytes"] == batch_size * 60 * per_token
+        assert cut["result"]["kv_bytes"] == batch_size * 12 * per_token
+        assert cut_alike["result"]["kv_bytes"] == batch_size * 60 * per_token / 5, "budgets of the first sequence"
+        assert 0 < squeezed["result"]["importance_seconds"]["median"] < squeezed["result"]["prefill_seconds"]["median"]
+    assert "fit into 100 GB" in shown
+    assert "vs full: tokens/s over those of the full DynamicCache" in shown
+    assert (tmp_path / "out/bench.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def turn_by_turn(*specs):
+    """What `bench.run` yields, and the turns in their order."""
+    order = []
+
+    class Bar:
+        def set_postfix_str(self, text):
+            self.text = text
+
+        def update(self):
+            order.append(self.text.split(",")[0])
+
+    return list(bench.run(specs, {}, Bar())), order
+
+
+def test_turns_are_taken_one_by_one_and_are_as_many_as_announced(tmp_path):
+    save_tiny(tmp_path)
+    base = {**SPEC, "model": str(tmp_path), "device": "cpu", "attn": "sdpa", "tokens": list(range(40)), "rounds": 2}
+    base |= {"batch_size": 1, "prompt_length": 30, "new_tokens": 10, "turn_steps": 4}
+    squeezed = {**base, "cache": "h2o squeezed", "config": {"algorithm": "h2o", "ini_size": 0.5, "kv_class3": 0.2}}
+    alike = {**base, "engine": "transformers", "cache": "cut", "budgets": "squeezed"}
+    records, order = turn_by_turn(squeezed, alike)
+    assert order == ["squeeze h2o squeezed", "transformers cut"] * bench.turns(squeezed)
+    assert records[1]["spec"]["budgets"] == records[0]["result"]["budgets"][0], "in time for the prefill after it"
+    assert "tokens" not in records[0]["spec"]
+    assert records[0]["result"]["kv_bytes"] == records[1]["result"]["kv_bytes"]
+    [alone], order = turn_by_turn({**alike, "turn_steps": 10})
+    assert alone["result"]["error"].startswith("ValueError: no squeezed cache has measured the budgets")
+
+
+def test_waiting_for_a_turn_belongs_to_no_step(tmp_path):
+    save_tiny(tmp_path)
+    spec = {**SPEC, "model": str(tmp_path), "device": "cpu", "attn": "sdpa", "tokens": list(range(40)), "rounds": 1}
+    spec |= {"batch_size": 1, "prompt_length": 30, "new_tokens": 4, "turn_steps": 1, "engine": "transformers"}
+    found = worker.measure(spec, lambda known: time.sleep(3))
+    assert found["prefill_seconds"]["high"] < 3 and found["step_seconds"]["high"] < 3
+
+
+def test_what_fails_is_named_and_the_rest_goes_on(tmp_path):
+    nowhere = SPEC | {"model": "nowhere", "device": "cpu", "attn": "sdpa"}
+    killed = nowhere | {"python": "/bin/false", "cache": "killed"}
+    records, order = turn_by_turn(killed, nowhere)
+    assert order == ["squeeze killed", "squeeze h2o squeezed"]
+    assert records[0]["result"]["error"].startswith("ended with code 1, perhaps for want of memory")
+    assert records[1]["result"]["error"].startswith("OSError: ")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--rounds", "0"], ["--batch_size", "0"], ["--ini_size", "2"], ["--model", "none"], ["--dtype", "int8"]]
+)
+def test_bad_input(flags):
+    with pytest.raises(InputError):
+        bench.main(flags)

@@ -1,0 +1,112 @@
+"""KL divergence and agreement between the full cache and a squeezed one, against a slow loop without any cache."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+from tiny import save_rows, save_tiny
+
+import pred
+from squeeze import InputError, SqueezeConfig, squeezed
+from squeeze.benchmarks import fidelity
+from squeeze.benchmarks.longbench.data import generation_lengths
+from squeeze.report import command as report
+
+PROMPTS = [torch.arange(3, 40), torch.arange(20, 90), torch.arange(5, 70)]
+SETTINGS = {"max_new_tokens": 9, "eos_token_id": [198]}
+
+
+def measured(model, prompts, settings, run):
+    """What is found on a batch."""
+    return fidelity.compare(model, prompts, fidelity.answer(model, prompts, settings), run, settings["max_new_tokens"])
+
+
+def slow(model, prompt, run, steps):
+    """One prompt: the full model runs over the whole text again for every token, the squeezed one step by step."""
+    text, cache, kl, same = prompt[None], run.cache(steps), [], []
+    cut = model(text, past_key_values=cache, use_cache=True).logits[0, -1]
+    for step in range(steps):
+        full = model(text, use_cache=False).logits[0, -1]
+        if step:
+            p, q = full.double().softmax(dim=0), cut.double().softmax(dim=0)
+            kl.append(sum(a * (a / b).log() for a, b in zip(p, q, strict=True)).item())
+            same.append((full.argmax() == cut.argmax()).item())
+        token = full.argmax()[None, None]
+        if token.item() in SETTINGS["eos_token_id"]:
+            break
+        text = torch.cat([text, token], dim=1)
+        position = torch.tensor([[text.shape[1] - 1]])
+        cut = model(token, position_ids=position, past_key_values=cache, use_cache=True).logits[0, -1]
+    return kl, same
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("algorithm", ["sliding_window", "streaming", "h2o"])
+def test_a_batch_is_compared_as_a_slow_loop_does(algorithm):
+    model = random_model("llama")
+    with squeezed(model, SqueezeConfig(algorithm=algorithm, ini_size="0.3", kv_class3="0.1")) as run:
+        found = measured(model, PROMPTS, SETTINGS, run)
+        for one, prompt in zip(found, PROMPTS, strict=True):
+            kl, same = slow(model, prompt, run, SETTINGS["max_new_tokens"])
+            assert one["tokens"] == len(kl) > 3
+            assert one["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-3, abs=1e-5)
+            assert one["kl"] > 1e-3
+            assert one["agreement"] == sum(same) / len(same)
+
+
+def test_the_whole_cache_agrees_with_itself():
+    model = random_model("mistral")
+    with squeezed(model, SqueezeConfig(budgets=[999] * 5)) as run:
+        for one in measured(model, PROMPTS, SETTINGS, run):
+            assert one["kl"] == pytest.approx(0, abs=1e-5)
+            assert one["agreement"] == 1.0
+
+
+def test_an_answer_ends_at_its_stop_token():
+    model = random_model("llama")
+    model.lm_head.weight.data.zero_()  # gives the token 0 wherever it may
+    with squeezed(model, SqueezeConfig(ini_size="0.5", kv_class3="0.2")) as run:
+        stops = {"max_new_tokens": 9, "eos_token_id": [0]}
+        [one] = measured(model, PROMPTS[:1], stops, run)
+        assert one == {"kl": None, "agreement": None, "tokens": 0}
+        [one] = measured(model, PROMPTS[:1], stops | {"min_new_tokens": 1}, run)
+        assert one["tokens"] == 1, "another token came first"
+
+
+def test_summary_with_and_without_tokens():
+    stats = {"kv_bytes": 20, "full_kv_bytes": 100}
+    nothing = stats | {"kl": None, "agreement": None, "tokens": 0}
+    some = [stats | {"kl": kl, "agreement": 1 - kl, "tokens": 4} for kl in (0.1, 0.3)]
+    found = fidelity.summarize([nothing, *some])
+    assert (found["samples"], found["compared"], found["kept"], found["tokens"]) == (3, 2, 0.2, 8)
+    assert found["kl"] == {"mean": 0.2, "low": 0.1, "high": 0.3}
+    assert fidelity.describe([nothing, *some]).startswith("KL 0.2000 [0.1000, 0.3000], agreement 0.8000")
+    assert "kl" not in fidelity.summarize([nothing])
+    assert fidelity.describe([nothing]) == "no tokens to compare so far"
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(generation_lengths(), "samsum", 6)
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "tiny")
+    save_rows(tmp_path / "data", count=3)
+    flags = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--data_dir", "data", "--fidelity"]
+    sizes = ["--enable_squeeze", "--ini_size", "0.3", "--KV_class3", "0.1"]
+    pred.main([*flags, *sizes])
+    folder = Path("pred_Long/tiny/0.3/10/fidelity")
+    lines = [json.loads(line) for line in (folder / "samsum.jsonl").read_text().splitlines()]
+    assert [set(line) for line in lines] == [{"kl", "agreement", "tokens"}] * 3
+    found = json.loads((folder / "run.json").read_text())
+    assert found["settings"]["measure"] == "fidelity"
+    assert found["datasets"]["samsum"]["kl"]["mean"] == pytest.approx(sum(line["kl"] for line in lines) / 3, abs=1e-5)
+    first = (folder / "samsum.jsonl").read_bytes()
+    assert "3 samples, KL " in capsys.readouterr().out
+    pred.main([*flags, *sizes, "--batch_size", "2", "--overwrite"])
+    assert (folder / "samsum.jsonl").read_bytes() != b"" and len(first.splitlines()) == 3
+    assert report.rows(folder) == []
+    with pytest.raises(InputError, match="--fidelity compares a squeezed cache with the full one"):
+        pred.main(flags)
+    with pytest.raises(InputError, match="--fidelity compares greedy answers"):
+        pred.main([*flags, *sizes, "--temperature", "1"])

@@ -1,0 +1,253 @@
+"""Prefills whose budgets are known, whole or in chunks: what they hold at their peak, and what they give."""
+
+import gc
+
+import pytest
+import torch
+from conftest import random_model
+from test_engine import compare
+from test_patch import left_pad
+
+from squeeze import SqueezeConfig, squeezed
+from squeeze.engine.layer import SqueezeLayer
+from squeeze.models.packing import pack
+
+ALGORITHMS = ("sliding_window", "streaming", "h2o")
+CHUNKED = ALGORITHMS[:2]
+#: Of each layer, in tokens: the smallest, some that evict at once or while decoding, one that never does.
+EXPLICIT = {"budgets": [5, 100, 290, 310, 500]}
+UNIFORM = {"ini_size": "0.21", "kv_class3": "0.21"}
+BATCH = left_pad([torch.randint(3, 199, (n,), generator=torch.Generator().manual_seed(n)) for n in (300, 180, 7)])
+
+
+@pytest.fixture
+def peak(monkeypatch):
+    """`peak(model)`: the most bytes of keys and values alive in a prefill, wherever they are held.
+
+    Looked at before and after each layer, when it has attended, and when its cache has just been cut.
+    """
+    highest = [0]
+
+    def look(*_):
+        heads, head_dim = 2, 8
+        alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim == 4]
+        kv = [t.untyped_storage() for t in alive if (t.shape[1], t.shape[3]) == (heads, head_dim)]
+        highest[0] = max(highest[0], sum({storage.data_ptr(): storage.nbytes() for storage in kv}.values()))
+
+    original = SqueezeLayer.compress
+    monkeypatch.setattr(SqueezeLayer, "compress", lambda *a: (look(), original(*a), look()))
+
+    def of(model, **inputs):
+        highest[0] = 0
+        gc.freeze()  # what there was before is not looked through again and again
+        watched = [one for layer in model.model.layers for one in (layer, layer.self_attn.o_proj, layer.mlp)]
+        handles = [one.register_forward_pre_hook(look) for one in watched]
+        with torch.no_grad():
+            model(**inputs, logits_to_keep=1)
+        for handle in handles:
+            handle.remove()
+        gc.unfreeze()
+        return highest[0]
+
+    return of
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("sizes", [EXPLICIT, UNIFORM], ids=["explicit", "uniform"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_peak_is_what_is_kept_and_one_layers_prompt(peak, algorithm, sizes, packed):
+    model, (ids, mask) = random_model("llama"), BATCH
+    if packed:
+        pack(model)
+    whole_layer = 2 * ids.numel() * 2 * 8 * 4
+    with squeezed(model, SqueezeConfig(algorithm, **sizes)) as run:
+        found = peak(model, input_ids=ids, attention_mask=mask, past_key_values=run.cache(max_new_tokens=8))
+        assert run.kv_bytes < found <= 1.02 * (run.kv_bytes + whole_layer)
+        run.share_prefills = True  # others want the whole prompt's cache
+        assert peak(model, input_ids=ids, attention_mask=mask, past_key_values=run.cache(8)) >= 5 * whole_layer
+    with squeezed(model, SqueezeConfig(algorithm, "0.21", "0.2")) as run:  # what is measured decides
+        assert peak(model, input_ids=ids, attention_mask=mask, past_key_values=run.cache(8)) >= 5 * whole_layer
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_cutting_a_layer_allocates_what_it_keeps(algorithm):
+    """Its keys and values, and of H2O their scores and positions: no copy of what is kept beside it."""
+    with squeezed(random_model("llama"), SqueezeConfig(algorithm, budgets=[150] * 5)) as run:
+        layer = run.cache(max_new_tokens=1).layers[0]
+    shape = (1, 2, 300, 64)
+    layer.fill(torch.rand(shape), torch.rand(shape), torch.rand(shape[:3]))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        layer.compress([300], [150])
+    allocated = sum(max(0, event.cpu_memory_usage) for event in profile.events() if event.cpu_parent is None)
+    assert layer.kv_bytes == 2 * 2 * 150 * 64 * 4
+    assert layer.kv_bytes <= allocated < 1.1 * layer.kv_bytes + 5 * layer.state_bytes
+
+
+@pytest.mark.parametrize("window", [None, 120])
+@pytest.mark.parametrize("sizes", [EXPLICIT, UNIFORM], ids=["explicit", "uniform"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_bounded_and_whole_prefills_give_the_same(algorithm, sizes, window):
+    """Tokens, what is held and all that is reported, of prompts of different lengths."""
+    model, (ids, mask) = random_model("mistral", sliding_window=window), BATCH
+    found = []
+    for whole in (False, True):
+        with squeezed(model, SqueezeConfig(algorithm, **sizes)) as run:
+            run.share_prefills = whole
+            cache = run.cache(max_new_tokens=24)
+            tokens = model.generate(
+                ids, attention_mask=mask, past_key_values=cache, max_new_tokens=24, min_new_tokens=24, do_sample=False
+            )
+            reported = run.similarities, run.classes, run.budgets, run.kv_bytes, run.state_bytes, run.notes
+            held = [(layer.keys, layer.values, layer.scores, layer.held) for layer in cache.layers]
+            found.append((tokens, cache, held, [str(one) for one in reported]))
+    (tokens, cache, held, reported), (expected, other, expected_held, expected_reported) = found
+    assert tokens.equal(expected)
+    assert reported == expected_reported
+    assert (run.similarities is None) == ("budgets" in sizes)
+    assert cache.budgets.tolist() == other.budgets.tolist() == run.budgets.T.tolist()
+    for layer, expected_layer in zip(held, expected_held, strict=True):
+        assert all(one.equal(another) for one, another in zip(layer, expected_layer, strict=True))
+
+
+def test_a_prefill_that_broke_off_can_be_done_again():
+    model, (ids, mask) = random_model("llama"), BATCH
+    with squeezed(model, SqueezeConfig("h2o", **UNIFORM)) as run, torch.no_grad():
+        expected = model(ids, attention_mask=mask, past_key_values=run.cache(4)).logits
+        cache = run.cache(4)
+        handle = model.model.layers[3].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids[:, :200], attention_mask=mask[:, :200].clone().fill_(1), past_key_values=cache)
+        handle.remove()
+        assert model(ids, attention_mask=mask, past_key_values=cache).logits.equal(expected)
+        assert run.similarities.shape == (3, 5)
+
+
+def settings_of(tokens):
+    return {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("chunk", [1, 16, 45, 200])
+@pytest.mark.parametrize("algorithm", CHUNKED)
+def test_chunks_match_the_reference(algorithm, chunk, window, attn):
+    """Of a prompt that is a multiple of the chunk, or not, or one chunk; a window shorter and longer than budgets."""
+    prompt = torch.randint(3, 199, (90,), generator=torch.Generator().manual_seed(1))
+    model = random_model("mistral", seed=6, sliding_window=window)
+    compare(model, prompt, SqueezeConfig(algorithm, budgets=[5, 9, 24, 61, 110], attn=attn, prefill_chunk=chunk))
+    compare(model, prompt, SqueezeConfig(algorithm, "0.1", "0.1", attn=attn, prefill_chunk=chunk))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 299])
+@pytest.mark.parametrize("algorithm", CHUNKED)
+def test_chunks_leave_the_tokens_that_the_whole_prompt_leaves(algorithm, chunk):
+    """Seen where attention adds nothing to the stream: a token has the same keys whatever it attended to."""
+    model, (ids, mask) = random_model("llama"), BATCH
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    found = []
+    with torch.no_grad():
+        for prefill_chunk in (None, chunk):
+            with squeezed(model, SqueezeConfig(algorithm, **EXPLICIT, prefill_chunk=prefill_chunk)) as run:
+                cache = run.cache(max_new_tokens=24)
+                logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+                found.append((logits, cache, run.kv_bytes))
+    (logits, whole, kv_bytes), (chunk_logits, chunks, chunk_kv_bytes) = found
+    assert chunk_kv_bytes == kv_bytes
+    for one, other in zip(whole.layers, chunks.layers, strict=True):
+        torch.testing.assert_close(other.keys, one.keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(other.values, one.values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(chunk_logits, logits, atol=1e-4, rtol=1e-4)
+    assert chunk_logits.shape == (3, 300, 199), "of all positions, where they are asked for"
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("algorithm", "window", "chunk", "sizes"),
+    [
+        *(("sliding_window", None, chunk, {"budgets": [200, 210, 250, 300, 320]}) for chunk in (100, 150)),
+        *(("streaming", None, chunk, {"budgets": [200, 210, 250, 300, 320]}) for chunk in (100, 150)),
+        *(("sliding_window", 24, chunk, {"budgets": [23, 24, 24, 60, 400]}) for chunk in (1, 17, 100)),
+        ("sliding_window", 24, 13, {"ini_size": "0.2", "kv_class3": "0.2"}),
+        ("streaming", None, 300, UNIFORM),
+        ("sliding_window", None, 10**9, UNIFORM),
+    ],
+)
+def test_chunks_give_the_whole_prefills_tokens(algorithm, window, chunk, sizes, attn):
+    """Nothing evicted before the last chunk, or the model's own window within what is kept. Of 300 tokens."""
+    model, ids = random_model("mistral", seed=3, sliding_window=window), BATCH[0][:1]
+    found = []
+    for prefill_chunk in (None, chunk):
+        with squeezed(model, SqueezeConfig(algorithm, **sizes, attn=attn, prefill_chunk=prefill_chunk)) as run:
+            cache = run.cache(max_new_tokens=40)
+            logits = model(ids, past_key_values=cache).logits
+            found.append((logits, model.generate(ids, **settings_of(40)), run.budgets.tolist()))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-3, rtol=1e-3)
+    assert found[1][1].equal(found[0][1])
+    assert found[1][2] == found[0][2]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "window", "chunk", "budget"),
+    [
+        ("sliding_window", None, 99, 200),
+        ("streaming", None, 99, 200),
+        ("sliding_window", 24, 10, 22),
+        ("streaming", 24, 10, 24),
+    ],
+)
+def test_elsewhere_chunks_are_another_method(algorithm, window, chunk, budget):
+    """One token less than in the test above: the conditions that are documented are the exact ones."""
+    model, ids = random_model("mistral", seed=3, sliding_window=window), BATCH[0][:1]
+    found = []
+    for prefill_chunk in (None, chunk):
+        with squeezed(model, SqueezeConfig(algorithm, budgets=[budget] * 5, prefill_chunk=prefill_chunk)) as run:
+            found.append(model(ids, past_key_values=run.cache(4)).logits)
+    assert (found[0] - found[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("chunk", [5, 64])
+@pytest.mark.parametrize("algorithm", CHUNKED)
+def test_a_prompts_chunks_do_not_notice_its_batch(algorithm, chunk, window):
+    model, (ids, mask) = random_model("mistral", sliding_window=window), BATCH
+    with squeezed(model, SqueezeConfig(algorithm, **UNIFORM, prefill_chunk=chunk)) as run:
+        together = model.generate(ids, attention_mask=mask, **settings_of(24))[:, -24:]
+        similarities, budgets = run.similarities, run.budgets.tolist()
+        for row, length in enumerate(run_lengths := mask.sum(dim=1).tolist()):
+            alone = model.generate(ids[row : row + 1, -length:], **settings_of(24))[0, -24:]
+            assert alone.equal(together[row]), run_lengths
+            assert run.budgets[0].tolist() == budgets[row]
+            torch.testing.assert_close(run.similarities[0], similarities[row], atol=1e-5, rtol=0)
+
+
+def test_importance_is_the_mean_over_all_chunks():
+    """Where chunks are exact it is that of the whole prompt."""
+    model, (ids, mask) = random_model("mistral", sliding_window=24), BATCH
+    found = []
+    for prefill_chunk in (None, 7):
+        with squeezed(model, SqueezeConfig("sliding_window", "1", "1", prefill_chunk=prefill_chunk)) as run:
+            model.generate(ids[:2], attention_mask=mask[:2], **settings_of(2))
+            found.append((torch.tensor(run.similarities), run.classes.tolist()))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=0)
+    assert found[1][0].shape == (2, 5)
+    assert found[1][1] == found[0][1]
+
+
+@pytest.mark.parametrize("sizes", [EXPLICIT, UNIFORM], ids=["explicit", "uniform"])
+@pytest.mark.parametrize("algorithm", CHUNKED)
+def test_the_peak_with_chunks_is_what_is_kept_and_one_layers_chunk(peak, algorithm, sizes):
+    """While a chunk attends, one sequence's kept tokens of that layer are there a second time, beside its chunk."""
+    model, (ids, mask) = random_model("llama"), BATCH
+    with squeezed(model, SqueezeConfig(algorithm, **sizes, prefill_chunk=16)) as run:
+        run.share_prefills = True  # chunks depend on budgets, so there is nothing to share
+        found = peak(model, input_ids=ids, attention_mask=mask, past_key_values=run.cache(max_new_tokens=8))
+        assert found <= 1.02 * (run.kv_bytes + 2 * 3 * 16 * 2 * 8 * 4)
+
+
+def test_embeddings_go_in_in_chunks_as_well():
+    model, (ids, mask) = random_model("llama"), BATCH
+    with squeezed(model, SqueezeConfig("streaming", **UNIFORM, prefill_chunk=50)), torch.no_grad():
+        expected = model.generate(ids, attention_mask=mask, **settings_of(8))[:, -8:]
+        inputs = model.get_input_embeddings()(ids)
+        assert model.generate(inputs_embeds=inputs, attention_mask=mask, **settings_of(8)).equal(expected)
