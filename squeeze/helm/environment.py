@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from squeeze.cli.arguments import Parser, path_text
+from squeeze.compatibility import install
 from squeeze.errors import InputError
 from squeeze.models import sources
 from squeeze.models.model_config import ModelConfig
@@ -145,7 +146,7 @@ def helm(command: str, *arguments: str) -> None:
     """
     program = Path(sys.executable).with_name(command)
     if not program.exists():
-        raise InputError(f"{command} is not in {program.parent}: pip install -r requirements-helm.txt")
+        raise InputError(f"{command} is not in {program.parent}: {install('helm', 'requirements-helm.txt')}")
     log = LOGS / f"{command}.log"
     # HELM does not look for plugins and clients in the working directory.
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
