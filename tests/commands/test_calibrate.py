@@ -20,7 +20,7 @@ from squeeze.benchmarks.longbench.data import generation_lengths
 from squeeze.engine import loss_curves
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.models import loading, sources
-from squeeze.runs.jobs import with_curves
+from squeeze.runs.resolve import with_curves
 
 evaluate = importlib.import_module("eval")
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
