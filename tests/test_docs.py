@@ -303,8 +303,7 @@ def test_the_pages_own_loop_gives_what_generate_gives():
     with squeezed(model, SqueezeConfig("streaming", "0.3", "0.1")):
         expected = model.generate(ids, max_new_tokens=32, do_sample=False, eos_token_id=None)
     [loop] = [block for block in CODE if "run.cache(" in block]
-    seen = {"torch": torch, "model": model, "ids": ids}
-    exec("from squeeze import *", seen)
+    seen = {"model": model, "ids": ids}
     exec(loop, seen)
     assert seen["cache"].steps == 31
     assert seen["output"].logits[:, -1].argmax(-1).tolist() == expected[:, -1].tolist()
