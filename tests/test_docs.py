@@ -289,6 +289,12 @@ def test_links_lead_somewhere(page):
             assert not anchor or anchor in anchors(other), f"{page.name}: {other.name} has no heading {anchor}"
 
 
+def test_the_line_of_imports_is_the_one_that_is_enforced():
+    [line] = re.findall(r"^`(.* → .*)`$", (ROOT / "docs/architecture.md").read_text("utf-8"), re.MULTILINE)
+    layers = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
+    assert [set(part.split(" | ")) for part in line.split(" → ")] == [set(part.split(" | ")) for part in layers[::-1]]
+
+
 def test_the_front_page_is_short_and_leads_to_every_page():
     text = (ROOT / "README.md").read_text("utf-8")
     assert len(text.splitlines()) <= 130
