@@ -1,7 +1,6 @@
 """The pages: their commands are ones that the commands take, their code runs, and their links lead somewhere."""
 
 import argparse
-import importlib
 import importlib.util
 import itertools
 import re
@@ -16,6 +15,7 @@ import torch
 from conftest import ROOT, random_model
 
 from squeeze import SqueezeConfig, squeezed
+from squeeze.cli.arguments import Parser
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -103,7 +103,6 @@ class Checker:
 
     def read(self, program, words):
         """What a command reads from its words."""
-        importlib.import_module("eval")  # and with it the parser that the commands share
 
         def stopping(parse_args):
             def parse(*args, **kwargs):
@@ -112,9 +111,8 @@ class Checker:
             return parse
 
         with self.monkeypatch.context() as context:
-            for parser in (argparse.ArgumentParser, *argparse.ArgumentParser.__subclasses__()):
-                if "parse_args" in vars(parser):
-                    context.setattr(parser, "parse_args", stopping(parser.parse_args))
+            for parser in (argparse.ArgumentParser, Parser):
+                context.setattr(parser, "parse_args", stopping(parser.parse_args))
             with pytest.raises(Read) as stopped:
                 self.run(program, words)
         return stopped.value.args[0]
