@@ -25,6 +25,7 @@ from squeeze.runs.folder import Run, versions
 from squeeze.runs.jobs import Job, prepare
 from squeeze.runs.samples import Samples
 from squeeze.storage.files import write_json, writing
+from squeeze.storage.paths import shipped
 from squeeze.storage.schema import Count, Nats, Positive
 from squeeze.text import say
 
@@ -90,7 +91,7 @@ def job_of(args: argparse.Namespace) -> Job:
     for name in ("model", "model_path", "algorithm", "start_size", "datasets", "sample_num", "device", "dtype"):
         if getattr(args, name) is not None:
             argv.append(f"--{name}={getattr(args, name)}")
-    return prepare([*argv, f"--data_dir={args.data_dir or calibration.ROOT / 'data/longbench'}"], ALONE)
+    return prepare([*argv, f"--data_dir={args.data_dir or shipped('data/longbench')}"], ALONE)
 
 
 def calibrate(argv: Sequence[str] | None = None) -> None:
@@ -108,7 +109,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
 
     assert job.config is not None and job.config.algorithm is not None
     algorithm, name = job.config.algorithm, job.source.name
-    out = args.out or calibration.place(name, algorithm)
+    out = args.out or calibration.place(name, algorithm, to_write=True)
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: give the name of a file")
     how = {
@@ -160,8 +161,8 @@ def check_whole(samples: Samples, shares: int, multiples: int) -> None:
 
 def _shown(source: str) -> str:
     """Where rows come from; those that the project ships by their place in it."""
-    path = Path(source)
-    return path.relative_to(calibration.ROOT).as_posix() if path.is_relative_to(calibration.ROOT) else source
+    path, top = Path(source), shipped("")
+    return path.relative_to(top).as_posix() if path.is_relative_to(top) else source
 
 
 def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares: Sequence[Fraction]) -> None:

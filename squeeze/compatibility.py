@@ -1,10 +1,17 @@
 """Which packages the project works with; asked before anything of them is imported, since names in them move."""
 
+from __future__ import annotations
+
 import importlib.util
 import traceback
 from importlib.metadata import version
 
+from squeeze.storage.paths import in_checkout
+
 TESTED_TRANSFORMERS = ("5.23.0",)
+
+#: Top-level modules → the extra of pyproject.toml that installs them; the others come with the package itself.
+EXTRAS = {"helm": "helm", "ray": "ray"} | dict.fromkeys(("itables", "jinja2", "matplotlib", "pandas"), "report")
 
 
 class UntestedVersion(ImportError):
@@ -23,6 +30,12 @@ def check_transformers() -> str:
     return installed
 
 
+def install(module: str, requirements: str = "requirements.txt") -> str:
+    """The command that installs a module: in a checkout from pinned requirements, elsewhere with the package."""
+    extra = f"[{EXTRAS[module]}]" if module in EXTRAS else ""
+    return f"pip install -r {requirements}" if in_checkout() else f"pip install 'squeeze-kv{extra}'"
+
+
 def missing_package(error: ModuleNotFoundError) -> str | None:
     """A sentence about a package that is not installed, and what wants it; None if one is there and lacks a part."""
     name = (error.name or "").partition(".")[0]
@@ -30,6 +43,5 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
         return None
     wanted = traceback.extract_tb(error.__traceback__)[-1]
     return (
-        f"the package {name} is not installed, which {wanted.filename} line {wanted.lineno} imports: "
-        "pip install -r requirements.txt"
+        f"the package {name} is not installed, which {wanted.filename} line {wanted.lineno} imports: {install(name)}"
     )

@@ -14,7 +14,7 @@ from msgspec import Meta
 from squeeze.config import ALGORITHMS
 from squeeze.errors import InputError
 from squeeze.storage.files import read_bytes, read_object
-from squeeze.storage.paths import ROOT
+from squeeze.storage.paths import config_file
 from squeeze.storage.schema import Count, Nats, check, shown
 
 #: Of the file's format.
@@ -104,9 +104,9 @@ class Calibration:
             raise InputError(f"{self.source} was measured on another model than this one: {AGAIN}")
 
 
-def place(name: str, algorithm: str) -> Path:
-    """Where the file of a model and an eviction method is."""
-    return ROOT / "config/calibration" / f"{name}-{algorithm}.json"
+def place(name: str, algorithm: str, to_write: bool = False) -> Path:
+    """Where the file of a model and an eviction method is, or is to be made: see `config_file`."""
+    return config_file(f"calibration/{name}-{algorithm}.json", to_write)
 
 
 def read_calibration(path: Path) -> Calibration:

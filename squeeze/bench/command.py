@@ -7,7 +7,6 @@ import io
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,18 +14,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from squeeze.models import sources
-from squeeze.cli.arguments import Parser, as_path, path_text, real, whole
 from squeeze.bench.files import bandwidth, full_speeds, speed
+from squeeze.bench.processes import run, turns
+from squeeze.benchmarks.longbench.data import build_prompt, load_data
+from squeeze.cli.arguments import Parser, as_path, path_text, real, whole
+from squeeze.cli.tables import table
 from squeeze.config import ALGORITHMS, ALLOCATIONS, DTYPES
 from squeeze.errors import InputError
+from squeeze.models import sources
 from squeeze.numbers import parse_fraction
 from squeeze.storage.files import write_json, write_whole, writing
-from squeeze.cli.run import run_command
-from squeeze.benchmarks.longbench.data import build_prompt, load_data
-from squeeze.cli.tables import table
+from squeeze.storage.paths import shipped
 from squeeze.text import say
-from squeeze.bench.processes import run, turns
 
 EXAMPLES = """examples
   the embedded model, full, uniform and squeezed caches, one prompt and batches of 8:
@@ -110,7 +109,7 @@ def parser() -> Parser:
     made.add_argument(
         "--data_dir",
         type=path_text,
-        default=sources.ROOT / "data/longbench",
+        default=shipped("data/longbench"),
         help="its samsum.jsonl gives the prompts' text",
     )
     made.add_argument("--out", type=as_path, default=Path("bench"), help="folder of the results (default: bench)")
@@ -301,4 +300,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     with writing(args.out / "bench.png"):
         write_whole(args.out / "bench.png", plot(records))
     say(f"{args.out / 'bench.json'} {args.out / 'bench.png'}")
-

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from squeeze.storage.schema import Amount, Positive, PositiveAmount, check
 from squeeze.storage.files import read_json
+from squeeze.storage.schema import Amount, Positive, PositiveAmount, check
 
 
 class Quartiles(TypedDict):

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from squeeze.models import sources
+from squeeze.storage.paths import ROOT
+
+WORKER = Path(__file__).with_name("worker.py")
 
 
 class Process:
@@ -21,9 +24,11 @@ class Process:
         self.spec = dict(spec)
         self.result: dict[str, Any] | None = None
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `stop`)
-        command = [spec.get("python", sys.executable), "-m", "squeeze.bench.worker"]
+        # Another environment runs the file: it may lack what this package imports, or hold another version of it.
+        other = spec.get("python")
+        program = [other, "-P", WORKER] if other else [sys.executable, "-m", "squeeze.bench.worker"]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
-        self.process = subprocess.Popen(command, text=True, cwd=sources.ROOT, **pipes)
+        self.process = subprocess.Popen(program, text=True, cwd=ROOT, **pipes)
 
     def turn(self) -> dict[str, Any]:
         """Let it run up to its next pause or its end: what it knows by then, which at its end is its `result`."""

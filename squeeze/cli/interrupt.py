@@ -16,8 +16,9 @@ from types import FrameType
 WORD = "interrupted"
 CODE = 130
 
-#: Commands that lie beside this package; the others are `python -m squeeze.X`.
-SCRIPTS = ("pred.py", "eval.py")
+#: Commands that lie beside this package, and the one that an installation puts among programs; the others are
+#: `python -m squeeze.X`.
+SCRIPTS, PROGRAM = ("pred.py", "eval.py"), "squeeze"
 
 _came = False
 
@@ -26,8 +27,10 @@ def is_command() -> bool:
     """Whether this process was started as a command of this project, and does not use it as a library."""
     if getattr(sys, "argv", [])[:1] == ["-m"]:  # until Python has found the module
         return any("squeeze." in one for one in sys.orig_argv)
-    file = getattr(sys.modules.get("__main__"), "__file__", None) or ""
-    return Path(file).name in SCRIPTS and Path(file).resolve().parent == Path(__file__).resolve().parents[2]
+    file = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
+    if file.name == PROGRAM:
+        return file.parent.name in ("bin", "Scripts")
+    return file.name in SCRIPTS and file.resolve().parent == Path(__file__).resolve().parents[2]
 
 
 def came() -> bool:

@@ -15,8 +15,8 @@ from squeeze.errors import InputError
 from squeeze.text import say
 
 
-def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
-    """Run a command and return its exit code.
+def run_command(main: Callable[[Sequence[str] | None], int | None]) -> int:
+    """Run a command and return its exit code: what `main` returns, or 0.
 
     Bad input, a package that is missing, or one of a version that was not tested, is one sentence on stderr and code
     2, never a traceback; an error of another program has that program's code. Threads are chosen before anything
@@ -32,7 +32,7 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> int:
                     setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
             if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show is no error, as on stderr
                 sys.stdout.reconfigure(errors="backslashreplace")
-            main(None)
+            code = main(None) or 0
             sys.stdout.flush()
         except BrokenPipeError:  # whoever read the output has seen enough; what is still in the buffer has no reader
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,12 +19,14 @@ from typing import Any
 import yaml
 
 from squeeze.cli.arguments import Parser, path_text
+from squeeze.compatibility import install
 from squeeze.errors import InputError
 from squeeze.models import sources
 from squeeze.models.model_config import ModelConfig
 from squeeze.runs.flags import add_cache_flags, check_flags, config_from_flags, for_model
 from squeeze.runs.folder import run_folder
 from squeeze.storage.files import Open, read_bytes, write_whole, writing
+from squeeze.storage.paths import ROOT
 from squeeze.text import say
 
 #: Where everything of HELM's lies, relative to the working directory.
@@ -144,10 +146,10 @@ def helm(command: str, *arguments: str) -> None:
     """
     program = Path(sys.executable).with_name(command)
     if not program.exists():
-        raise InputError(f"{command} is not in {program.parent}: pip install -r requirements-helm.txt")
+        raise InputError(f"{command} is not in {program.parent}: {install('helm', 'requirements-helm.txt')}")
     log = LOGS / f"{command}.log"
     # HELM does not look for plugins and clients in the working directory.
-    path = os.pathsep.join(filter(None, (str(sources.ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     with writing(log):
         LOGS.mkdir(parents=True, exist_ok=True)
@@ -218,6 +220,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_environment(Path(args.out), [deployment])
     say(f"{args.out}: {deployment.name}; now, for example")
     print(
-        f"  PYTHONPATH={sources.ROOT} helm-run --plugins squeeze.helm_plugin --local-path {args.out} --suite live "
+        f"  PYTHONPATH={ROOT} helm-run --plugins squeeze.helm_plugin --local-path {args.out} --suite live "
         f"-n 1 -o {OUTPUT} -m 10 --run-entries simple_mcqa:model={deployment.name}"
     )

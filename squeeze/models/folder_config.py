@@ -16,8 +16,8 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
 from squeeze.errors import InputError
-from squeeze.storage.files import read_json
 from squeeze.models.model_config import read_config, taken
+from squeeze.storage.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

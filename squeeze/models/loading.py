@@ -18,14 +18,12 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from squeeze.config import DTYPES
 from squeeze.errors import InputError
 from squeeze.models.folder_config import generation_config, model_config
 from squeeze.models.model_config import ModelConfig, read_config
 from squeeze.models.model_files import inspect
 from squeeze.models.packing import pack
 from squeeze.models.rope import LengthwiseRope, depends_on_length, forward_name
-from squeeze.text import shortened
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -53,8 +51,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer for inference, without running code that came with them.
 
-    Of the folder's configuration only the architecture and the special tokens count (`squeeze.models.folder_config`). On the
-    CPU the linear layers are packed (`squeeze.models.packing`).
+    Of the folder's configuration only the architecture and the special tokens count
+    (`squeeze.models.folder_config`). On the CPU the linear layers are packed (`squeeze.models.packing`).
 
     Args:
         folder: from `fetch`.

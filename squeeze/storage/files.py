@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import errno
-import fcntl
 import json
 import os
 import re
@@ -14,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
 
 from squeeze.errors import InputError
 from squeeze.storage.schema import NEWLINE, Kind, NotJson, decode
@@ -153,16 +154,15 @@ def lock(path: Path, flags: int = os.O_CREAT) -> Open | None:
     while True:
         file = Open(path, os.O_RDWR | flags)
         try:
-            fcntl.flock(file.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(path, file):
+            locked = lock_descriptor(file.number, blocking=False)
+            if locked and _is_at(path, file):
                 return file
-        except BlockingIOError:
-            file.close()
-            return None
         except OSError:
             file.close()
             raise
-        file.close()  # who held it has removed it meanwhile
+        file.close()
+        if not locked:
+            return None  # else who held it has removed it meanwhile
 
 
 @contextmanager
@@ -223,7 +223,7 @@ def _temporary(path: Path) -> tuple[Path, Open]:
         try:
             file = Open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             with suppress(OSError):  # a file system without locks, where `sweep` leaves everything alone
-                fcntl.flock(file.number, fcntl.LOCK_EX)
+                lock_descriptor(file.number)
         except FileExistsError:
             continue
         except KeyboardInterrupt:

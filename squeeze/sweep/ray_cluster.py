@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from squeeze import threads
+from squeeze.compatibility import install
 from squeeze.errors import InputError
 from squeeze.ranks import Ranks
 from squeeze.runs.execute import OpenJob, Worker, kind_of, load, work_on
@@ -48,7 +49,7 @@ class Cluster:
         try:
             import ray
         except ImportError:
-            raise InputError("Ray is not installed here: pip install -r requirements-ray.txt") from None
+            raise InputError(f"Ray is not installed here: {install('ray', 'requirements-ray.txt')}") from None
         if not ray.is_initialized():
             try:
                 ray.init(address=address, logging_level=logging.WARNING)

@@ -10,7 +10,8 @@ from tiny import save_rows, save_tiny
 from transformers import DynamicCache
 
 from squeeze import InputError
-from squeeze.bench import command as bench, worker
+from squeeze.bench import command as bench
+from squeeze.bench import worker
 
 SPEC = {"engine": "squeeze", "cache": "h2o squeezed", "dtype": "float32", "batch_size": 4, "prompt_length": 64}
 

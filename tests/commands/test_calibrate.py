@@ -14,13 +14,14 @@ from tiny import save_rows, save_tiny
 
 import pred
 from squeeze import InputError, SqueezeConfig, calibrate, squeezed
-from squeeze.allocations import calibration, curves
+from squeeze.allocations import curves
 from squeeze.allocations.calibration import read_calibration
 from squeeze.benchmarks.longbench.data import generation_lengths
 from squeeze.engine import loss_curves
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.models import loading, sources
 from squeeze.runs.jobs import with_curves
+from squeeze.storage import paths
 
 evaluate = importlib.import_module("eval")
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
@@ -79,7 +80,7 @@ def test_cuts_that_do_not_fit_into_memory_together_run_apart(monkeypatch):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A tiny model, and rows of two data sets long enough to hold out a tail."""
-    monkeypatch.setattr(calibration, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "home", lambda: tmp_path)
     for dataset in ("samsum", "qasper"):
         monkeypatch.setitem(generation_lengths(), dataset, 8)
     save_tiny(tmp_path / "tiny")

@@ -18,7 +18,7 @@ from squeeze.benchmarks.longbench.data import build_prompt, generation_lengths
 from squeeze.benchmarks.longbench.prompts import encode_prompt
 from squeeze.cli.run import run_command
 from squeeze.generation.generate import full_cache_bytes, generate
-from squeeze.models import loading, sources
+from squeeze.models import loading
 from squeeze.models.loading import load
 from squeeze.runs import folder as runs
 
@@ -199,7 +199,6 @@ def test_a_finished_run_needs_no_model(place, monkeypatch, capsys):
 def test_the_published_commands(place, monkeypatch, capsys):
     """pred.py and eval.py one after the other, on the model that config/model2path.json names Mistral."""
     save_tiny(place / "weights", "mistral")
-    monkeypatch.setattr(sources, "ROOT", place)
     (place / "config").mkdir()
     (place / "config/model2path.json").write_text(json.dumps({"Mistral": str(place / "weights")}))
     (place / "config/model2maxlen.json").write_text("{}")

@@ -11,12 +11,12 @@ from transformers import LlamaConfig, MistralConfig
 
 import pred
 from squeeze import InputError, SqueezeConfig, squeezed
-from squeeze.models import loading
-from squeeze.ranks import ALONE
-from squeeze.models.folder_config import declares, generation_config, model_config, own_window
-from squeeze.runs.jobs import prepare
-from squeeze.models.sources import greedy_wishes
 from squeeze.generation.generate import full_cache_bytes, generate, greedy, pad_left, stop_tokens
+from squeeze.models import loading
+from squeeze.models.folder_config import declares, generation_config, model_config, own_window
+from squeeze.models.sources import greedy_wishes
+from squeeze.ranks import ALONE
+from squeeze.runs.jobs import prepare
 
 CPU, IDS = torch.device("cpu"), torch.arange(3, 60)
 ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 777.0}

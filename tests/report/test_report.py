@@ -189,8 +189,7 @@ def test_names_are_text_and_not_markup(tmp_path, monkeypatch):
 
 def test_a_calibrated_runs_loss_curves_are_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(calibration, "ROOT", tmp_path)
-    place = calibration.place("M", "streaming")
+    place = tmp_path / "config/calibration/M-streaming.json"
     place.parent.mkdir(parents=True)
     losses = [[[[0.5 + layer / 10, 0.5] for layer in range(8)]] * 2]
     save_curves(place, algorithm="streaming", start_size=4, loss=losses)

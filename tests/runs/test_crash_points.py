@@ -16,7 +16,6 @@ from tiny import save_rows, save_tiny
 
 import pred
 from squeeze import calibrate, ranks
-from squeeze.allocations import calibration
 from squeeze.benchmarks import predict
 from squeeze.generation import generate
 from squeeze.helm import environment as helm_env
@@ -25,6 +24,7 @@ from squeeze.models import embedded
 from squeeze.report import command as report
 from squeeze.report import page
 from squeeze.runs import execute, jobs
+from squeeze.storage import paths
 from squeeze.storage.files import write_json, write_whole
 from squeeze.sweep import command as sweep
 from squeeze.sweep.grid import read_grid
@@ -106,7 +106,7 @@ def place(files, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "encode", lambda tokenizer, data, total, how: prompts[:total])
     monkeypatch.setattr(jobs, "versions", dict)
     monkeypatch.setattr(calibrate, "versions", dict)
-    monkeypatch.setattr(calibration, "ROOT", tmp_path / "now")
+    monkeypatch.setattr(paths, "home", lambda: tmp_path / "now")
     prepared = Prepared()
     monkeypatch.setattr(pred, "prepare", prepared)
     monkeypatch.setattr(calibrate, "prepare", prepared)

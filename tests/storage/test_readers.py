@@ -239,9 +239,6 @@ READERS |= {
 @pytest.fixture
 def reader(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if READERS[request.param] in (model_paths, model_lengths, prompts, lengths):
-        monkeypatch.setattr(sources, "ROOT", tmp_path)
-        monkeypatch.setattr(longbench, "CONFIG", tmp_path / "config")
     yield READERS[request.param]()
     longbench.prompt_formats.cache_clear()
     longbench.generation_lengths.cache_clear()

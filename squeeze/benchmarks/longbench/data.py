@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 import zipfile
 from dataclasses import dataclass
@@ -25,11 +26,10 @@ from squeeze.benchmarks.records import Prediction
 from squeeze.errors import InputError
 from squeeze.models.sources import quiet_hub
 from squeeze.storage.files import parse_jsonl, read_bytes, read_json
-from squeeze.storage.paths import ROOT
+from squeeze.storage.paths import config_file, shipped
 from squeeze.storage.schema import Count, Positive
 from squeeze.text import shortened
 
-CONFIG = ROOT / "config"
 HUB_DATASET = "THUDM/LongBench"
 
 #: LongBench-E: other rows of these, about as many of each length; their files end in `_e`.
@@ -62,7 +62,7 @@ def prompt_formats() -> dict[str, str]:
     Raises:
         InputError: the file has been edited, and a prompt asks for something else.
     """
-    path = CONFIG / "dataset2prompt.json"
+    path = config_file("dataset2prompt.json")
     found = read_json(path, dict[str, str])
     for dataset, text in found.items():
         try:
@@ -78,7 +78,7 @@ def prompt_formats() -> dict[str, str]:
 @cache
 def generation_lengths() -> dict[str, int]:
     """The most tokens to generate for each of the 21 data sets."""
-    path = CONFIG / "dataset2maxlen.json"
+    path = config_file("dataset2maxlen.json")
     found = read_json(path, dict[str, Positive])
     for dataset in prompt_formats().keys() - found.keys():
         raise InputError(f"{path} has no field {dataset}")
@@ -179,7 +179,7 @@ def _hub_file(name: str) -> tuple[bytes, str, str | None]:
         raise InputError(
             f"{HUB_DATASET} cannot be read from the Hugging Face Hub and is not cached ({type(error).__name__}): "
             f"unpack its data.zip on a machine with a network and pass --data_dir FOLDER "
-            f"(--data_dir data/longbench has the project's own small demo set)"
+            f"(--data_dir {os.path.relpath(shipped('data/longbench'))} has the project's own small demo set)"
         ) from None
     member = f"data/{name}.jsonl"
     try:
