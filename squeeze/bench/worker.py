@@ -220,9 +220,9 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
 @contextmanager
 def importance_seconds(device: torch.device, found: dict[str, Any]) -> Iterator[None]:
     """Add up in `found` what similarities, classes and budgets cost."""
-    from squeeze.engine import patch, squeezed_model
+    from squeeze.engine import prefill, squeezed_model
 
-    named: tuple[tuple[Any, str], ...] = ((patch, "similarity"), (squeezed_model, "allocate"))
+    named: tuple[tuple[Any, str], ...] = ((prefill, "similarity"), (squeezed_model, "allocate"))
     originals = [(module, name, getattr(module, name)) for module, name in named]
     found["importance_seconds"] = 0.0
 

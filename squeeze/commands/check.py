@@ -25,7 +25,7 @@ def version() -> str:
 
 
 def attention_classes() -> str:
-    from squeeze.engine.patch import ATTENTION_ATTRIBUTES, ATTENTION_CLASSES
+    from squeeze.engine.decoder_layer import ATTENTION_ATTRIBUTES, ATTENTION_CLASSES
 
     for name, attention_class in ATTENTION_CLASSES.items():
         model = tiny_model(name)

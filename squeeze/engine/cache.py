@@ -7,7 +7,8 @@ into one slot in place, and nothing is ever concatenated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,94 +31,49 @@ class SqueezeCache(Cache):
 
     Attributes:
         owner: the model that the cache was made for, and the evictor of its run then.
-        broken: whether a decode step has failed in the middle: some layers hold its token then, and others do not.
-        budgets: tokens, `(layers, batch)`; with no columns until they are known. Set between `begin` and the first
-            layer's `fill`, they bound the prefill: no more than one layer holds the whole prompt at a time.
-        seen, lengths: of the prefill under way, tokens of each sequence before the present chunk, and in it.
+        whole: whether the prompt is only to be read, and never cut (`SqueezedModel.prefill`).
+        prompt_lengths: tokens of each sequence's prompt, padding excluded.
+        columns: tokens of the longest prompt, to which the others are padded on the left.
+        budgets: tokens, `(layers, batch)`; with no columns until every layer is cut.
+        compressed: whether every layer is cut, and decode steps can follow.
+        steps: decode steps so far.
+        broken: whether one has failed in the middle: some layers hold its token then, and others do not.
     """
+
+    layers: list[SqueezeLayer]
 
     def __init__(self, evictor: Evictor, layers: int, max_new_tokens: int, inv_freq: torch.Tensor):
         super().__init__(layers=[SqueezeLayer(evictor) for _ in range(layers)])
         self.owner: tuple[Any, Evictor] = None, evictor
-        self.broken = False
+        self.whole = False
         self.max_new_tokens = max_new_tokens
         self.inv_freq = inv_freq
         self.prompt_lengths: list[int] = []
-        self.seen: list[int] = []
-        self.lengths: list[int] = []
+        self.columns = 0
         self.budgets = np.empty((layers, 0), dtype=int)
         self.schedules: list[Schedule] = []
-        self.padded_length = 0
-        self.steps = 0
         self.compressed = False
-
-    def begin(self, tokens: int, batch: int, attention_mask: torch.Tensor | None) -> None:
-        """Take note of a forward pass over `tokens` new tokens before its first layer runs.
-
-        Raises:
-            ValueError: right padding, an empty sequence, a prompt in more than one piece, or more tokens than the
-                cache was made for.
-        """
-        if self.broken:
-            raise ValueError("a step on this cache has failed in the middle: read the prompt again with a new cache")
-        if self.compressed:
-            if tokens != 1:
-                raise ValueError(f"after prefill a squeezed cache takes one token at a time, got {tokens}")
-            if batch != len(self.prompt_lengths):
-                raise ValueError(f"the cache holds {len(self.prompt_lengths)} sequences, got a batch of {batch}")
-            if self.steps >= self.max_new_tokens:
-                raise ValueError(f"the cache was made for {self.max_new_tokens} new tokens, and they are used up")
-            self._begin_step()
-            return
-        self.budgets = self.budgets[:, :0]
-        self.padded_length = tokens
-        self.prompt_lengths = _prompt_lengths(tokens, batch, attention_mask)
-        self.begin_chunk(0, tokens)
-
-    def begin_chunk(self, start: int, end: int) -> None:
-        """Take note of a chunk of the prefill, columns `start` to `end` of the left-padded prompts."""
-        padding = [self.padded_length - length for length in self.prompt_lengths]
-        self.seen = [max(start - columns, 0) for columns in padding]
-        self.lengths = [max(end - columns, 0) - seen for columns, seen in zip(padding, self.seen, strict=True)]
-
-    def _begin_step(self) -> None:
-        """Lengths are worked out on the host as well, so that a decode step never waits for its device."""
-        seen = np.array(self.prompt_lengths) + self.steps + 1
-        held = np.minimum(seen, self.budgets)
-        longest = held.max(axis=1)
-        ragged = held.min(axis=1) < longest
-        for layer, layer_longest, layer_ragged in zip(self.layers, longest.tolist(), ragged.tolist(), strict=True):
-            layer.longest, layer.ragged = layer_longest, layer_ragged
-        evicting = bool((held < seen).any())
-        for schedule in self.schedules:
-            schedule.advance(evicting)
-
-    def end_step(self) -> None:
-        """Count a decode step, after its last layer: until then the length is what positions are derived from."""
-        self.steps += 1
+        self.steps = 0
         self.broken = False
 
-    def fill(self, index: int, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> None:
-        """Give a layer the prompt or its next chunk, as `SqueezeLayer.fill`, and cut it if its budgets are known."""
-        layer = self.layers[index]
-        if any(self.seen):
-            layer.extend(keys, values, self.seen, self.lengths, self.budgets[index].tolist())
-            return
-        layer.fill(keys, values, scores)
-        if self.budgets.size:
-            layer.compress(self.lengths, self.budgets[index].tolist())
+    def begin(self, batch: int, columns: int, attention_mask: torch.Tensor | None) -> None:
+        """Take note of prompts, `(batch, columns)`, before they are read.
 
-    def past(self, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
-        """What a layer keeps of earlier chunks, see `SqueezeLayer.past`, sequence by sequence; None of nothing."""
-        for row, seen in enumerate(self.seen):
-            yield self.layers[index].past(row, seen, int(self.budgets[index, row])) if seen else None
+        Raises:
+            ValueError: right padding, or an empty sequence.
+        """
+        self.columns = columns
+        self.prompt_lengths = _prompt_lengths(batch, columns, attention_mask)
 
-    def compress(self, budgets: Sequence[Sequence[int]]) -> None:
-        """Cut every layer to its budgets, `(batch, layers)` tokens, unless `fill` did; once, at the end of prefill."""
-        if not self.budgets.size:
-            self.budgets = np.array(budgets).T
-            for layer, column in zip(self.layers, self.budgets.tolist(), strict=True):
-                layer.compress(self.prompt_lengths, column)
+    def compress(self, budgets: np.ndarray) -> None:
+        """Cut every layer to its budgets, `(layers, batch)` tokens: decode steps can follow."""
+        for layer, layer_budgets in zip(self.layers, budgets.tolist(), strict=True):
+            layer.compress(self.prompt_lengths, layer_budgets)
+        self.end_prefill(budgets)
+
+    def end_prefill(self, budgets: np.ndarray) -> None:
+        """Take note that every layer was cut to its budgets, `(layers, batch)` tokens: decode steps can follow."""
+        self.budgets = budgets
         by_device: dict[torch.device, list[int]] = {}
         for index, layer in enumerate(self.layers):
             by_device.setdefault(layer.keys.device, []).append(index)
@@ -127,6 +83,46 @@ class SqueezeCache(Cache):
         ]
         self.compressed = True
 
+    def forget(self) -> None:
+        """Let go of a prompt whose prefill has failed: it can be read again."""
+        self.layers = [SqueezeLayer(layer.evictor) for layer in self.layers]
+        self.schedules, self.compressed = [], False
+
+    @contextmanager
+    def step(self, batch: int, tokens: int) -> Iterator[None]:
+        """A decode step, whose pass over the layers runs inside the block.
+
+        Until its end the lengths are those before it, which positions are derived from.
+
+        Raises:
+            ValueError: an earlier step failed, it is not one token for each sequence, or the cache was made for fewer.
+        """
+        if self.broken:
+            raise ValueError("a step on this cache has failed in the middle: read the prompt again with a new cache")
+        if tokens != 1:
+            raise ValueError(f"after prefill a squeezed cache takes one token at a time, got {tokens}")
+        if batch != len(self.prompt_lengths):
+            raise ValueError(f"the cache holds {len(self.prompt_lengths)} sequences, got a batch of {batch}")
+        if self.steps >= self.max_new_tokens:
+            raise ValueError(f"the cache was made for {self.max_new_tokens} new tokens, and they are used up")
+        self._schedule_step()
+        self.broken = True  # until the last layer has run
+        yield
+        self.steps += 1
+        self.broken = False
+
+    def _schedule_step(self) -> None:
+        """Lengths are worked out on the host as well, so that a decode step never waits for its device."""
+        seen = np.array(self.prompt_lengths) + self.steps + 1
+        kept = np.minimum(seen, self.budgets)
+        longest = kept.max(axis=1)
+        ragged = kept.min(axis=1) < longest
+        for layer, layer_longest, layer_ragged in zip(self.layers, longest.tolist(), ragged.tolist(), strict=True):
+            layer.longest, layer.ragged = layer_longest, layer_ragged
+        evicting = bool((kept < seen).any())
+        for schedule in self.schedules:
+            schedule.advance(evicting)
+
     @property
     def kv_bytes(self) -> int:
         """Bytes of all key and value tensors."""
@@ -135,11 +131,11 @@ class SqueezeCache(Cache):
     @property
     def state_bytes(self) -> int:
         """Bytes of all scores and positions (H2O), and of the sinks as they came (StreamingLLM)."""
-        return sum(part.state_bytes for part in (*self.layers, *self.schedules))
+        return sum(layer.state_bytes for layer in self.layers) + sum(part.state_bytes for part in self.schedules)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included: what positions and masks are counted by, not what is held."""
-        return self.padded_length + self.steps if self.compressed else 0
+        return self.columns + self.steps if self.compressed else 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         raise ValueError("beam search is not supported with a squeezed cache: use greedy decoding or sampling")
@@ -150,13 +146,14 @@ class SqueezeCache(Cache):
     batch_repeat_interleave = batch_select_indices = reorder_cache
 
 
-def _prompt_lengths(tokens: int, batch: int, attention_mask: torch.Tensor | None) -> list[int]:
-    if tokens == 0:
+def _prompt_lengths(batch: int, columns: int, attention_mask: torch.Tensor | None) -> list[int]:
+    """Tokens of each sequence that are no padding; `attention_mask` is `(batch, columns)`."""
+    if columns == 0:
         raise ValueError("the prompt has no tokens: nothing can follow it")
     if attention_mask is None:
-        return [tokens] * batch
-    if attention_mask.shape != (batch, tokens):
-        raise ValueError(f"attention_mask must have shape {(batch, tokens)}, got {tuple(attention_mask.shape)}")
+        return [columns] * batch
+    if attention_mask.shape != (batch, columns):
+        raise ValueError(f"attention_mask must have shape {(batch, columns)}, got {tuple(attention_mask.shape)}")
     mask = attention_mask.bool()
     lengths = mask.sum(dim=1).tolist()
     if 0 in lengths:

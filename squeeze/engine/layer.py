@@ -32,7 +32,7 @@ class SqueezeLayer(CacheLayerMixin):
         keys, values: `(batch, kv_heads, slots, head_dim)`, keys after RoPE at their original positions. A sequence
             holds `min(seen, budget)` tokens, always in the first slots; the buffer is as long as the largest budget.
         scores: H2O's accumulated attention, float32, `(batch, kv_heads, slots)`; no elements for the other evictors.
-        held: position of the token in each slot, -1 where it is empty, int32, same shape as `scores`.
+        slot_positions: of the token in each slot, -1 where it is empty, int32, same shape as `scores`.
         position, budget, lengths, rows: of the decode step under way, as `squeeze.engine.schedule` describes them.
         longest: the most tokens that any sequence holds.
         ragged: whether sequences hold different numbers of tokens.
@@ -53,7 +53,7 @@ class SqueezeLayer(CacheLayerMixin):
         super().__init__()
         self.evictor = evictor
         self.scores = torch.empty(0)
-        self.held = torch.empty(0, dtype=torch.int32)
+        self.slot_positions = torch.empty(0, dtype=torch.int32)
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> None:
         """Hold a whole left-padded prompt, `(batch, kv_heads, tokens, head_dim)`, until `compress`."""
@@ -68,7 +68,7 @@ class SqueezeLayer(CacheLayerMixin):
         values = torch.zeros_like(keys)
         scored = self.evictor.needs_scores
         scores = self.scores.new_zeros((batch, heads, slots) if scored else 0)
-        held = torch.full_like(scores, -1, dtype=torch.int32)
+        slot_positions = torch.full_like(scores, -1, dtype=torch.int32)
         for row, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
             row_scores = self.scores[row, :, -length:] if scored else self.scores
             kept = self.evictor.keep(length, budget, row_scores).to(keys.device).expand(heads, -1)
@@ -79,8 +79,8 @@ class SqueezeLayer(CacheLayerMixin):
             torch.gather(self.values[row, :, -length:], 1, index, out=values[row, :, :count])
             if scored:
                 scores[row, :, :count] = row_scores.gather(1, kept)
-                held[row, :, :count] = kept
-        self.keys, self.values, self.scores, self.held = keys, values, scores, held
+                slot_positions[row, :, :count] = kept
+        self.keys, self.values, self.scores, self.slot_positions = keys, values, scores, slot_positions
         self.kernel = decode_kernel(keys.device, keys.dtype, scored)
 
     def extend(
@@ -121,14 +121,19 @@ class SqueezeLayer(CacheLayerMixin):
         batch, heads, _, head_dim = keys.shape
         rows = self.rows
         if self.evictor.needs_scores:
-            rows = rows + self.evictor.slot(self.position, self.budget, self.held, self.scores)
+            rows = rows + self.evictor.slot(self.position, self.budget, self.slot_positions, self.scores)
         rows = rows.view(-1)
         # Not scatter_, which for 16-bit types goes through a copy of the whole buffer on the CPU.
         self.keys.view(-1, head_dim).index_copy_(0, rows, keys.reshape(-1, head_dim).to(self.keys.dtype))
         self.values.view(-1, head_dim).index_copy_(0, rows, values.reshape(-1, head_dim).to(self.values.dtype))
         if self.evictor.needs_scores:
             self.scores.view(-1).index_fill_(0, rows, 0.0)
-            self.held.view(-1).index_copy_(0, rows, self.position.int().expand(batch, heads).reshape(-1))
+            self.slot_positions.view(-1).index_copy_(0, rows, self.position.int().expand(batch, heads).reshape(-1))
+
+    @property
+    def contents(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and scores: what `fill` takes."""
+        return self.keys, self.values, self.scores
 
     @property
     def kv_bytes(self) -> int:
@@ -138,7 +143,7 @@ class SqueezeLayer(CacheLayerMixin):
     @property
     def state_bytes(self) -> int:
         """Bytes of scores and positions."""
-        return self.scores.nbytes + self.held.nbytes
+        return self.scores.nbytes + self.slot_positions.nbytes
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: buffers are made by `compress`, when the budgets are known."""

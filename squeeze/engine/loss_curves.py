@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from squeeze.devices import unless_out_of_memory
-from squeeze.engine.prefill import Forks, Prefill
+from squeeze.engine.cache import SqueezeCache
+from squeeze.engine.prefill import KeptPrefill
 from squeeze.errors import InputError
-from squeeze.models.rope import unscaled_length
+from squeeze.evictors import Evictor
+from squeeze.models.rope import LengthwiseRope, unscaled_length
 
 #: Tokens at a prompt's end that are held out.
 TAIL = 48
@@ -26,6 +30,19 @@ MULTIPLES = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(
 
 #: Layers that are cut in one batch, each to all sizes, by the kind of device; fewer where memory is short.
 LAYERS_AT_ONCE = {"cpu": 5, "cuda": 64}
+
+
+class Forks(Protocol):
+    """A squeezed model, as far as it prefills a prompt once and goes on with many budgets: see `SqueezedModel`."""
+
+    model: PreTrainedModel
+    evictor: Evictor
+    window: int | None
+    rope: LengthwiseRope | None
+
+    def prefill(self, tokens: torch.Tensor) -> KeptPrefill: ...
+
+    def fork(self, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], max_new_tokens: int) -> SqueezeCache: ...
 
 
 def cost(length: int, shares: int, layers: int) -> int:
@@ -49,7 +66,7 @@ def measure(
         shares: what every layer keeps while one of them keeps more or less, as fractions of the prompt.
         advance: is told how many tokens were run, each time.
     Returns:
-        Mean KL(full || cut) over the held-out tokens in nats, for each share, layer and multiple.
+        Mean KL(full || cut) over the held-out tokens in nats, `(shares, layers, multiples)`.
     Raises:
         InputError: the prompt is too short to hold out its tail, or its length changes the model's RoPE.
     """
@@ -66,15 +83,15 @@ def measure(
         )
     layers, length = run.model.config.num_hidden_layers, len(prompt) - TAIL
     most = min(len(prompt), run.window or len(prompt))
-    held = run.prefill(prompt[None, :length])
-    prompt = prompt.to(held.inputs.device)
+    prefill = run.prefill(prompt[None, :length])
+    prompt = prompt.to(prefill.inputs.device)
     full = run.model(prompt[None], use_cache=False, logits_to_keep=TAIL).logits[0].float().log_softmax(dim=-1)
     advance(length + len(prompt))
 
     def losses(budgets: list[list[int]]) -> list[float]:
-        found = divergences(run, held, budgets, prompt[length:], full)
+        kl = divergences(run, prefill, budgets, prompt[length:], full)
         advance(TAIL * len(budgets))
-        return found
+        return kl
 
     def tokens(size: Fraction) -> int:
         return min(max(int(size * length), run.evictor.minimum_budget), most)
@@ -101,36 +118,36 @@ def measure(
 
 @torch.inference_mode()
 def divergences(
-    run: Forks, held: Prefill, budgets: Sequence[Sequence[int]], text: torch.Tensor, full: torch.Tensor
+    run: Forks, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], text: torch.Tensor, full: torch.Tensor
 ) -> list[float]:
-    """How far caches that are cut in several ways are from the full one, over a text that follows on a prompt.
+    """How far caches that are cut to different budgets are from the full one, over a text that follows on a prompt.
 
     Args:
         run: what `squeezed` gave.
-        held: the prompt, from `run.prefill`.
-        budgets: tokens of each layer, `(ways, layers)`; run as one batch, or as several where memory is short.
+        prefill: of the prompt, from `run.prefill`.
+        budgets: tokens, `(caches, layers)`; run as one batch, or as several where memory is short.
         text: token ids, `(tokens,)`.
         full: the full cache's log-probabilities after each of them, `(tokens, vocabulary)`.
     Returns:
-        Mean KL(full || cut) over the text in nats, of each way.
+        Mean KL(full || cut) over the text in nats, of each cache.
     Raises:
-        torch.OutOfMemoryError: a single way does not fit into memory.
+        torch.OutOfMemoryError: a single cache does not fit into memory.
     """
     if len(budgets) == 1:
-        return _divergences(run, held, budgets, text, full)
-    found = unless_out_of_memory(lambda: _divergences(run, held, budgets, text, full))
-    if found is not None:
-        return found
+        return _divergences(run, prefill, budgets, text, full)
+    kl = unless_out_of_memory(lambda: _divergences(run, prefill, budgets, text, full))
+    if kl is not None:
+        return kl
     half = len(budgets) // 2
-    return [kl for part in (budgets[:half], budgets[half:]) for kl in divergences(run, held, part, text, full)]
+    return [kl for part in (budgets[:half], budgets[half:]) for kl in divergences(run, prefill, part, text, full)]
 
 
 def _divergences(
-    run: Forks, held: Prefill, budgets: Sequence[Sequence[int]], text: torch.Tensor, full: torch.Tensor
+    run: Forks, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], text: torch.Tensor, full: torch.Tensor
 ) -> list[float]:
-    cache = run.fork(held, budgets, len(text))
-    found = torch.zeros(len(budgets), device=full.device)
-    for position, (token, expected) in enumerate(zip(text, full, strict=True), start=held.inputs.shape[1]):
+    cache = run.fork(prefill, budgets, len(text))
+    kl = torch.zeros(len(budgets), device=full.device)
+    for position, (token, expected) in enumerate(zip(text, full, strict=True), start=prefill.inputs.shape[1]):
         output = run.model(
             token.expand(len(budgets), 1),
             position_ids=torch.full((len(budgets), 1), position, device=token.device),
@@ -138,5 +155,5 @@ def _divergences(
             use_cache=True,
         )
         logprobs = output.logits[:, -1].float().log_softmax(dim=-1)
-        found += (expected.exp() * (expected - logprobs)).sum(dim=-1)
-    return (found / len(text)).tolist()
+        kl += (expected.exp() * (expected - logprobs)).sum(dim=-1)
+    return (kl / len(text)).tolist()

@@ -53,7 +53,8 @@ class Schedule:
             self._turn_sinks(self.position + 1 - lengths)
         rows = self.first_rows
         if not self.evictor.needs_scores:
-            rows = rows + self.evictor.slot(self.position, self.budgets, self.layers[0].held, self.layers[0].scores)
+            first = self.layers[0]
+            rows = rows + self.evictor.slot(self.position, self.budgets, first.slot_positions, first.scores)
         for layer, *step in zip(self.layers, self.budgets, lengths, rows, strict=True):
             layer.position = self.position
             layer.budget, layer.lengths, layer.rows = step

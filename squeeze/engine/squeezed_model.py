@@ -1,13 +1,15 @@
 """A model and a configuration: what every prefill's budgets are, and prefills that several configurations share.
 
-Of the model it knows its sizes, its embeddings and its RoPE; `patch.py` makes it listen to the forward passes.
+Of the model it knows its sizes, its embeddings and its RoPE; `patch.py` makes its forward passes tell of themselves.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from squeeze.compatibility import check_transformers
 from squeeze.config import DEFAULT_ALGORITHM, SqueezeConfig
 from squeeze.engine import loss_curves
 from squeeze.engine.cache import SqueezeCache
-from squeeze.engine.prefill import Prefill
+from squeeze.engine.prefill import KeptPrefill, Prefill, PrefillResult
 from squeeze.errors import InputError
 from squeeze.evictors import make_evictor
 from squeeze.models.folder_config import own_window
@@ -28,23 +30,20 @@ from squeeze.numbers import whole_number
 
 
 class SqueezedModel:
-    """A model whose `generate` keeps a squeezed cache, and what the last prefill told about it.
+    """A model whose `generate` keeps a squeezed cache, and what the last prefill told.
 
     Attributes:
         config: the configuration, its algorithm filled in.
-        similarities: `(batch, layers)` float32, mean cosine similarity per layer; None with explicit budgets.
-        classes: `(batch, layers)` 1, 2 or 3; None with explicit budgets.
-        budgets: `(batch, layers)` tokens.
-        kv_bytes: bytes of all key and value tensors held after the prefill.
-        state_bytes: bytes of H2O's scores and positions, or of StreamingLLM's sinks as they came.
-        notes: of each sequence, sentences that the user should see, such as that minimum budgets made the total grow.
+        evictor: of the configuration's algorithm.
+        window: the model's own sliding window, in tokens, or None.
+        rope: the angles of a model whose RoPE depends on the length of a sequence; None for others.
+        lock: held by a forward pass; threads that use the model take turns by it.
         share_prefills: keep the last prefill, all of its keys and values, for other configurations on the same prompts
             (`use`); what they give is the same as without.
-        shared_seconds: what the last prefill took if it was taken over from an earlier one, else 0.
-        lock: held by a forward pass; threads that use the model take turns by it.
-        rope: the angles of a model whose RoPE depends on the length of a sequence; None for others.
-        kept_prefill, entering, entering_lengths, measured: of the prefill under way, for `patch.py`: the last one
-            that is kept, the stream that entered a layer with the lengths in it, and similarities so far.
+        kept_prefill: the prefill that is kept, between two passes.
+        under_way: the prefill under way; None between two passes, and in those that are no prefill.
+        last: what the last prefill told; `similarities`, `classes`, `budgets`, `kv_bytes`, `state_bytes`, `notes` and
+            `shared_seconds` read it.
     """
 
     def __init__(self, model: PreTrainedModel, config: SqueezeConfig):
@@ -54,19 +53,22 @@ class SqueezedModel:
         self.rope: LengthwiseRope | None = None
         self.compiled = config.compile
         self.use(config)
-        self.similarities: np.ndarray | None = None
-        self.classes: np.ndarray | None = None
-        self.budgets: np.ndarray | None = None
-        self.kv_bytes = 0
-        self.state_bytes = 0
-        self.notes: list[list[str]] = []
         self.share_prefills = False
-        self.shared_seconds = 0.0
-        self.kept_prefill: Prefill | None = None
-        self.entering: torch.Tensor | None = None
-        self.entering_lengths: tuple[list[int], list[int]] = [], []
-        self.measured: list[torch.Tensor] = []
-        self._losses: list[np.ndarray] | None = None
+        self.kept_prefill: KeptPrefill | None = None
+        self.under_way: Prefill | None = None
+        self.last = PrefillResult()
+
+    # What the last prefill told: see `PrefillResult`.
+    similarities = property(lambda self: self.last.similarities)
+    classes = property(lambda self: self.last.classes)
+    budgets = property(lambda self: self.last.budgets)
+    kv_bytes = property(lambda self: self.last.kv_bytes)
+    state_bytes = property(lambda self: self.last.state_bytes)
+    notes = property(lambda self: self.last.notes)
+    shared_seconds = property(lambda self: self.last.shared_seconds)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ValueError("a squeezed model cannot be copied or pickled: leave the `with squeezed(...)` block first")
 
     def use(self, config: SqueezeConfig) -> None:
         """Go on with another configuration, from the next prompt on.
@@ -126,22 +128,21 @@ class SqueezedModel:
         made.owner = self.model, self.evictor
         return made
 
-    def prefill(self, tokens: torch.Tensor) -> Prefill:
-        """Prefill prompts of one length, `(batch, tokens)`, and keep all of it for `fork`."""
-        before = self.config, self.share_prefills, self.kept_prefill
-        inputs = tokens.to(self.model.get_input_embeddings().weight.device)
-        budgets = [inputs.shape[1]] * self.model.config.num_hidden_layers
-        config = SqueezeConfig(self.config.algorithm, budgets=budgets, attn=self.config.attn)
-        self.config, self.share_prefills = config, True
-        try:
-            self.model.model(input_ids=inputs, past_key_values=self.cache(1), use_cache=True)
-            assert self.kept_prefill is not None
-            return self.kept_prefill
-        finally:
-            self.config, self.share_prefills, self.kept_prefill = before
+    def prefill(self, tokens: torch.Tensor) -> KeptPrefill:
+        """Prefill prompts of one length, `(batch, tokens)`, and return all of it for `fork`.
 
-    def fork(self, prefill: Prefill, budgets: Sequence[Sequence[int]], max_new_tokens: int) -> SqueezeCache:
-        """A cache that goes on after one prompt's prefill in several ways, one a sequence of its batch.
+        A prefill that is kept for other configurations is let go of first, unless the prefill under way takes it over.
+        """
+        self.forget_prefill()
+        inputs = tokens.to(self.model.get_input_embeddings().weight.device)
+        cache = self.cache(0)
+        cache.whole = True
+        output = self.model.model(input_ids=inputs, past_key_values=cache, use_cache=True, return_dict=True)
+        layers = [layer.contents for layer in cache.layers]
+        return KeptPrefill(inputs, cache.prompt_lengths, self.config.attn, layers, [], output.last_hidden_state)
+
+    def fork(self, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], max_new_tokens: int) -> SqueezeCache:
+        """A cache that goes on after one prompt's prefill, with other budgets in each sequence of its batch.
 
         Args:
             prefill: of a batch of one.
@@ -149,48 +150,91 @@ class SqueezedModel:
             max_new_tokens: that can be decoded.
         """
         cache = self.cache(max_new_tokens)
-        cache.begin(prefill.inputs.shape[1], len(budgets), None)
-        for layer, held in zip(cache.layers, prefill.layers, strict=True):
-            layer.fill(*(part.expand(len(budgets), -1, *part.shape[2:]) if part.numel() else part for part in held))
-        cache.compress(budgets)
+        cache.begin(len(budgets), prefill.inputs.shape[1], None)
+        for layer, contents in zip(cache.layers, prefill.layers, strict=True):
+            layer.fill(
+                *(part.expand(len(budgets), -1, *part.shape[2:]) if part.numel() else part for part in contents)
+            )
+        cache.compress(np.array(budgets).T)
         return cache
 
-    def begin_prefill(self, cache: SqueezeCache, inputs: torch.Tensor | None) -> None:
-        """Tell the cache its budgets, where they are known already and no other configuration shares the prefill.
+    @contextmanager
+    def prefilling(self, cache: SqueezeCache, inputs: torch.Tensor | None, plain: bool) -> Iterator[Prefill]:
+        """The prefill of the prompts that `cache` has begun with, whose forward pass runs inside the block.
+
+        At the block's end the cache is cut. What must be measured on the prompts for their budgets, by forward passes
+        of its own, is measured before the block begins.
 
         Args:
-            inputs: token ids, `(batch, tokens)`; None where there are embeddings in their place.
+            inputs: token ids, `(batch, columns)`; None where there are embeddings in their place.
+            plain: whether the pass gives nothing that a kept prefill does not have.
         Raises:
-            InputError: the allocation is `measured`, and there are no token ids or too few.
+            InputError: the allocation is `measured`, and there are no token ids or too few; or hidden states are not
+                finite.
         """
-        self._losses = self._loss_curves(cache.prompt_lengths, inputs)
-        self.measured = []
-        if not self.config.needs_similarities and (self.config.prefill_chunk or not self.share_prefills):
-            known = [
-                self._allocate(row, None, length, cache.max_new_tokens)
-                for row, length in enumerate(cache.prompt_lengths)
-            ]
-            cache.budgets = np.array([budgets.tokens for budgets in known]).T
+        prefill = self._begin_prefill(cache, inputs, plain)
+        self.under_way = prefill
+        try:
+            yield prefill
+            if not cache.whole:
+                self._end_prefill(cache, prefill)
+        except BaseException:
+            cache.forget()
+            raise
+        finally:
+            self.under_way = None
 
-    def finish_prefill(self, cache: SqueezeCache) -> None:
-        """Turn what was measured into budgets, sequence by sequence, and cut the cache to them if it is not yet."""
-        measured = None
-        if self.measured:
-            by_chunk = torch.stack([values.cpu() for values in self.measured]).unflatten(0, (-1, len(cache.layers)))
-            measured = by_chunk.sum(dim=0).T.numpy()
-        self.measured = []
-        if measured is not None and not np.isfinite(measured).all():
+    def _begin_prefill(self, cache: SqueezeCache, inputs: torch.Tensor | None, plain: bool) -> Prefill:
+        """A prefill, its loss curves where they are needed, and its budgets where they are known already."""
+        config = self.config
+        prefill = Prefill(cache.layers, cache.prompt_lengths, cache.columns, self.window, config.attn)
+        if cache.whole:
+            return prefill
+        prefill.chunk, prefill.measured = config.prefill_chunk, config.budgets is None
+        if plain and self.share_prefills and inputs is not None and prefill.chunk is None:
+            prefill.shared = True
+            kept, self.kept_prefill = self.kept_prefill, None  # let go of it before another one is made
+            if kept is not None and prefill.may_take_over(kept, inputs):
+                prefill.kept = kept
+            del kept
+        prefill.losses = self._loss_curves(cache.prompt_lengths, inputs)
+        if not config.needs_similarities and not prefill.shared:
+            prefill.budgets = np.array([budgets.tokens for budgets in self._allocated(cache, prefill, None)]).T
+        return prefill
+
+    def _end_prefill(self, cache: SqueezeCache, prefill: Prefill) -> None:
+        """Turn what was measured into budgets, cut the cache to them if it is not yet, and publish what was told."""
+        similarities = prefill.mean_similarities()
+        if similarities is not None and not np.isfinite(similarities).all():
             raise InputError(f"the model's hidden states are not finite in {self.model.dtype}: use another dtype")
-        allocated = [
-            self._allocate(row, None if measured is None else measured[row], length, cache.max_new_tokens)
+        allocated = self._allocated(cache, prefill, similarities)
+        if prefill.budgets is None:
+            cache.compress(np.array([budgets.tokens for budgets in allocated]).T)
+        else:
+            cache.end_prefill(prefill.budgets)
+        if prefill.shared:
+            self.kept_prefill = prefill.kept
+        self.last = PrefillResult(
+            similarities,
+            None if similarities is None else np.array([budgets.classes for budgets in allocated]),
+            cache.budgets.T,
+            cache.kv_bytes,
+            cache.state_bytes,
+            [list(budgets.notes) for budgets in allocated],
+            prefill.shared_seconds,
+        )
+
+    def _allocated(self, cache: SqueezeCache, prefill: Prefill, similarities: np.ndarray | None) -> list[Budgets]:
+        """Budgets of each sequence; `similarities` are `(batch, layers)`, or None where budgets do not need them."""
+        return [
+            self._allocate(
+                None if prefill.losses is None else prefill.losses[row],
+                None if similarities is None else similarities[row],
+                length,
+                cache.max_new_tokens,
+            )
             for row, length in enumerate(cache.prompt_lengths)
         ]
-        cache.compress([budgets.tokens for budgets in allocated])
-        self.similarities = measured
-        self.classes = None if measured is None else np.array([budgets.classes for budgets in allocated])
-        self.budgets = cache.budgets.T
-        self.kv_bytes, self.state_bytes = cache.kv_bytes, cache.state_bytes
-        self.notes = [list(budgets.notes) for budgets in allocated]
 
     def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[np.ndarray] | None:
         """Curves for each sequence, as `curves.budgets` takes them, where budgets are made from them."""
@@ -203,7 +247,9 @@ class SqueezedModel:
         prompts = [row[-length:] for row, length in zip(inputs, lengths, strict=True)]
         return [np.array(loss_curves.measure(self, prompt, [self.config.share])) for prompt in prompts]
 
-    def _allocate(self, row: int, similarities: np.ndarray | None, length: int, max_new_tokens: int) -> Budgets:
+    def _allocate(
+        self, losses: np.ndarray | None, similarities: np.ndarray | None, length: int, max_new_tokens: int
+    ) -> Budgets:
         cap = length + max_new_tokens
         if self.window is not None:
             cap = min(cap, self.window)
@@ -211,10 +257,10 @@ class SqueezedModel:
             return Budgets([min(tokens, cap) for tokens in self.config.budgets])
         if similarities is None:  # not measured yet, and these budgets are the same whatever they will be
             similarities = np.zeros(self.model.config.num_hidden_layers)
-        if self._losses is not None:
+        if losses is not None:
             calibration, minimum = self.config.calibration, self.evictor.minimum_budget
             multiples = loss_curves.MULTIPLES if calibration is None else calibration.multiples
-            found = curves.budgets(multiples, self._losses[row], self.config.share, length, cap, minimum)
+            found = curves.budgets(multiples, losses, self.config.share, length, cap, minimum)
             return replace(found, classes=classify(similarities))
         ini_size, kv_class3 = self.config.fractions
         return allocate(

@@ -5,6 +5,7 @@ import pytest
 import modify_transformers
 from squeeze import compatibility
 from squeeze.allocations.formula import Budgets
+from squeeze.engine import decoder_layer as layer
 from squeeze.engine import patch
 
 
@@ -22,10 +23,18 @@ def test_this_environment_passes(capsys):
     ("break_it", "line", "reason"),
     [
         (lambda m: m.setattr(compatibility, "version", lambda name: "4.34.0"), "transformers version", "4.34.0"),
-        (lambda m: m.setattr(patch, "ATTENTION_ATTRIBUTES", ("q_proj", "qkv_proj")), "attention classes", "qkv_proj"),
-        (lambda m: m.setattr(patch, "apply_rotary_pos_emb", lambda q, k, *_: (q, k)), "llama: full budget", "differs"),
         (
-            lambda m: m.setattr(patch, "_prepare_cache", lambda *_: None),
+            lambda m: m.setattr(layer, "ATTENTION_ATTRIBUTES", ("q_proj", "qkv_proj")),
+            "attention classes",
+            "qkv_proj",
+        ),
+        (
+            lambda m: m.setattr(layer, "apply_rotary_pos_emb", lambda q, k, *_: (q, k)),
+            "llama: full budget",
+            "differs",
+        ),
+        (
+            lambda m: m.setattr(patch, "prepare_cache", lambda *_: None),
             "llama: full budget",
             "names its cache",
         ),
@@ -42,6 +51,6 @@ def test_a_broken_environment_fails_on_its_line(monkeypatch, capsys, break_it, l
     assert "pip install" in advice
 
 
-def whole(run, row, similarities, length, max_new_tokens):
+def whole(run, losses, similarities, length, max_new_tokens):
     """An allocation that gives every layer room for all tokens."""
     return Budgets([length + max_new_tokens] * 4)

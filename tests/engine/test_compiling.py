@@ -10,7 +10,8 @@ import torch
 from conftest import random_model
 
 from squeeze import InputError, SqueezeConfig, squeezed
-from squeeze.engine import compiling, patch
+from squeeze.engine import compiling
+from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.models.packing import pack
 
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
@@ -43,7 +44,7 @@ def test_compiled_steps_give_the_plain_steps_tokens_and_buffers(model, algorithm
         for one, other in zip(plain.layers, compiled.layers, strict=True):
             torch.testing.assert_close(other.keys, one.keys, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(other.scores, one.scores, atol=1e-4, rtol=1e-4)
-            assert other.held.equal(one.held)
+            assert other.slot_positions.equal(one.slot_positions)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] >= 1, "something was compiled"
     assert not counters["graph_break"], dict(counters["graph_break"])
@@ -83,4 +84,4 @@ def test_a_model_on_several_devices_is_not_compiled():
     spread = random_model("llama")
     spread.hf_device_map = {"model.embed_tokens": "cpu", "lm_head": "disk"}
     with pytest.raises(InputError, match="compile needs the model on one device"):
-        patch.SqueezedModel(spread, SqueezeConfig("h2o", "0.5", "0.3", compile=True))
+        SqueezedModel(spread, SqueezeConfig("h2o", "0.5", "0.3", compile=True))

@@ -190,7 +190,7 @@ def test_a_split_model_holds_each_buffer_where_its_layer_is(embedded, prompts, a
         handle.remove()
     assert output.tolist() == expected.tolist()
     for layer, device in zip(cache.layers, keys, strict=True):
-        assert {t.device for t in (layer.keys, layer.values, layer.scores, layer.held, layer.rows)} == {device}
+        assert {t.device for t in (*layer.contents, layer.slot_positions, layer.rows)} == {device}
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])

@@ -98,7 +98,7 @@ def test_bounded_and_whole_prefills_give_the_same(algorithm, sizes, window):
                 ids, attention_mask=mask, past_key_values=cache, max_new_tokens=24, min_new_tokens=24, do_sample=False
             )
             reported = run.similarities, run.classes, run.budgets, run.kv_bytes, run.state_bytes, run.notes
-            held = [(layer.keys, layer.values, layer.scores, layer.held) for layer in cache.layers]
+            held = [(layer.keys, layer.values, layer.scores, layer.slot_positions) for layer in cache.layers]
             found.append((tokens, cache, held, [str(one) for one in reported]))
     (tokens, cache, held, reported), (expected, other, expected_held, expected_reported) = found
     assert tokens.equal(expected)

@@ -8,6 +8,7 @@ from conftest import random_model
 from transformers import DynamicCache
 
 from squeeze import InputError, SqueezeConfig, squeezed
+from squeeze.engine.prefill import PrefillResult
 
 MODEL = random_model("llama")
 IDS = torch.randint(3, 199, (2, 60), generator=torch.Generator().manual_seed(3))
@@ -47,7 +48,7 @@ def test_a_call_that_would_make_a_cache_of_its_own_is_a_sentence(way):
 def test_the_cache_may_be_given_by_position():
     with squeezed(MODEL, SqueezeConfig("streaming", "0.3", "0.1")) as run, torch.no_grad():
         by_name = MODEL.model(IDS, past_key_values=run.cache(1)).last_hidden_state
-        budgets, run.budgets = run.budgets, None
+        budgets, run.last = run.budgets, PrefillResult()
         assert torch.equal(MODEL.model(IDS, None, None, run.cache(1)).last_hidden_state, by_name)
         assert (run.budgets == budgets).all()
 

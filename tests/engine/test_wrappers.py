@@ -13,7 +13,7 @@ from transformers import LlamaForSequenceClassification
 
 from squeeze import InputError, SqueezeConfig, squeezed
 from squeeze.engine import squeezed_model
-from squeeze.engine.patch import unwrap
+from squeeze.engine.unwrap import unwrap
 from squeeze.models.packing import pack
 
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
