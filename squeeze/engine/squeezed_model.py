@@ -19,6 +19,7 @@ from squeeze.allocations import curves
 from squeeze.allocations.formula import Budgets, allocate, classify
 from squeeze.compatibility import check_transformers
 from squeeze.config import DEFAULT_ALGORITHM, SqueezeConfig
+from squeeze.devices import section
 from squeeze.engine import loss_curves
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.prefill import KeptPrefill, Prefill, PrefillResult
@@ -226,15 +227,16 @@ class SqueezedModel:
 
     def _allocated(self, cache: SqueezeCache, prefill: Prefill, similarities: np.ndarray | None) -> list[Budgets]:
         """Budgets of each sequence; `similarities` are `(batch, layers)`, or None where budgets do not need them."""
-        return [
-            self._allocate(
-                None if prefill.losses is None else prefill.losses[row],
-                None if similarities is None else similarities[row],
-                length,
-                cache.max_new_tokens,
-            )
-            for row, length in enumerate(cache.prompt_lengths)
-        ]
+        with section("importance", self.model.device):
+            return [
+                self._allocate(
+                    None if prefill.losses is None else prefill.losses[row],
+                    None if similarities is None else similarities[row],
+                    length,
+                    cache.max_new_tokens,
+                )
+                for row, length in enumerate(cache.prompt_lengths)
+            ]
 
     def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[np.ndarray] | None:
         """Curves for each sequence, as `curves.budgets` takes them, where budgets are made from them."""
