@@ -20,7 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
-from squeeze.config import SqueezeConfig
+from squeeze.allocations.base import Allocation
+from squeeze.config import SqueezeConfig, as_config
 from squeeze.devices import now
 from squeeze.engine import attention
 from squeeze.engine.cache import SqueezeCache
@@ -29,6 +30,7 @@ from squeeze.engine.layer import SqueezeLayer
 from squeeze.engine.prefill import Prefill
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
+from squeeze.evictors import Evictor
 from squeeze.importance import similarity
 from squeeze.models.rope import LengthwiseRope, depends_on_length, forward_name
 
@@ -42,18 +44,26 @@ _patching = threading.Lock()
 
 
 @contextmanager
-def squeezed(model: Any, config: SqueezeConfig) -> Iterator[SqueezedModel]:
+def squeezed(
+    model: Any,
+    config: SqueezeConfig | Evictor | str | None,
+    allocation: Allocation | str | None = None,
+    **options: Any,
+) -> Iterator[SqueezedModel]:
     """Give `model.generate` a per-layer KV budget inside the `with` block; afterwards the model is what it was.
 
     For inference: no gradient flows through attention on a squeezed cache. Threads may use the model at the same time:
     their forward passes take turns, and `run` tells of the last prefill of any of them.
 
-    >>> with squeezed(model, SqueezeConfig(algorithm="h2o", ini_size=0.2, kv_class3=0.1)) as run:
+    >>> with squeezed(model, H2O(), Squeeze(0.2, class3=0.1)) as run:
     ...     tokens = model.generate(**inputs, max_new_tokens=64)
     ...     print(run.budgets, run.kv_bytes)
 
     Args:
         model: of transformers, or what PEFT (adapters), torch.compile or DistributedDataParallel made of one.
+        config: an eviction method, None for the architecture's default; or a SqueezeConfig, which says everything.
+        allocation: what makes the budgets of the layers.
+        options: `attn`, `compile`, `prefill_chunk`, see SqueezeConfig.
     Raises:
         InputError: the model's architecture is not supported, or `config` does not fit the model.
         UntestedVersion: the installed transformers is not one that the patch was tested with.
@@ -61,6 +71,7 @@ def squeezed(model: Any, config: SqueezeConfig) -> Iterator[SqueezedModel]:
             cache cannot do (beams, assisted decoding, attention probabilities, a prompt fed in pieces), and a call
             that would make another cache of its own.
     """
+    config = as_config(config, allocation, **options)
     model = unwrap(model)
     undo = ExitStack()
     try:
@@ -318,7 +329,7 @@ def _enter(run: SqueezedModel, layer, args, kwargs):
     """Before a decoder layer: remember the residual stream, if this is a prefill."""
     cache = _squeeze_cache(kwargs)
     run.entering = None
-    if cache is not None and not cache.compressed and run.config.budgets is None:
+    if cache is not None and not cache.compressed and run.config.allocator.records_similarities:
         run.entering = args[0] if args else kwargs["hidden_states"]
         run.entering_lengths = cache.lengths, cache.prompt_lengths
 

@@ -13,15 +13,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from squeeze.allocations import curves
-from squeeze.allocations.formula import Budgets, allocate, classify
+from squeeze.allocations.base import Budgets, LossCurves, PromptFacts, check_budgets
 from squeeze.compatibility import check_transformers
 from squeeze.config import DEFAULT_ALGORITHM, SqueezeConfig
 from squeeze.engine import loss_curves
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.prefill import Prefill
 from squeeze.errors import InputError
-from squeeze.evictors import make_evictor
 from squeeze.models.folder_config import own_window
 from squeeze.models.rope import LengthwiseRope, depends_on_length
 from squeeze.numbers import whole_number
@@ -66,7 +64,7 @@ class SqueezedModel:
         self.entering: torch.Tensor | None = None
         self.entering_lengths: tuple[list[int], list[int]] = [], []
         self.measured: list[torch.Tensor] = []
-        self._losses: list[np.ndarray] | None = None
+        self._curves: list[LossCurves] | None = None
 
     def use(self, config: SqueezeConfig) -> None:
         """Go on with another configuration, from the next prompt on.
@@ -81,34 +79,25 @@ class SqueezedModel:
             raise InputError(
                 f"the model is of type {architecture}; supported are {', '.join(sorted(DEFAULT_ALGORITHM))}"
             )
-        layers = model.config.num_hidden_layers
-        if config.budgets is not None and len(config.budgets) != layers:
-            raise InputError(f"budgets must have one entry a layer: {layers}, got {len(config.budgets)}")
-        algorithm = config.algorithm or DEFAULT_ALGORITHM[architecture]
+        algorithm = config.algorithm_name or DEFAULT_ALGORITHM[architecture]
+        if config.algorithm is None:
+            config = replace(config, algorithm=algorithm)
         if config.compile != self.compiled:
             raise ValueError("compiling is decided on when the model is squeezed: leave the `with` block first")
-        evictor, window = make_evictor(algorithm, config.start_size), own_window(model.config)
-        if config.budgets is not None and min(config.budgets) < evictor.minimum_budget:
-            raise InputError(
-                f"budgets must be at least {evictor.minimum_budget} tokens for {algorithm}, "
-                f"got {min(config.budgets)} in layer {int(np.argmin(config.budgets))}"
-            )
+        evictor, window = config.evictor, own_window(model.config)
+        config.allocator.check(algorithm, evictor, model.config.num_hidden_layers)
         if window is not None and window < evictor.minimum_budget:
             raise InputError(
                 f"{algorithm} needs {evictor.minimum_budget} tokens a layer, and the model's own "
                 f"sliding window is {window}"
             )
-        if config.allocation == "calibrated":
-            if config.calibration is None:
-                raise InputError("the allocation calibrated needs loss curves: calibration=read_calibration(FILE)")
-            config.calibration.check(algorithm, config.start_size, layers)
         if evictor.sinks and depends_on_length(model.config):
             rope = model.config.rope_parameters["rope_type"]
-            raise InputError(f"streaming moves sink tokens by fixed angles; the model's RoPE is of type {rope}")
+            raise InputError(f"{algorithm} moves sink tokens by fixed angles; the model's RoPE is of type {rope}")
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
         with self.lock:  # nothing is changed by a configuration that is refused
-            self.config, self.evictor, self.window = replace(config, algorithm=algorithm), evictor, window
+            self.config, self.evictor, self.window = config, evictor, window
 
     def forget_prefill(self) -> None:
         """Let go of the prefill that is kept for other configurations."""
@@ -161,11 +150,12 @@ class SqueezedModel:
         Args:
             inputs: token ids, `(batch, tokens)`; None where there are embeddings in their place.
         Raises:
-            InputError: the allocation is `measured`, and there are no token ids or too few.
+            InputError: the allocation needs loss curves of the prompt, and there are no token ids or too few.
         """
-        self._losses = self._loss_curves(cache.prompt_lengths, inputs)
+        self._curves = self._loss_curves(cache.prompt_lengths, inputs)
         self.measured = []
-        if not self.config.needs_similarities and (self.config.prefill_chunk or not self.share_prefills):
+        known_early = self.config.allocator.needs != "similarities"
+        if known_early and (self.config.prefill_chunk or not self.share_prefills):
             known = [
                 self._allocate(row, None, length, cache.max_new_tokens)
                 for row, length in enumerate(cache.prompt_lengths)
@@ -192,37 +182,29 @@ class SqueezedModel:
         self.kv_bytes, self.state_bytes = cache.kv_bytes, cache.state_bytes
         self.notes = [list(budgets.notes) for budgets in allocated]
 
-    def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[np.ndarray] | None:
-        """Curves for each sequence, as `curves.budgets` takes them, where budgets are made from them."""
-        if self.config.calibration is not None:
-            return [self.config.calibration.measurements(self.config.share)] * len(lengths)
-        if self.config.allocation != "measured":
+    def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[LossCurves] | None:
+        """Curves measured on each sequence, where the allocation needs them."""
+        allocation = self.config.allocator
+        if allocation.needs != "loss_curves":
             return None
         if inputs is None:
-            raise InputError("the allocation measured needs a prompt's token ids, and got embeddings")
+            raise InputError(f"the allocation {allocation} needs a prompt's token ids, and got embeddings")
         prompts = [row[-length:] for row, length in zip(inputs, lengths, strict=True)]
-        return [np.array(loss_curves.measure(self, prompt, [self.config.share])) for prompt in prompts]
+        losses = [np.array(loss_curves.measure(self, prompt, [self.config.share])) for prompt in prompts]
+        return [LossCurves(loss_curves.MULTIPLES, of_prompt) for of_prompt in losses]
 
     def _allocate(self, row: int, similarities: np.ndarray | None, length: int, max_new_tokens: int) -> Budgets:
-        cap = length + max_new_tokens
-        if self.window is not None:
-            cap = min(cap, self.window)
-        if self.config.budgets is not None:
-            return Budgets([min(tokens, cap) for tokens in self.config.budgets])
-        if similarities is None:  # not measured yet, and these budgets are the same whatever they will be
-            similarities = np.zeros(self.model.config.num_hidden_layers)
-        if self._losses is not None:
-            calibration, minimum = self.config.calibration, self.evictor.minimum_budget
-            multiples = loss_curves.MULTIPLES if calibration is None else calibration.multiples
-            found = curves.budgets(multiples, self._losses[row], self.config.share, length, cap, minimum)
-            return replace(found, classes=classify(similarities))
-        ini_size, kv_class3 = self.config.fractions
-        return allocate(
-            similarities,
-            allocation=self.config.allocation,
-            ini_size=ini_size,
-            kv_class3=kv_class3,
+        allocation = self.config.allocator
+        facts = PromptFacts(
+            layers=self.model.config.num_hidden_layers,
             length=length,
-            cap=cap,
+            cap=min(length + max_new_tokens, self.window or length + max_new_tokens),
             minimum=self.evictor.minimum_budget,
+            similarities=similarities if allocation.needs == "similarities" else None,
+            curves=self._curves[row] if self._curves else None,
         )
+        budgets = allocation.allocate(facts)
+        check_budgets(budgets, facts, allocation)
+        if similarities is None or budgets.classes is not None:
+            return budgets
+        return replace(budgets, classes=allocation.classify(similarities))
