@@ -34,7 +34,10 @@ from tqdm import tqdm
 
 from squeeze import SqueezeConfig, calibrate, devices, squeezed
 from squeeze.allocations import calibration, curves
-from squeeze.allocations.formula import allocate, round_to
+from squeeze.allocations.base import PromptFacts
+from squeeze.allocations.squeeze import Squeeze
+from squeeze.allocations.squeeze_log import SqueezeLog
+from squeeze.allocations.totals import round_to
 from squeeze.benchmarks import fidelity, predict
 from squeeze.benchmarks.longbench.data import load_data
 from squeeze.benchmarks.records import Compared
@@ -117,15 +120,16 @@ def ways(known, algorithm, size, length, cap, similarities, own):
     def by(losses):
         return curves.greedy(MULTIPLES, losses, share, length, cap, minimum)
 
+    facts = PromptFacts(len(similarities), length, cap, minimum, similarities)
+
     def formula(allocation, ratio):
-        options = {"ini_size": share, "kv_class3": share * Fraction(ratio), "allocation": allocation}
-        return allocate(similarities, **options, length=length, cap=cap, minimum=minimum).tokens
+        return allocation(share, share * Fraction(ratio)).allocate(facts).tokens
 
     def each(some, at=size):
         return [by(some.at(losses, at)) for losses in some.losses]
 
-    uniform, log = formula("squeeze", "1"), formula("squeeze-log", "0.6")
-    found = {"uniform": uniform, "squeeze 0.6x": formula("squeeze", "0.6"), "squeeze-log 0.6x": log}
+    uniform, log = formula(Squeeze, "1"), formula(SqueezeLog, "0.6")
+    found = {"uniform": uniform, "squeeze 0.6x": formula(Squeeze, "0.6"), "squeeze-log 0.6x": log}
     every = known[algorithm]
     default = [(dataset, 0) for dataset in calibrate.DATASETS.split(",")]
     for name, some in {

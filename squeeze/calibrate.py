@@ -18,6 +18,7 @@ from squeeze.benchmarks.longbench.prompts import chat_settings
 from squeeze.cli.arguments import Parser, as_path, path_text
 from squeeze.cli.run import run_command
 from squeeze.errors import InputError
+from squeeze.evictors import EVICTORS
 from squeeze.numbers import parse_fraction
 from squeeze.ranks import ALONE
 from squeeze.runs.execute import load
@@ -27,7 +28,7 @@ from squeeze.runs.samples import Samples
 from squeeze.storage.files import write_json, writing
 from squeeze.storage.paths import shipped
 from squeeze.storage.schema import Count, Nats, Positive
-from squeeze.text import say
+from squeeze.text import file_name, say
 
 EXAMPLES = """examples
   the embedded model under H2O, on prompts that the project ships:
@@ -107,14 +108,15 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     job = job_of(args)
     from squeeze.engine import loss_curves
 
-    assert job.config is not None and job.config.algorithm is not None
-    algorithm, name = job.config.algorithm, job.source.name
+    assert job.config is not None and job.config.algorithm_name is not None
+    algorithm, evictor, name = job.config.algorithm_name, job.config.evictor, job.source.name
     out = args.out or calibration.place(name, algorithm, to_write=True)
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: give the name of a file")
     how = {
         "algorithm": algorithm,
-        "start_size": job.config.start_size if algorithm == "streaming" else None,
+        "start_size": evictor.sinks if evictor.has("sinks") else None,
+        **EVICTORS.record(algorithm, evictor),
         "shares": [str(share) for share in shares],
         "multiples": [str(multiple) for multiple in loss_curves.MULTIPLES],
         "tail": loss_curves.TAIL,
@@ -122,7 +124,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     data = [{"dataset": one.dataset, **one.origin, "source": _shown(one.origin["source"])} for one in job.data]
     rows = [(one, row) for one in job.data for row in range(one.count(job.args.sample_num))]
     settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | how
-    folder = Path("calibration") / name / algorithm
+    folder = Path("calibration") / name / file_name(algorithm)
     with Run(folder, settings, job.info, args.overwrite, MeasuredSample) as run:
         measured = {"data": data, "rows": [[one.dataset, row] for one, row in rows]}
         formats = {one.dataset: found for one in job.data if (found := chat_settings(one.dataset, name, False))}
@@ -184,7 +186,7 @@ def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares:
         prompts = {index: encoded[rows[index][0].dataset][rows[index][1]].tokens for index in samples.missing}
         total = sum(loss_curves.cost(len(tokens), len(shares), layers) for tokens in prompts.values())
         print(f"{len(prompts)} prompts, {total:,} tokens to run")
-        with tqdm(total=total, unit="token", unit_scale=True, desc=job.config.algorithm if job.config else "") as bar:
+        with tqdm(total=total, unit="token", unit_scale=True, desc=job.config and job.config.algorithm_name) as bar:
             for index, tokens in prompts.items():
                 data, row = rows[index]
                 loss = unless_out_of_memory(partial(loss_curves.measure, engine.squeezed, tokens, shares, bar.update))

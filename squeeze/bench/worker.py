@@ -222,7 +222,7 @@ def importance_seconds(device: torch.device, found: dict[str, Any]) -> Iterator[
     """Add up in `found` what similarities, classes and budgets cost."""
     from squeeze.engine import prefill, squeezed_model
 
-    named: tuple[tuple[Any, str], ...] = ((prefill, "similarity"), (squeezed_model, "allocate"))
+    named: tuple[tuple[Any, str], ...] = ((prefill, "similarity"), (squeezed_model.SqueezedModel, "_allocate"))
     originals = [(module, name, getattr(module, name)) for module, name in named]
     found["importance_seconds"] = 0.0
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from squeeze.allocations.base import LossCurves
 from squeeze.engine.layer import SqueezeLayer
 from squeeze.importance import similarity
 
@@ -92,7 +93,7 @@ class Prefill:
     chunk: int | None = None
     shared: bool = False
     kept: KeptPrefill | None = None
-    losses: list[np.ndarray] | None = None
+    losses: list[LossCurves] | None = None
     budgets: np.ndarray | None = None
     seen: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)

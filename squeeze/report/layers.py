@@ -54,8 +54,8 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
     return found
 
 
-def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibration:
-    """The loss curves that a run with the allocation `calibrated` was made from.
+def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibration | None:
+    """The loss curves that a run was made from, if it was made from a file of them.
 
     Args:
         folder: the run's.
@@ -63,8 +63,11 @@ def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibratio
     Raises:
         InputError: they are not there any more.
     """
+    sha256 = read_json(folder / "run.json", Manifest)["settings"].get("calibration")
+    if sha256 is None:
+        return None
     place = calibration.place(name, algorithm)
     found = calibration.read_calibration(place) if place.exists() else None
-    if found is None or found.sha256 != read_json(folder / "run.json", Manifest)["settings"].get("calibration"):
+    if found is None or found.sha256 != sha256:
         raise InputError(f"{folder} was made from loss curves that are not in {place} any more")
     return found

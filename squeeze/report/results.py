@@ -14,11 +14,11 @@ from typing import Annotated, Any, TypedDict
 import pandas as pd
 from msgspec import Meta
 
+from squeeze.allocations import ALLOCATIONS
 from squeeze.bench.files import read_bench, speed
 from squeeze.benchmarks.longbench import scoring
 from squeeze.benchmarks.records import Answered, Compared
 from squeeze.benchmarks.requests import HELM_TASKS
-from squeeze.config import ALLOCATIONS
 from squeeze.errors import InputError
 from squeeze.runs.flags import TASKS
 from squeeze.runs.folder import check_count
@@ -100,9 +100,9 @@ def read(found: Inventory) -> Results:
 
 def _sorted(frame: pd.DataFrame) -> pd.DataFrame:
     """Data sets together, of each the full cache first, whatever the order of the folders."""
-    order = {name: number for number, name in enumerate(("full", "uniform", *ALLOCATIONS))}
+    order = {name: number for number, name in enumerate(("full", *ALLOCATIONS.names))}
     rank = frame["allocation"].map(order)
-    columns = [*GROUP, "algorithm", "rank", "ini_size", "KV_class3", "seed", "folder"]
+    columns = [*GROUP, "algorithm", "rank", "allocation", "ini_size", "KV_class3", "seed", "folder"]
     return frame.assign(rank=rank).sort_values(columns).drop(columns="rank").reset_index(drop=True)
 
 

@@ -184,7 +184,7 @@ def work_on(
     from squeeze.runs.batching import Point, progress_bar, run_batches
 
     # Those that prefill in the same way one after the other: only one prefill is kept.
-    jobs = sorted(jobs, key=lambda one: one[0].config is not None and one[0].config.algorithm == "h2o")
+    jobs = sorted(jobs, key=lambda one: one[0].config is not None and one[0].config.evictor.needs_scores)
     how, data = jobs[0][0].how, jobs[0][0].data[index]
     prompts = predict.encode(engine.tokenizer, data, max(samples.total for _, samples in jobs), how)
     points: list[Point] = []

@@ -6,10 +6,12 @@ import argparse
 import dataclasses
 from functools import cache
 
+from squeeze.allocations import ALLOCATIONS, DEFAULT
 from squeeze.benchmarks.requests import HELM_TASKS
 from squeeze.cli.arguments import Parser, path_text, real, whole
-from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, SqueezeConfig
+from squeeze.config import DEFAULT_ALGORITHM, DTYPES, SqueezeConfig
 from squeeze.errors import InputError
+from squeeze.evictors import EVICTORS
 from squeeze.numbers import MOST_SEED
 from squeeze.text import shortened
 
@@ -18,8 +20,6 @@ MODEL_ARCHS = ("Mistral", "llama", "no_change")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 WORDS = {
-    "algorithm": ALGORITHMS,
-    "allocation": ALLOCATIONS,
     "dtype": DTYPES,
     "attn": ATTENTIONS,
     "device_map": DEVICE_MAPS,
@@ -265,6 +265,10 @@ def check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and value not in allowed:
             raise InputError(f"--{name} must be one of {', '.join(allowed)}, got {shortened(value)}")
+    if args.algorithm is not None:
+        EVICTORS.check(args.algorithm, "--algorithm")
+    if args.allocation is not None:
+        ALLOCATIONS.check(args.allocation, "--allocation")
     if getattr(args, "top_p", 1) < 1 and args.temperature == 0:
         raise InputError("--top_p is for sampling: give --temperature as well")
     if getattr(args, "fidelity", False) and args.temperature > 0:
@@ -309,7 +313,7 @@ def config_from_flags(args: argparse.Namespace) -> SqueezeConfig | None:
         algorithm=args.algorithm,
         ini_size=args.ini_size,
         kv_class3=args.KV_class3,
-        allocation=args.allocation or "squeeze",
+        allocation=args.allocation or DEFAULT,
         start_size=args.start_size,
         attn=attn,
         compile=getattr(args, "compile", False),

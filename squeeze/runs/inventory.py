@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from squeeze.benchmarks.requests import HELM_TASKS
-from squeeze.config import BY_LOSS
 from squeeze.errors import InputError
 from squeeze.runs.manifest import Manifest, check_settings, check_summary
 from squeeze.storage.files import read_json
@@ -130,8 +129,8 @@ def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str
     if settings["cache"] == "full":
         return dict.fromkeys(COLUMNS, "-") | {"algorithm": "full cache"}
     uniform = settings["ini_size"] == settings.get("KV_class3")
-    # Budgets from loss curves do not follow from classes.
-    layers = [] if settings["allocation"] in BY_LOSS else summary.get("layers_per_class", [])
+    # Without KV_class3 budgets do not follow from classes.
+    layers = summary.get("layers_per_class", []) if "KV_class3" in settings else []
     return {
         "algorithm": settings["algorithm"],
         "allocation": "uniform" if uniform else settings["allocation"],

@@ -29,7 +29,7 @@ class Total:
         prompt_tokens: of those samples.
         prefilled: those tokens where prompts that runs share are counted once.
         new_tokens: the most that can come out.
-        measured: tokens to run for loss curves, of the allocation `measured`.
+        measured: tokens to run for loss curves, of allocations that need them on every prompt.
         prefill_bytes: the most keys and values that a prefill holds.
     """
 
@@ -100,7 +100,7 @@ def _prefills(job: Job) -> list[Any]:
     """The ways in which a run prefills a prompt; runs share those that are equal."""
     if job.config is None:
         return [job.place]  # transformers' own, which is not shared
-    squeezed: Any = ("squeezed", job.config.algorithm == "h2o", job.config.attn)
+    squeezed: Any = ("squeezed", job.config.evictor.needs_scores, job.config.attn)
     if job.config.prefill_chunk is not None:
         squeezed = "in chunks", job.place  # what a chunk attends to depends on the budgets
     return [squeezed, job.place] if job.args.fidelity else [squeezed]
@@ -110,7 +110,7 @@ def _measuring(job: Job, config: PretrainedConfig, lengths: Sequence[int]) -> in
     """Tokens that are run for the loss curves of prompts of these lengths."""
     from squeeze.engine import loss_curves
 
-    if job.config is None or job.config.allocation != "measured":
+    if job.config is None or job.config.allocator.needs != "loss_curves":
         return 0
     return sum(loss_curves.cost(length, 1, config.num_hidden_layers) for length in lengths)
 
