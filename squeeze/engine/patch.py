@@ -75,7 +75,7 @@ def squeezed(
 
 
 def _patch(undo: ExitStack, model: PreTrainedModel, config: SqueezeConfig) -> SqueezedModel:
-    """Put everything in place that `undo` takes away again."""
+    """Put stand-ins and hooks on the model; `undo` takes them away again."""
     if "_prepare_cache_for_generation" in vars(model):
         raise ValueError("the model is squeezed already: leave the outer `with squeezed(...)` first")
     run = SqueezedModel(model, config)
@@ -112,9 +112,9 @@ def _replace(undo: ExitStack, owner: object, name: str, value: object) -> None:
 def _lengthwise(undo: ExitStack, rotary: nn.Module) -> LengthwiseRope:
     """Angles by each sequence's own length, as `squeeze.models.loading` gave them to the model, or from now on."""
     name = forward_name(rotary)
-    there = vars(rotary).get(name)
-    if isinstance(there, LengthwiseRope):
-        return there
-    made = LengthwiseRope(rotary)
-    _replace(undo, rotary, name, made)
-    return made
+    current = vars(rotary).get(name)
+    if isinstance(current, LengthwiseRope):
+        return current
+    lengthwise = LengthwiseRope(rotary)
+    _replace(undo, rotary, name, lengthwise)
+    return lengthwise

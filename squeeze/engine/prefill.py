@@ -1,4 +1,4 @@
-"""A prefill: the forward pass over prompts while it is under way, what is kept of it, and what it has told."""
+"""A prefill: the pass over prompts while it is under way, what can be kept of it, and its result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from squeeze.importance import similarity
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """What a prefill has told.
+    """The result of a prefill.
 
     Args:
         similarities: mean cosine similarity of each layer, `(batch, layers)` float32; None with explicit budgets.
@@ -124,7 +124,7 @@ class Prefill:
             self.stream = None
 
     def past(self, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
-        """What a layer keeps of earlier chunks, see `SqueezeLayer.past`, sequence by sequence; None of nothing."""
+        """Tokens that a layer keeps of earlier chunks, see `SqueezeLayer.past`, by sequence; None of none."""
         for row, seen in enumerate(self.seen):
             known = None if self.budgets is None or not seen else int(self.budgets[index, row])
             yield None if known is None else self.layers[index].past(row, seen, known)

@@ -1,4 +1,4 @@
-"""A model and a configuration: what every prefill's budgets are, and prefills that several configurations share.
+"""A model and its configuration: the budgets of every prefill, and prefills that several configurations share.
 
 Of the model it knows its sizes, its embeddings and its RoPE; `patch.py` makes its forward passes tell of themselves.
 """
@@ -28,7 +28,7 @@ from squeeze.numbers import whole_number
 
 
 class SqueezedModel:
-    """A model whose `generate` keeps a squeezed cache, and what the last prefill told.
+    """A model whose `generate` keeps a squeezed cache, and the result of its last prefill.
 
     Attributes:
         config: the configuration, its algorithm filled in.
@@ -40,8 +40,8 @@ class SqueezedModel:
             (`use`); what they give is the same as without.
         kept_prefill: the prefill that is kept, between two passes.
         under_way: the prefill under way; None between two passes, and in those that are no prefill.
-        last: what the last prefill told; `similarities`, `classes`, `budgets`, `kv_bytes`, `state_bytes`, `notes` and
-            `shared_seconds` read it.
+        last: the result of the last prefill; `similarities`, `classes`, `budgets`, `kv_bytes`, `state_bytes`, `notes`
+            and `shared_seconds` read it.
     """
 
     def __init__(self, model: PreTrainedModel, config: SqueezeConfig):
@@ -56,7 +56,7 @@ class SqueezedModel:
         self.under_way: Prefill | None = None
         self.last = PrefillResult()
 
-    # What the last prefill told: see `PrefillResult`.
+    # Of the last prefill: see `PrefillResult`.
     similarities = property(lambda self: self.last.similarities)
     classes = property(lambda self: self.last.classes)
     budgets = property(lambda self: self.last.budgets)
@@ -140,10 +140,8 @@ class SqueezedModel:
         """
         cache = self.cache(max_new_tokens)
         cache.begin(len(budgets), prefill.inputs.shape[1], None)
-        for layer, contents in zip(cache.layers, prefill.layers, strict=True):
-            layer.fill(
-                *(part.expand(len(budgets), -1, *part.shape[2:]) if part.numel() else part for part in contents)
-            )
+        for layer, parts in zip(cache.layers, prefill.layers, strict=True):
+            layer.fill(*(part.expand(len(budgets), -1, *part.shape[2:]) if part.numel() else part for part in parts))
         cache.compress(np.array(budgets).T)
         return cache
 
@@ -182,17 +180,16 @@ class SqueezedModel:
         prefill.chunk, prefill.measured = config.prefill_chunk, config.allocator.records_similarities
         if plain and self.share_prefills and inputs is not None and prefill.chunk is None:
             prefill.shared = True
-            kept, self.kept_prefill = self.kept_prefill, None  # let go of it before another one is made
-            if kept is not None and prefill.may_take_over(kept, inputs):
-                prefill.kept = kept
-            del kept
+            if self.kept_prefill is not None and prefill.may_take_over(self.kept_prefill, inputs):
+                prefill.kept = self.kept_prefill
+            self.kept_prefill = None  # let go of another one before this one is made
         prefill.losses = self._loss_curves(cache.prompt_lengths, inputs)
         if config.allocator.needs != "similarities" and not prefill.shared:
             prefill.budgets = np.array([budgets.tokens for budgets in self._allocated(cache, prefill, None)]).T
         return prefill
 
     def _end_prefill(self, cache: SqueezeCache, prefill: Prefill) -> None:
-        """Turn what was measured into budgets, cut the cache to them if it is not yet, and publish what was told."""
+        """Turn what was measured into budgets, cut the cache to them if it is not yet, and publish the result."""
         similarities = prefill.mean_similarities()
         if similarities is not None and not np.isfinite(similarities).all():
             raise InputError(f"the model's hidden states are not finite in {self.model.dtype}: use another dtype")
