@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_runs import make_run
 
 from squeeze import H2O, InputError, SlidingWindow, SqueezeConfig, StreamingLLM
 from squeeze.allocations import ALLOCATIONS
 from squeeze.evictors import EVICTORS, make_evictor
+from squeeze.runs import inventory
 from squeeze.runs.folder import cache_settings, run_folder
 from squeeze.text import file_name
 
@@ -177,6 +179,18 @@ def test_an_allocation_may_take_class3_or_do_without():
 def test_prefill_in_chunks_needs_slots_that_stay():
     with pytest.raises(InputError, match="cannot be used with registry_file:Loose, which gives slots by"):
         SqueezeConfig("registry_file:Loose", 0.2, 0.2, prefill_chunk=4)
+
+
+def test_runs_of_classes_that_are_not_there_are_read():
+    sizes = {"ini_size": 0.4, "KV_class3": 0.2, "algorithm_parameters": {}}
+    make_run(Path("runs/a"), algorithm="nowhere:Ev(a=1)", allocation="nowhere:Al", allocation_parameters={}, **sizes)
+    make_run(Path("runs/b"), algorithm="nowhere:Ev(a=1)", ini_size=0.4, KV_class3=0.2)
+    found = inventory.find([Path("runs")])
+    [entry] = found.entries
+    told = inventory.describe(entry.settings, entry.summary)
+    assert (told["algorithm"], told["allocation"], told["classes"]) == ("nowhere:Ev(a=1)", "nowhere:Al", "1/2/5")
+    [problem] = found.problems
+    assert "runs/b/run.json: settings: algorithm is none of sliding_window, streaming, h2o" in problem
 
 
 def test_a_file_name_is_one_everywhere():
