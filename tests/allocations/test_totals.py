@@ -60,5 +60,5 @@ def test_explicit_budgets_are_capped_and_nothing_else():
 
 @pytest.mark.parametrize("tokens", [[3, 4], [3, 4, 13], [1, 3, 4], [3, 4, 4.0]])
 def test_budgets_of_a_class_of_the_users_own_are_checked(tokens):
-    with pytest.raises(InputError, match="the allocation uniform must give 3 layers whole numbers .* from 2 to 12"):
+    with pytest.raises(InputError, match=r"must give 3 layers whole numbers of tokens from 2 to 12"):
         check_budgets(Budgets(tokens), PromptFacts(3, 10, 12, 2), Uniform(1))
