@@ -206,7 +206,7 @@ class Registry(Generic[S]):
         missing = sorted(getattr(kind, "__abstractmethods__", ()))
         if missing:
             raise InputError(f"{label} lacks {', '.join(missing)}")
-        if not is_dataclass(kind) and inspect.signature(kind).parameters:
+        if set(inspect.signature(kind).parameters) != set(fields_of(kind)):
             raise InputError(f"{label} is no dataclass: write @dataclass(frozen=True) above the class")
         return kind
 
@@ -271,6 +271,7 @@ def _check_parameters(kind: type[Strategy], parameters: Mapping[str, Any], label
 def _said(error: Exception) -> str:
     """What an exception says, in a line, and where in the user's file it was raised."""
     said = " ".join(str(error).split())
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    where = f" ({os.path.basename(frames[-1].filename)} line {frames[-1].lineno})" if len(frames) > 1 else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [one for one in frames if one.filename[0] != "<" and one.filename not in (__file__, importlib.__file__)]
+    where = f" ({os.path.basename(own[0].filename)} line {own[0].lineno})" if own else ""
     return f"{type(error).__name__}: {said}{where}" if said else f"{type(error).__name__}{where}"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_runs import make_bench, make_fidelity, make_helm, make_run
 
-from squeeze import InputError, calibrate
+from squeeze import H2O, InputError, calibrate
 from squeeze.allocations import calibration, curves
 from squeeze.benchmarks import fidelity
 from squeeze.benchmarks.longbench import data as longbench
@@ -166,7 +166,7 @@ def loss_curves():
     def use(path):
         found = calibration.read_calibration(path)
         found.relative(0)
-        found.check("h2o", 4, found.losses.shape[2])
+        found.check("h2o", H2O(), found.losses.shape[2])
         share = found.shares[0]
         curves.budgets(found.multiples, found.measurements(share), share, 500, 508, 2)
 
