@@ -1,28 +1,9 @@
 """Write a model's predictions on LongBench or for HELM with a full or a squeezed KV cache: `python pred.py --help`."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
 
 from squeeze.cli.run import run_command
-from squeeze.ranks import ranks
-from squeeze.runs.execute import OpenJob, do, here
-from squeeze.runs.jobs import prepare
-from squeeze.text import say
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    process = ranks()
-    job = prepare(sys.argv[1:] if argv is None else argv, process)
-    for note in job.notes if process.first else ():
-        say(f"note: {note}")
-    jobs = [OpenJob(job, process)]
-    with here(jobs, process) as worker:
-        for done, index in do(jobs, worker):
-            if process.first:
-                print(done.report(index))
-
+from squeeze.commands.pred import main
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

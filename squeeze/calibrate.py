@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from squeeze.allocations import calibration
 from squeeze.benchmarks.longbench.prompts import chat_settings
-from squeeze.cli.arguments import Parser, as_path, path_text
+from squeeze.cli.arguments import Parser, as_path
 from squeeze.cli.run import run_command
 from squeeze.errors import InputError
 from squeeze.evictors import EVICTORS
@@ -25,6 +26,7 @@ from squeeze.runs.execute import load
 from squeeze.runs.folder import Run, versions
 from squeeze.runs.jobs import Job, prepare
 from squeeze.runs.samples import Samples
+from squeeze.runs.spec import FLAGS, RunSpec, command_line
 from squeeze.storage.files import write_json, writing
 from squeeze.storage.paths import shipped
 from squeeze.storage.schema import Count, Nats, Positive
@@ -65,20 +67,18 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("--model", type=path_text, help="as in pred.py")
-    made.add_argument("--model_path", type=path_text, help="as in pred.py")
-    made.add_argument("--algorithm", help="sliding_window, streaming or h2o (default: the architecture's)")
-    made.add_argument("--start_size", default="4", help="as in pred.py (default: 4)")
+    FLAGS["model"].add_to(made, help="as in pred.py")
+    FLAGS["model_path"].add_to(made, help="as in pred.py")
+    FLAGS["algorithm"].add_to(made, help="sliding_window, streaming or h2o (default: the architecture's)")
+    replace(FLAGS["start_size"], also=()).add_to(made, help="as in pred.py (default: 4)")
     made.add_argument(
         "--ini_size", nargs="+", default=["0.1", "0.2", "0.4"], help="sizes to measure at (default: 0.1 0.2 0.4)"
     )
-    made.add_argument(
-        "--data_dir", type=path_text, help="rows in LongBench's format (default: those that the project ships)"
-    )
-    made.add_argument("--datasets", default=DATASETS, help=f"which of them (default: {DATASETS})")
-    made.add_argument("--sample_num", default="1", help="prompts of each data set (default: 1)")
-    made.add_argument("--device", help="as in pred.py")
-    made.add_argument("--dtype", default="auto", help="as in pred.py")
+    FLAGS["data_dir"].add_to(made, help="rows in LongBench's format (default: those that the project ships)")
+    FLAGS["datasets"].add_to(made, default=DATASETS, help=f"which of them (default: {DATASETS})")
+    FLAGS["sample_num"].add_to(made, default=1, help="prompts of each data set (default: 1)")
+    FLAGS["device"].add_to(made, help="as in pred.py")
+    FLAGS["dtype"].add_to(made, help="as in pred.py")
     made.add_argument("--overwrite", action="store_true", help="measure anew what is there")
     made.add_argument(
         "--out", type=as_path, help="the file to write (default: config/calibration/MODEL-ALGORITHM.json)"
@@ -86,13 +86,14 @@ def parser() -> Parser:
     return made
 
 
-def job_of(args: argparse.Namespace) -> Job:
-    """The model, data and eviction method that the flags name, checked as `pred.py` checks them."""
-    argv = ["--enable_squeeze", "--ini_size", "1", "--KV_class3", "1"]
-    for name in ("model", "model_path", "algorithm", "start_size", "datasets", "sample_num", "device", "dtype"):
-        if getattr(args, name) is not None:
-            argv.append(f"--{name}={getattr(args, name)}")
-    return prepare([*argv, f"--data_dir={args.data_dir or shipped('data/longbench')}"], ALONE)
+def spec_of(args: argparse.Namespace) -> RunSpec:
+    """The run whose model, data and eviction method are measured, as the flags name them."""
+    names = ("model", "model_path", "algorithm", "start_size", "datasets", "sample_num", "device", "dtype")
+    values = {name: getattr(args, name) for name in names}
+    values["data_dir"] = args.data_dir or str(shipped("data/longbench"))
+    words = ["--enable_squeeze", "--ini_size", "1", "--KV_class3", "1"]
+    words += [f"--{name}={value}" for name, value in values.items() if value is not None]
+    return RunSpec(enable_squeeze=True, ini_size="1", KV_class3="1", **values, command=command_line(words))
 
 
 def calibrate(argv: Sequence[str] | None = None) -> None:
@@ -105,7 +106,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     shares = sorted({parse_fraction("ini_size", one) for one in args.ini_size})
     if not all(0 < share <= 1 for share in shares):
         raise InputError(f"--ini_size must be in (0, 1], got {', '.join(args.ini_size)}")
-    job = job_of(args)
+    job = prepare(spec_of(args), ALONE)
     from squeeze.engine import loss_curves
 
     assert job.config is not None and job.config.algorithm_name is not None
@@ -122,7 +123,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
         "tail": loss_curves.TAIL,
     }
     data = [{"dataset": one.dataset, **one.origin, "source": _shown(one.origin["source"])} for one in job.data]
-    rows = [(one, row) for one in job.data for row in range(one.count(job.args.sample_num))]
+    rows = [(one, row) for one in job.data for row in range(one.count(job.spec.sample_num))]
     settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | how
     folder = Path("calibration") / name / file_name(algorithm)
     with Run(folder, settings, job.info, args.overwrite, MeasuredSample) as run:
@@ -179,7 +180,7 @@ def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares:
         wanted = [rows[index] for index in samples.missing]
         most = {data.dataset: 1 + row for data, row in wanted}  # rows come in order
         encoded = {
-            data.dataset: predict.encode(tokenizer, data, most[data.dataset], job.how)
+            data.dataset: predict.encode(tokenizer, data, most[data.dataset], job.options)
             for data in job.data
             if data.dataset in most
         }

@@ -36,7 +36,6 @@ class Options:
         batch_size: prompts to run together.
         temperature, top_p: of sampling; temperature 0 is greedy.
         seed: of sampling.
-        ranks: this process among those of the run.
     """
 
     max_length: int
@@ -46,7 +45,6 @@ class Options:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 42
-    ranks: Ranks = ALONE
 
 
 def tokenizing(texts: Sequence[str], dataset: str, ranks: Ranks) -> Iterator[str]:
@@ -61,9 +59,13 @@ def tokenizing(texts: Sequence[str], dataset: str, ranks: Ranks) -> Iterator[str
             bar.update(len(text))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, data: Data | Requests, total: int, how: Options) -> list[Prompt]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, data: Data | Requests, total: int, how: Options, ranks: Ranks = ALONE
+) -> list[Prompt]:
     """The first `total` prompts of a data set: LongBench's as its runner puts them, HELM's without special tokens.
 
+    Args:
+        ranks: this process among those of the run, of which the first shows how far it is.
     Raises:
         InputError: a request's prompt and its completion do not fit into `how.max_length`.
     """
@@ -73,11 +75,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, data: Data | Requests, total: int
         limit, name, chat = how.max_length, how.model_name, how.chat
         return [
             Prompt(encode_prompt(tokenizer, data.dataset, text, limit, name, chat), settings)
-            for text in tokenizing(texts, data.dataset, how.ranks)
+            for text in tokenizing(texts, data.dataset, ranks)
         ]
     prompts = []
     requests = data.rows[:total]
-    asked = tokenizing([request.prompt for request in requests], data.dataset, how.ranks)
+    asked = tokenizing([request.prompt for request in requests], data.dataset, ranks)
     for number, (request, text) in enumerate(zip(requests, asked, strict=True), start=1):
         tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         new = request.decoding.max_tokens

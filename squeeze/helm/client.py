@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from helm.proxy.retry import NonRetriableException
 
 from squeeze.benchmarks.records import AnsweredRequest, Completions
 from squeeze.benchmarks.requests import Decoding, key, parse
-from squeeze.config import SqueezeConfig
 from squeeze.errors import InputError
 from squeeze.numbers import MOST_SEED, whole_number
 from squeeze.storage.files import read_jsonl
@@ -125,37 +125,37 @@ class SqueezeClient(CachingClient):
     ) -> None:
         super().__init__(cache_config=cache_config)
         from squeeze import devices
-        from squeeze.models import sources
-        from squeeze.runs.flags import for_model
+        from squeeze.models.sources import chat_identity
         from squeeze.runs.folder import cache_settings
-        from squeeze.runs.jobs import with_curves
+        from squeeze.runs.resolve import reader, resolve
+        from squeeze.runs.spec import RunSpec
 
         whole_number("seed", seed, 0, most=MOST_SEED)
-        source = sources.resolve(model)
-        self._folder = sources.fetch(source)
-        config = sources.read_config(self._folder)
-        self._positions = config.max_position_embeddings
-        self._device = devices.pick_device(device)
-        self._dtype = devices.pick_dtype(dtype, self._device)
-        asked = None
+        spec = RunSpec(model=model, device=device, dtype=dtype, seed=seed, chat=chat)
         if ini_size is not None or KV_class3 is not None:
-            asked = SqueezeConfig(
-                algorithm=algorithm,
+            spec = replace(
+                spec,
+                enable_squeeze=True,
                 ini_size=ini_size,
-                kv_class3=KV_class3,
+                KV_class3=KV_class3,
+                algorithm=algorithm,
                 allocation=allocation,
                 start_size=start_size,
             )
-        identity = sources.identity(source, self._folder)
-        self._squeeze = with_curves(for_model(asked, config.model_type), source.name, identity)
+        self._device = devices.pick_device(device)
+        self._dtype = devices.pick_dtype(dtype, self._device)
+        found = resolve(spec, reader())
+        self._folder = found.folder
+        self._positions = found.described.max_position_embeddings
+        self._squeeze = found.config
         self._seed = seed
         self._chat = chat
         self._settings = {
-            "model": identity,
+            "model": found.identity,
             "dtype": str(self._dtype),
             "seed": seed,
             "chat": chat,
-            **({"chat_template": sources.chat_identity(self._folder)} if chat else {}),
+            **({"chat_template": chat_identity(self._folder)} if chat else {}),
             **cache_settings(self._squeeze),
         }
 

@@ -6,7 +6,6 @@ scenario can then be run on.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -23,8 +22,10 @@ from squeeze.compatibility import install
 from squeeze.errors import InputError
 from squeeze.models import sources
 from squeeze.models.model_config import ModelConfig
-from squeeze.runs.flags import add_cache_flags, check_flags, config_from_flags, for_model
+from squeeze.runs.flags import named_run
 from squeeze.runs.folder import run_folder
+from squeeze.runs.resolve import reader, resolve
+from squeeze.runs.spec import CACHE, FLAGS, MODEL_MISSING, RunSpec
 from squeeze.storage.files import Open, read_bytes, write_whole, writing
 from squeeze.storage.paths import ROOT
 from squeeze.text import say
@@ -71,9 +72,14 @@ def find_model(model: str, model_path: str | None) -> tuple[Path, ModelConfig]:
         InputError: there is no such model, or it has no tokenizer.
     """
     folder = sources.fetch(sources.resolve(model, model_path), weights=False)
+    check_tokenizer(folder)
+    return folder, sources.read_config(folder)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises InputError if a model's folder has no tokenizer."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"the model folder {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})")
-    return folder, sources.read_config(folder)
 
 
 def write_environment(folder: Path, deployments: Sequence[Deployment]) -> None:
@@ -174,19 +180,22 @@ def last_error(log: str) -> str:
     return line if len(line) <= 500 else line[:497] + "..."
 
 
-def live(args: argparse.Namespace) -> Deployment:
-    """The deployment of a model that is run while HELM asks, with a full or a squeezed cache, as the flags say."""
-    folder, config = find_model(args.model, args.model_path)
-    sources.check_arch(args.model_arch, config.model_type)
-    squeeze = for_model(config_from_flags(args), config.model_type)
-    name = sources.run_name(args.model)
-    run = run_folder("live", name, squeeze, config.model_type, args.seed)
+def live(spec: RunSpec) -> Deployment:
+    """The deployment of a model that is run while HELM asks, with a full or a squeezed cache.
+
+    Raises:
+        InputError: there is no such model, it has no tokenizer, or a size is out of its range.
+    """
+    found = resolve(spec, reader(), weights=False)
+    check_tokenizer(found.folder)
+    name, squeeze = found.source.name, found.config
+    run = run_folder("live", name, squeeze, found.described.model_type, spec.seed)
     cache: dict[str, Any] = {}
     if squeeze is not None:
-        cache = {"ini_size": args.ini_size, "KV_class3": args.KV_class3, "algorithm": squeeze.algorithm}
+        cache = {"ini_size": spec.ini_size, "KV_class3": spec.KV_class3, "algorithm": squeeze.algorithm}
         cache |= {"allocation": squeeze.allocation, "start_size": squeeze.start_size}
         cache = {key: value for key, value in cache.items() if value is not None}
-    rest = {"device": args.device, "dtype": args.dtype, "seed": args.seed, "chat": args.chat}
+    rest = {"device": spec.device, "dtype": spec.dtype, "seed": spec.seed, "chat": spec.chat}
     description = ", ".join(
         [name, *(f"{key} {value}" for key, value in cache.items())] if cache else [name, "full cache"]
     )
@@ -194,9 +203,9 @@ def live(args: argparse.Namespace) -> Deployment:
         name=f"squeeze/{engine(run)}",
         description=description,
         client="SqueezeClient",
-        args={"model": str(folder), **cache, **rest},
-        folder=folder,
-        positions=config.max_position_embeddings,
+        args={"model": str(found.folder), **cache, **rest},
+        folder=found.folder,
+        positions=found.described.max_position_embeddings,
     )
 
 
@@ -206,17 +215,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Write what HELM needs to run any of its scenarios on a squeezed model.",
         allow_abbrev=False,
     )
-    add_cache_flags(parser)
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the first GPU if there is one, else the CPU)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    parser.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+    for name in CACHE:
+        FLAGS[name].add_to(parser)
+    FLAGS["device"].add_to(parser, help="cpu, cuda or cuda:N (default: the first GPU if there is one, else the CPU)")
+    FLAGS["dtype"].add_to(parser, help="auto, float32, bfloat16 or float16 (default: auto)")
+    FLAGS["chat"].add_to(parser, help="put prompts into the tokenizer's chat template")
     parser.add_argument("--out", type=path_text, default=str(ENVIRONMENT), help=f"the folder (default: {ENVIRONMENT})")
     args = parser.parse_args(argv)
     if args.model is None:
-        raise InputError("--model is missing: a name in config/model2path.json, a local folder or a Hub name")
-    check_flags(args)
-    args.enable_squeeze = args.enable_squeeze or args.ini_size is not None or args.KV_class3 is not None
-    deployment = live(args)
+        raise InputError(MODEL_MISSING)
+    deployment = live(named_run(args, "device", "dtype", "chat"))
     write_environment(Path(args.out), [deployment])
     say(f"{args.out}: {deployment.name}; now, for example")
     print(

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from squeeze.benchmarks.requests import SAMPLE_NUM, note_path
-from squeeze.cli.arguments import Parser, path_text, whole
+from squeeze.cli.arguments import Parser, path_text
 from squeeze.errors import InputError
 from squeeze.helm.environment import ENVIRONMENT, OUTPUT, Deployment, find_model, helm, write_environment
 from squeeze.helm.files import HelmRequest, RequestState, ScenarioState
 from squeeze.models import sources
-from squeeze.runs.flags import TEMPERATURE
+from squeeze.runs.spec import FLAGS
 from squeeze.storage.files import Open, lock, read_json, to_jsonl, write_json, write_whole, writing
 from squeeze.text import say, shortened
 
@@ -218,24 +218,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--scenario", required=True, help=", ".join(SCENARIOS))
-    parser.add_argument(
-        "--model", type=path_text, required=True, help="as in pred.py: its tokenizer and window decide what fits"
-    )
-    parser.add_argument(
-        "--model_path", type=path_text, help="where --model lies, in place of what config/model2path.json says"
-    )
+    FLAGS["model"].add_to(parser, required=True, help="as in pred.py: its tokenizer and window decide what fits")
+    FLAGS["model_path"].add_to(parser)
     parser.add_argument(
         "--out", type=path_text, help="the file of requests (default: data/xsum.jsonl or data/cnndm.jsonl)"
     )
     parser.add_argument(
         "--articles", type=path_text, help='of xsum_local and cnndm_local: a {"document", "summary"} a line'
     )
-    parser.add_argument(
-        "--sample_num", type=whole(1), default=SAMPLE_NUM, help=f"the most requests, which HELM samples ({SAMPLE_NUM})"
+    FLAGS["sample_num"].add_to(
+        parser, default=SAMPLE_NUM, help=f"the most requests, which HELM samples ({SAMPLE_NUM})"
     )
-    parser.add_argument(
-        "--temperature", type=TEMPERATURE, default=0.3, help="of sampling, 0 is greedy (HELM's own: 0.3)"
-    )
+    FLAGS["temperature"].add_to(parser, default=0.3, help="of sampling, 0 is greedy (HELM's own: 0.3)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that this command did not make")
     out, note = write_requests(parser.parse_args(argv))
     say(f"{out}: {note['requests']} requests of {note['run_entry']}")

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from squeeze.benchmarks.requests import HELM_TASKS
-from squeeze.cli.arguments import Parser, as_path, path_text, whole
+from squeeze.cli.arguments import Parser, as_path, path_text
 from squeeze.cli.tables import table
 from squeeze.errors import InputError
 from squeeze.helm.environment import ENVIRONMENT, OUTPUT, Deployment, engine, find_model, helm, write_environment
 from squeeze.helm.files import Stat, Suite
 from squeeze.helm.requests import SCENARIOS, check_full, run_entry
-from squeeze.models import sources
-from squeeze.runs.flags import TEMPERATURE, add_cache_flags, check_flags, config_from_flags, for_model
-from squeeze.runs.folder import run_folder
+from squeeze.runs.flags import named_run
 from squeeze.runs.inventory import describe
 from squeeze.runs.manifest import AnsweredOrigin, Manifest, RequestsSummary, check_settings
+from squeeze.runs.resolve import named_folder
+from squeeze.runs.spec import CACHE, FLAGS, RunSpec
 from squeeze.storage.files import read_bytes, read_json, unfinished, write_json, writing
 from squeeze.storage.schema import check, shown
 from squeeze.text import say
@@ -253,24 +253,17 @@ def write_result(folder: Path, task: str, run: Path) -> None:
         write_json(folder / "result.json", {task: {title: 100 * scores[name] for name, title in ROUGE.items()}})
 
 
-def find_folders(args: argparse.Namespace) -> list[Path]:
-    """The runs to score: the folders that the command line names; or the run that its flags name, and every finished
-    run of the same model on the same requests."""
-    if args.folders:
-        return args.folders
-    if args.model is None:
+def find_folders(spec: RunSpec) -> list[Path]:
+    """The run that is described, and every finished run of the same model on the same requests."""
+    if spec.model is None:
         raise InputError("nothing to score: give folders of runs, or --model and pred.py's other flags")
-    args.enable_squeeze = args.enable_squeeze or args.ini_size is not None or args.KV_class3 is not None
-    config = config_from_flags(args)
-    model_type = sources.guess_model_type(args.model, args.model_path, args.model_arch)
-    name = sources.run_name(args.model)
-    named = run_folder(args.pred, name, for_model(config, model_type), model_type, args.seed)
-    data = _finished(named, args.pred)
-    others = sorted(path.parent for path in Path(f"pred_{args.pred}", name).rglob("run.json"))
+    named = named_folder(spec)
+    data = _finished(named, spec.pred)
+    others = sorted(path.parent for path in Path(*named.parts[:2]).rglob("run.json"))
     found = [named]
     for one in others if data is not None else ():
         try:
-            found += [one] if one != named and _finished(one, args.pred) == data else []
+            found += [one] if one != named and _finished(one, spec.pred) == data else []
         except InputError as error:
             print(f"left out: {error}")
     return found
@@ -291,21 +284,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("folders", nargs="*", type=as_path, help="run folders, in place of the flags that name one")
-    parser.add_argument("--pred", help="the task: xsum or cnndm (default: as the folders are called, or xsum)")
-    add_cache_flags(parser)
+    FLAGS["pred"].add_to(
+        parser, default=None, help="the task: xsum or cnndm (default: as the folders are called, or xsum)"
+    )
+    for name in CACHE:
+        FLAGS[name].add_to(parser)
     parser.add_argument("--scenario", help=f"for requests of unknown origin: {', '.join(SCENARIOS)}")
     parser.add_argument("--articles", type=path_text, help="of xsum_local and cnndm_local")
-    parser.add_argument("--temperature", type=TEMPERATURE, default=0.3, help="of requests of unknown origin (0.3)")
-    parser.add_argument(
-        "--sample_num", type=whole(1), help="instances that HELM takes, for requests of unknown origin"
-    )
+    FLAGS["temperature"].add_to(parser, default=0.3, help="of requests of unknown origin (0.3)")
+    FLAGS["sample_num"].add_to(parser, help="instances that HELM takes, for requests of unknown origin")
     args = parser.parse_args(argv)
     called = args.folders[0].parts[0] if args.folders and args.folders[0].parts else ""
     args.pred = args.pred or next((task for task in HELM_TASKS if called == f"pred_{task}"), "xsum")
-    check_flags(args)
+    spec = named_run(args, "pred")
     if args.pred not in HELM_TASKS:
         raise InputError(f"--pred must be {' or '.join(HELM_TASKS)} here, got {args.pred}: eval.py scores LongBench")
-    found = [read_run(folder, args) for folder in find_folders(args)]
+    found = [read_run(folder, args) for folder in args.folders or find_folders(spec)]
     known = score(args.pred, found)
     for one in found:
         write_result(one.folder, args.pred, RUNS / args.pred / known[one.engine]["run"])

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from squeeze.benchmarks.requests import HELM_TASKS
-from squeeze.runs.flags import TASKS
+from squeeze.runs.spec import TASKS
 from squeeze.text import fitted
 
 

@@ -20,9 +20,9 @@ from squeeze.benchmarks.longbench import scoring
 from squeeze.benchmarks.records import Answered, Compared
 from squeeze.benchmarks.requests import HELM_TASKS
 from squeeze.errors import InputError
-from squeeze.runs.flags import TASKS
 from squeeze.runs.folder import check_count
 from squeeze.runs.inventory import Entry, Inventory, describe
+from squeeze.runs.spec import TASKS
 from squeeze.storage.files import read_jsonl, read_object
 from squeeze.storage.schema import check
 from squeeze.text import printable

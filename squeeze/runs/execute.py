@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from squeeze.ranks import Ranks
 from squeeze.runs.folder import Run
 from squeeze.runs.jobs import Job
 from squeeze.runs.samples import Samples
+from squeeze.runs.spec import RunSpec
 from squeeze.text import printable
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ class Kind:
     describe: Callable[[Sequence[dict[str, Any]]], str]
 
 
-def kind_of(args: argparse.Namespace) -> Kind:
-    """What a job's flags want to be done."""
+def kind_of(spec: RunSpec) -> Kind:
+    """What a run wants to be done."""
     from squeeze.benchmarks import completions, fidelity, predict
     from squeeze.runs import stats
 
-    if args.fidelity:
+    if spec.fidelity:
         return Kind(records.ComparedSample, fidelity.Comparison().measure, fidelity.summarize, fidelity.describe)
-    if args.pred in HELM_TASKS:
+    if spec.pred in HELM_TASKS:
         return Kind(records.AnsweredSample, completions.answer, stats.summarize, stats.progress)
     return Kind(records.PredictedSample, predict.predict, stats.summarize, stats.progress)
 
@@ -62,10 +62,10 @@ class OpenJob:
 
     def __init__(self, job: Job, process: Ranks) -> None:
         self.job = job
-        self.kind = kind_of(job.args)
-        self.run = Run(job.place, job.settings, job.info, job.args.overwrite, self.kind.sample, process)
+        self.kind = kind_of(job.spec)
+        self.run = Run(job.folder, job.settings, job.info, job.spec.overwrite, self.kind.sample, process)
         self.samples: list[Samples] = [
-            self.run.open(one.dataset, job.settings_of(one), one.count(job.args.sample_num)) for one in job.data
+            self.run.open(one.dataset, job.settings_of(one), one.count(job.spec.sample_num)) for one in job.data
         ]
 
     @property
@@ -155,10 +155,12 @@ def load(jobs: Sequence[Job]) -> Iterator[Engine]:
     from squeeze.benchmarks.longbench import prompts
     from squeeze.models import loading
 
-    job, args = jobs[0], jobs[0].args
-    torch.manual_seed(args.seed)
-    model, tokenizer = loading.load(job.model, job.device, job.dtype, args.attn, args.allow_pickle, args.device_map)
-    if args.chat:
+    job, spec = jobs[0], jobs[0].spec
+    torch.manual_seed(spec.seed)
+    model, tokenizer = loading.load(
+        job.model_folder, job.device, job.dtype, spec.attn, spec.allow_pickle, spec.device_map
+    )
+    if spec.chat:
         prompts.check_chat_template(tokenizer, job.source.name)
     configs = [one.config for one in jobs if one.config is not None]
     with squeezed(model, configs[0]) if configs else nullcontext() as run:
@@ -185,23 +187,23 @@ def work_on(
 
     # Those that prefill in the same way one after the other: only one prefill is kept.
     jobs = sorted(jobs, key=lambda one: one[0].config is not None and one[0].config.evictor.needs_scores)
-    how, data = jobs[0][0].how, jobs[0][0].data[index]
-    prompts = predict.encode(engine.tokenizer, data, max(samples.total for _, samples in jobs), how)
+    options, data = jobs[0][0].options, jobs[0][0].data[index]
+    prompts = predict.encode(engine.tokenizer, data, max(samples.total for _, samples in jobs), options, process)
     points: list[Point] = []
     kinds: dict[bool, Kind] = {}
     for job, samples in jobs:
-        kind = kinds.setdefault(job.args.fidelity, kind_of(job.args))  # one, since comparisons share what they can
+        kind = kinds.setdefault(job.spec.fidelity, kind_of(job.spec))  # one, since comparisons share what they can
         points.append(Point(samples, _work(job, kind, data, prompts, engine), kind.describe))
     if bar is not None:
-        return run_batches(points, prompts, how.batch_size, process, bar)
-    with progress_bar(points, prompts, how.batch_size, process) as own:
-        return run_batches(points, prompts, how.batch_size, process, own)
+        return run_batches(points, prompts, options.batch_size, process, bar)
+    with progress_bar(points, prompts, options.batch_size, process) as own:
+        return run_batches(points, prompts, options.batch_size, process, own)
 
 
 def _work(job: Job, kind: Kind, data: Data | Requests, prompts: Sequence[Prompt], engine: Engine) -> Work:
     """A job's work on its batches, with the squeezed model in the job's configuration while it is done."""
     config, run = job.config, engine.squeezed if job.config is not None else None
-    work = kind.work(engine.model, engine.tokenizer, data, prompts, run, job.how)
+    work = kind.work(engine.model, engine.tokenizer, data, prompts, run, job.options)
 
     def configured(batch: list[int]) -> list[dict[str, Any]]:
         if engine.squeezed is not None:

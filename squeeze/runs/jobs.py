@@ -1,16 +1,12 @@
-"""Runs of `pred.py`: what its flags ask for, checked, before any model is loaded."""
+"""Runs of `pred.py`, prepared: descriptions checked, models and data found, before any model is loaded."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import shlex
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from squeeze.allocations import calibration
 from squeeze.benchmarks.longbench.data import Data, dataset_names, load_data
 from squeeze.benchmarks.longbench.prompts import chat_format, chat_note, chat_settings
 from squeeze.benchmarks.requests import HELM_TASKS, Requests, read_requests
@@ -18,8 +14,9 @@ from squeeze.config import SqueezeConfig
 from squeeze.errors import InputError
 from squeeze.models import sources
 from squeeze.ranks import ALONE, Ranks
-from squeeze.runs.flags import check_flags, check_task_flags, config_from_flags, for_model, pred_parser
 from squeeze.runs.folder import cache_settings, run_folder, versions
+from squeeze.runs.resolve import Reader, reader, resolve
+from squeeze.runs.spec import MODEL_MISSING, RunSpec
 
 if TYPE_CHECKING:
     import torch
@@ -32,82 +29,65 @@ class Job:
     """One run of `pred.py`, checked, before its model is loaded.
 
     Args:
-        argv, args: the flags.
-        config: of the cache; None for the full one.
-        source, model: the model's name, and its folder.
+        spec: its description.
+        config: of the cache, complete; None for the full one.
+        source, model_folder: the model's name, and where its files are.
+        data: a data set or a file of requests each.
         notes: sentences for the user.
-        place: the run's folder.
+        folder: the run's own.
         settings, info: for `squeeze.runs.folder.Run`.
-        how: prompts are made and run.
+        options: of making and running prompts.
     """
 
-    argv: Sequence[str]
-    args: argparse.Namespace
+    spec: RunSpec
     config: SqueezeConfig | None
     source: sources.ModelSource
-    model: Path
+    model_folder: Path
     device: torch.device
     dtype: torch.dtype
     data: Sequence[Data | Requests]
     notes: tuple[str, ...]
-    place: Path
+    folder: Path
     settings: dict[str, Any]
     info: dict[str, Any]
-    how: Options
+    options: Options
 
     @property
-    def loads(self) -> tuple[Any, ...]:
+    def model_key(self) -> tuple[Any, ...]:
         """What jobs must have in common to share a loaded model."""
-        args = self.args
-        return self.model, self.device, self.dtype, args.attn, args.allow_pickle, args.device_map, args.chat
+        spec = self.spec
+        return self.model_folder, self.device, self.dtype, spec.attn, spec.allow_pickle, spec.device_map, spec.chat
 
     def settings_of(self, data: Data | Requests) -> dict[str, Any]:
         """What changes the results of one data set, for `Run.open`."""
         if isinstance(data, Requests):
             return data.settings
-        return data.settings | chat_settings(data.dataset, self.source.name, self.args.chat)
+        return data.settings | chat_settings(data.dataset, self.source.name, self.spec.chat)
 
     def facts_of(self, data: Data | Requests) -> dict[str, Any]:
         """What `run.json` says about one data set beside that."""
         if isinstance(data, Requests):
             return {"data": data.origin}
-        return {"data": data.origin, "chat_format": chat_format(data.dataset, self.source.name, self.args.chat)}
+        return {"data": data.origin, "chat_format": chat_format(data.dataset, self.source.name, self.spec.chat)}
 
 
-@dataclass
-class Inputs:
-    """Models and data, read once however many jobs want them."""
-
-    known: dict[Any, Any] = field(default_factory=dict)
-
-    def once(self, read: Callable[..., Any], *what: Any) -> Any:
-        """`read(*what)`, or what it gave before."""
-        key = (read, *what)
-        if key not in self.known:
-            self.known[key] = read(*what)
-        return self.known[key]
-
-
-def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -> Job:
-    """Read and check a command line of `pred.py`.
+def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
+    """Check a run's description, and find its model and data.
 
     Args:
-        argv: the flags.
         process: this one among those of the run.
-        inputs: shared with other jobs.
+        read: what is read once for several jobs, see `squeeze.runs.resolve.reader`.
     Raises:
-        InputError: something in it is wrong, or the model or the data are not there.
+        InputError: a flag is wrong, or the model or the data are not there.
     """
-    inputs = inputs or Inputs()
-    args = pred_parser().parse_args(argv)
-    check_flags(args)
-    check_task_flags(args)
-    if args.model is None:
-        raise InputError("--model is missing: a name in config/model2path.json, a local folder or a Hub name")
-    config = config_from_flags(args)
-    helm = args.pred in HELM_TASKS
-    datasets = [] if helm else dataset_names("samsum" if args.datasets is None else args.datasets, args.pred)
-    source = inputs.once(sources.resolve, args.model, args.model_path)
+    read = read or reader()
+    spec.check()
+    if spec.model is None:
+        raise InputError(MODEL_MISSING)
+    spec.config()
+    helm = spec.pred in HELM_TASKS
+    datasets = [] if helm else dataset_names("samsum" if spec.datasets is None else spec.datasets, spec.pred)
+    read(sources.resolve, spec.model, spec.model_path)  # a wrong name is said before data are looked for
 
     # torch and transformers take seconds to import: --help and what is wrong with the flags should not wait for them.
     import torch
@@ -115,97 +95,69 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     from squeeze import devices
     from squeeze.benchmarks import predict
 
-    device = devices.pick_device(args.device, process.local)
-    dtype = devices.pick_dtype(args.dtype, device)
-    data: list[Data | Requests] = [inputs.once(load_data, one, args.data_dir, args.pred) for one in datasets]
+    device = devices.pick_device(spec.device, process.local)
+    dtype = devices.pick_dtype(spec.dtype, device)
+    data: list[Data | Requests] = [read(load_data, dataset, spec.data_dir, spec.pred) for dataset in datasets]
     if helm:
-        data = [inputs.once(read_requests, args.pred, args.requests)]
-    folder = inputs.once(sources.fetch, source, args.allow_pickle)
-    model_config = inputs.once(sources.read_config, folder)
-    model_type = model_config.model_type
-    sources.check_arch(args.model_arch, model_type)
-    identity = inputs.once(sources.identity, source, folder, args.allow_pickle)
-    config = with_curves(for_model(config, model_type), source.name, identity)
-    max_length, note = model_config.max_position_embeddings, None
+        data = [read(read_requests, spec.pred, spec.requests)]
+    model = resolve(spec, read)
+    name, model_type = model.source.name, model.described.model_type
+    max_length, note = model.described.max_position_embeddings, None
     if not helm:
-        max_length, note = sources.prompt_limit(source, max_length)
-    said = chat_note(datasets, source.name, folder, args.chat)
-    settings = {"model": identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
-    settings |= {"attn": "sdpa" if args.attn == "auto" else args.attn, "seed": args.seed, **cache_settings(config)}
-    place = run_folder(args.pred, source.name, config, model_type, args.seed)
+        max_length, note = sources.prompt_limit(model.source, max_length)
+    said = chat_note(datasets, name, model.folder, spec.chat)
+    settings = {"model": model.identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
+    settings |= {"attn": "sdpa" if spec.attn == "auto" else spec.attn, "seed": spec.seed}
+    settings |= cache_settings(model.config)
+    folder = run_folder(spec.pred, name, model.config, model_type, spec.seed)
     return Job(
-        argv=argv,
-        args=args,
-        config=config,
-        source=source,
-        model=folder,
+        spec=spec,
+        config=model.config,
+        source=model.source,
+        model_folder=model.folder,
         device=device,
         dtype=dtype,
         data=data,
         notes=tuple(filter(None, (note, said))),
-        place=place / "fidelity" if args.fidelity else place,
-        settings=settings | _asked_for(args, folder),
+        folder=folder / "fidelity" if spec.fidelity else folder,
+        settings=settings | _asked_for(spec, model.folder),
         info={
-            "command": shlex.join(["python", "pred.py", *argv]),
-            "flags": vars(args),
-            "model": {"name": source.name, "path": source.path, "type": model_type},
+            "command": spec.command,
+            "flags": spec.flags,
+            "model": {"name": name, "path": model.source.path, "type": model_type},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "processes": process.world,
-            "versions": inputs.once(versions),
+            "versions": read(versions),
         },
-        how=predict.Options(
+        options=predict.Options(
             max_length=max_length,
-            model_name=source.name,
-            chat=args.chat,
-            batch_size=args.batch_size,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-            ranks=process,
+            model_name=name,
+            chat=spec.chat,
+            batch_size=spec.batch_size,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            seed=spec.seed,
         ),
     )
 
 
-def with_curves(config: SqueezeConfig | None, name: str, model: dict[str, Any]) -> SqueezeConfig | None:
-    """`config` with the loss curves of the model called `name`, where it needs them.
+def prepare_all(specs: Iterable[RunSpec | InputError]) -> list[Job | InputError]:
+    """Prepare runs for this process alone; what is wrong with one, now or before, stands in its job's place."""
+    read = reader()
 
-    Args:
-        model: what tells it from another, see `squeeze.models.sources.identity`.
-    Raises:
-        InputError: there are none, or they are another model's.
-    """
-    if config is None or not config.allocator.has("calibration"):
-        return config
-    algorithm = config.algorithm_name
-    assert algorithm is not None
-    path = calibration.place(name, algorithm)
-    if not path.exists():
-        raise InputError(
-            f"{path} is not there, from which the allocation {config.allocation} makes budgets: "
-            f"python -m squeeze.calibrate --model {name} --algorithm {shlex.quote(algorithm)}"
-        )
-    found = calibration.read_calibration(path)
-    found.check(algorithm, config.evictor, found.losses.shape[2], model)
-    return dataclasses.replace(config, calibration=found)
-
-
-def prepare_all(commands: Iterable[Sequence[str]]) -> list[Job | InputError]:
-    """Read and check command lines of `pred.py` for this process alone; what is wrong stands in a job's place."""
-    inputs = Inputs()
-
-    def attempt(argv: Sequence[str]) -> Job | InputError:
+    def attempt(spec: RunSpec | InputError) -> Job | InputError:
         try:
-            return prepare(argv, ALONE, inputs)
+            return spec if isinstance(spec, InputError) else prepare(spec, ALONE, read)
         except InputError as error:
             return error
 
-    return [attempt(argv) for argv in commands]
+    return [attempt(spec) for spec in specs]
 
 
-def _asked_for(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def _asked_for(spec: RunSpec, model_folder: Path) -> dict[str, Any]:
     """Settings that change results and are named in a run's settings only where they are not the default."""
-    found: dict[str, Any] = {"chat": True, "chat_template": sources.chat_identity(folder)} if args.chat else {}
-    wishes = sources.greedy_wishes(folder)
+    found: dict[str, Any] = {"chat": True, "chat_template": sources.chat_identity(model_folder)} if spec.chat else {}
+    wishes = sources.greedy_wishes(model_folder)
     found |= {"without_effect": wishes} if wishes else {}
-    found |= {"temperature": args.temperature, "top_p": args.top_p} if args.temperature > 0 else {}
-    return found | ({"measure": "fidelity"} if args.fidelity else {})
+    found |= {"temperature": spec.temperature, "top_p": spec.top_p} if spec.temperature > 0 else {}
+    return found | ({"measure": "fidelity"} if spec.fidelity else {})

@@ -17,10 +17,11 @@ from squeeze.errors import InputError
 from squeeze.ranks import ALONE
 from squeeze.runs.execute import OpenJob, Worker, do, here
 from squeeze.runs.jobs import Job, prepare_all
+from squeeze.runs.spec import RunSpec
 from squeeze.sweep.grid import read_grid
 from squeeze.text import printable, say, shortened
 
-Kind = TypeVar("Kind")
+Item = TypeVar("Item")
 
 #: Problems that are named one by one; of more, how many there are.
 MOST_NAMED = 20
@@ -58,8 +59,8 @@ the file
 class Engine(Protocol):
     """Where runs are done."""
 
-    def prepare(self, commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
-        """Read and check command lines of `pred.py`, as they are where they will be run."""
+    def prepare(self, runs: Sequence[RunSpec | InputError]) -> list[Job | InputError]:
+        """Check runs and find their models and data, as they are where they will be run."""
 
     def worker(self, group: Sequence[OpenJob], bar: tqdm) -> AbstractContextManager[Worker]:
         """What does runs on one model and the same data, and moves the bar on."""
@@ -68,16 +69,16 @@ class Engine(Protocol):
 class Local:
     """This process."""
 
-    def prepare(self, commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
-        return prepare_all(checking(commands, "reading the grid"))
+    def prepare(self, runs: Sequence[RunSpec | InputError]) -> list[Job | InputError]:
+        return prepare_all(checking(runs, "reading the grid"))
 
     def worker(self, group: Sequence[OpenJob], bar: tqdm) -> AbstractContextManager[Worker]:
         return here(group, ALONE, bar)
 
 
-def checking(what: Sequence[Kind], doing: str) -> Iterable[Kind]:
-    """`what`, with a bar where it takes more than a moment."""
-    return tqdm(what, desc=doing, unit="run", delay=2, leave=False)
+def checking(items: Sequence[Item], doing: str) -> Iterable[Item]:
+    """The items, with a bar where going through them takes more than a moment."""
+    return tqdm(items, desc=doing, unit="run", delay=2, leave=False)
 
 
 def parser() -> Parser:
@@ -162,17 +163,17 @@ def open_runs(prepared: Sequence[Job | InputError]) -> tuple[list[list[OpenJob]]
         try:
             if isinstance(job, InputError):
                 raise job
-            if job.place in opened:
-                first = opened[job.place].job.info["command"]
-                raise InputError(f"{job.place} would be the folder of two runs, {first} and {job.info['command']}")
-            opened[job.place] = OpenJob(job, ALONE)
+            if job.folder in opened:
+                first = opened[job.folder].job.info["command"]
+                raise InputError(f"{job.folder} would be the folder of two runs, {first} and {job.info['command']}")
+            opened[job.folder] = OpenJob(job, ALONE)
         except InputError as error:
             wrong[str(error)] = None
     if not opened:
         raise InputError("no run of the grid is possible: " + "; ".join(some(list(wrong))))
     groups: dict[object, list[OpenJob]] = {}
     for one in opened.values():
-        groups.setdefault(one.job.loads, []).append(one)
+        groups.setdefault(one.job.model_key, []).append(one)
     return list(groups.values()), list(wrong)
 
 
@@ -227,7 +228,7 @@ def sweep(argv: Sequence[str] | None = None) -> None:
         for note in dict.fromkeys(note for group in groups for one in group for note in one.job.notes):
             say(f"note: {note}")
         wrong += run(groups, engine)
-        tasks = sorted({one.job.place.parts[0] for group in groups for one in group})
+        tasks = sorted({one.job.folder.parts[0] for group in groups for one in group})
         say("What came out: python -m squeeze.report " + shlex.join([*tasks, "--out", "report"]))
     if wrong:
         raise InputError(f"not all runs of {args.grid} are possible: " + "; ".join(some(wrong)))

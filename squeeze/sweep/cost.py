@@ -70,15 +70,15 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
 
     job = group[0].job
     lines = []
-    tokenizer, config = loading.load_tokenizer(job.model), model_config(job.model)
+    tokenizer, config = loading.load_tokenizer(job.model_folder), model_config(job.model_folder)
     for index, data in enumerate(job.data):
-        prompts = predict.encode(tokenizer, data, max(one.samples[index].total for one in group), job.how)
+        prompts = predict.encode(tokenizer, data, max(one.samples[index].total for one in group), job.options)
         shared: dict[Any, set[int]] = {}
         for one in group:
             samples = one.samples[index]
             missing = samples.missing
-            for way in _prefills(one.job):
-                shared.setdefault(way, set()).update(missing)
+            for prefill in _prefills(one.job):
+                shared.setdefault(prefill, set()).update(missing)
             tokens = sum(len(prompts[index].tokens) for index in missing) * len(_prefills(one.job))
             measured = _measuring(one.job, config, [len(prompts[index].tokens) for index in missing])
             new = sum(prompts[index].settings["max_new_tokens"] for index in missing)
@@ -89,7 +89,7 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
             total.new_tokens += new
             if missing:
                 total.prefill_bytes = max(total.prefill_bytes, full)
-            cells = (one.job.place, samples.dataset, samples.total, len(missing), f"{tokens:,}", f"{new:,}")
+            cells = (one.job.folder, samples.dataset, samples.total, len(missing), f"{tokens:,}", f"{new:,}")
             memory = (f"{kept / 1e6:,.1f}", f"{full / 1e6:,.1f}")
             lines.append(dict(zip(COLUMNS, map(str, (*cells, *memory)), strict=True)))
         total.prefilled += sum(len(prompts[index].tokens) for missing in shared.values() for index in missing)
@@ -99,11 +99,11 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
 def _prefills(job: Job) -> list[Any]:
     """The ways in which a run prefills a prompt; runs share those that are equal."""
     if job.config is None:
-        return [job.place]  # transformers' own, which is not shared
+        return [job.folder]  # transformers' own, which is not shared
     squeezed: Any = ("squeezed", job.config.evictor.needs_scores, job.config.attn)
     if job.config.prefill_chunk is not None:
-        squeezed = "in chunks", job.place  # what a chunk attends to depends on the budgets
-    return [squeezed, job.place] if job.args.fidelity else [squeezed]
+        squeezed = "in chunks", job.folder  # what a chunk attends to depends on the budgets
+    return [squeezed, job.folder] if job.spec.fidelity else [squeezed]
 
 
 def _measuring(job: Job, config: PretrainedConfig, lengths: Sequence[int]) -> int:
@@ -122,13 +122,13 @@ def _most_bytes(job: Job, config: PretrainedConfig, prompts: Sequence[Prompt]) -
 
     token = full_cache_bytes(config, 1, job.dtype)
     kept = full = 0
-    for batch in share(prompts, job.how.batch_size, ALONE):
+    for batch in share(prompts, job.options.batch_size, ALONE):
         length = max(len(prompts[index].tokens) for index in batch)
         held = full_cache_bytes(config, length + prompts[batch[0]].settings["max_new_tokens"], job.dtype)
         if job.config is not None:
             held = min(held, math.ceil(job.config.share * length) * token)
         prefill = length * token
-        if job.config is not None and job.config.prefill_chunk is not None and not job.args.fidelity:
+        if job.config is not None and job.config.prefill_chunk is not None and not job.spec.fidelity:
             one_layer = token // config.num_hidden_layers
             prefill = min(prefill, held + one_layer * min(job.config.prefill_chunk, length))
         kept, full = max(kept, len(batch) * held), max(full, len(batch) * prefill)

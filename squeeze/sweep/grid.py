@@ -1,4 +1,4 @@
-"""A sweep's YAML file → command lines of `pred.py`, one a run.
+"""A sweep's YAML file → the runs of its grid.
 
 A key of the file is one of `pred.py`'s flags; a list of values makes it an axis of the grid. The full cache and a
 uniform budget of every `ini_size` are added as baselines.
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 
 import yaml
@@ -21,17 +20,15 @@ from squeeze.allocations import ALLOCATIONS, DEFAULT
 from squeeze.cli.arguments import check_text
 from squeeze.errors import InputError
 from squeeze.numbers import MOST_DIGITS, parse_fraction
-from squeeze.runs.flags import pred_parser
+from squeeze.runs.spec import FLAGS, SQUEEZED, RunSpec
 from squeeze.text import shortened
 
+#: Flags that a sweep may have, and those that it decides on by itself.
+KEYS = {name: flag for name, flag in FLAGS.items() if flag.in_sweeps}
+OWN = ("help", *(name for name in FLAGS if name not in KEYS))
+
 #: Flags that may have several values: each names its runs' folders.
-AXES = ("model", "seed", "fidelity", "algorithm", "allocation", "ini_size", "KV_class3")
-
-#: Flags that a squeezed cache has and the full one has not.
-SQUEEZED = ("algorithm", "allocation", "ini_size", "KV_class3", "start_size", "compile", "prefill_chunk", "fidelity")
-
-#: What a sweep decides on by itself.
-OWN = ("help", "enable_squeeze", "overwrite")
+AXES = tuple(sorted((name for name in KEYS if KEYS[name].axis), key=lambda name: KEYS[name].axis))
 
 #: Of a sweep's file, and of its grid: what is larger was not meant, and would take hours to read or to look at.
 MOST_BYTES, MOST_POINTS = 1_000_000, 100_000
@@ -43,11 +40,11 @@ NOTHING = ("", "~", "null", "Null", "NULL")
 @dataclass(frozen=True)
 class Grid:
     """Args:
-    runs: the flags of each run.
+    runs: each run, or what is wrong with its values.
     left_out: points that cannot be, with the reason.
     """
 
-    runs: list[list[str]]
+    runs: list[RunSpec | InputError]
     left_out: list[str]
 
 
@@ -115,13 +112,12 @@ def _keys(node: yaml.Node | None, where: str) -> dict[str, yaml.Node | None]:
 
 def _values(path: Path, key: str, node: yaml.Node | None) -> list[str]:
     """A key's values as text."""
-    flags = known_flags()
     check_text(f"{path}: a key", key)
     if key in OWN:
         raise InputError(f"{path}: {key} is not for sweeps, which decide on it by themselves")
-    if key not in flags:
-        near = difflib.get_close_matches(key, flags, n=1, cutoff=0.4) if len(key) < 100 else []
-        hint = f": did you mean {near[0]}?" if near else f": a key is one of pred.py's flags, {', '.join(flags)}"
+    if key not in KEYS:
+        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.4) if len(key) < 100 else []
+        hint = f": did you mean {near[0]}?" if near else f": a key is one of pred.py's flags, {', '.join(KEYS)}"
         raise InputError(f"{path}: there is no {shortened(key)}{hint}")
     values = _texts(node)
     if values is None:
@@ -132,9 +128,10 @@ def _values(path: Path, key: str, node: yaml.Node | None) -> list[str]:
         return [",".join(values)] if values else []
     if len(values) > 1 and key not in AXES:
         raise InputError(f"{path}: {key} must be one value; lists are for {', '.join(('datasets', *AXES))}")
-    if flags[key] and not {one.lower() for one in values} <= {"true", "false"}:
+    switch = KEYS[key].read is None
+    if switch and not {one.lower() for one in values} <= {"true", "false"}:
         raise InputError(f"{path}: {key} must be true or false, got {shortened(', '.join(values))}")
-    return [one.lower() if flags[key] else one for one in dict.fromkeys(values)]
+    return [one.lower() if switch else one for one in dict.fromkeys(values)]
 
 
 def _texts(node: yaml.Node | None) -> list[str] | None:
@@ -145,13 +142,6 @@ def _texts(node: yaml.Node | None) -> list[str] | None:
     if not all(isinstance(one, yaml.ScalarNode) and one.tag == tags.DEFAULT_SCALAR_TAG for one in nodes):
         return None
     return [one.value for one in nodes if one.value not in NOTHING or (one.style and one.value)]
-
-
-@cache
-def known_flags() -> dict[str, bool]:
-    """The flags of `pred.py` that a sweep may have, and whether they are switches."""
-    actions = pred_parser()._actions
-    return {action.dest: action.nargs == 0 for action in actions if action.dest not in OWN}
 
 
 def expand(values: dict[str, list[str]], where: str) -> Grid:
@@ -171,16 +161,25 @@ def expand(values: dict[str, list[str]], where: str) -> Grid:
     if points > MOST_POINTS:
         raise InputError(f"{where}: the grid has {points:,} points, and {MOST_POINTS:,} are the most: make several")
     fixed = {key: found[0] for key, found in values.items() if key not in AXES and found}
-    runs: dict[tuple[str, ...], None] = {}
+    runs: dict[frozenset[tuple[str, str]], dict[str, str]] = {}
     left_out: list[str] = []
     for point in _points(values, left_out):
-        flags = fixed | point
-        if "ini_size" not in point:
-            flags = {key: value for key, value in flags.items() if key not in SQUEEZED}
-        runs[tuple(command(flags))] = None
+        texts = fixed | point
+        if "ini_size" in point:
+            texts["enable_squeeze"] = "true"
+        else:
+            texts = {key: text for key, text in texts.items() if key not in SQUEEZED}
+        runs.setdefault(frozenset(texts.items()), texts)
     if not runs:
         raise InputError(f"{where}: the grid is empty; left out: {'; '.join(left_out)}")
-    return Grid([list(run) for run in runs], list(dict.fromkeys(left_out)))
+    return Grid([_read_run(texts) for texts in runs.values()], list(dict.fromkeys(left_out)))
+
+
+def _read_run(texts: dict[str, str]) -> RunSpec | InputError:
+    try:
+        return RunSpec.read(texts)
+    except InputError as error:
+        return error
 
 
 def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[str, str]]:
@@ -223,19 +222,3 @@ def plain(size: Fraction) -> str:
     with localcontext(prec=4 * MOST_DIGITS):  # as many as the longest decimal that ends can have
         decimal = (Decimal(size.numerator) / size.denominator).normalize()
     return f"{decimal:f}" if Fraction(decimal) == size else str(size)
-
-
-def command(flags: dict[str, str]) -> list[str]:
-    """Flags as `pred.py` takes them."""
-    known = known_flags()
-    found: list[str] = []
-    for name in known:
-        if name not in flags:
-            continue
-        if name == "ini_size":
-            found.append("--enable_squeeze")
-        if known[name]:
-            found += [f"--{name}"] if flags[name] == "true" else []
-        else:  # what begins with a dash would be taken for a flag
-            found += [f"--{name}={flags[name]}"] if flags[name].startswith("-") else [f"--{name}", flags[name]]
-    return found

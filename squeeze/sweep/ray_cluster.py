@@ -23,6 +23,7 @@ from squeeze.ranks import Ranks
 from squeeze.runs.execute import OpenJob, Worker, kind_of, load, work_on
 from squeeze.runs.jobs import Job, prepare_all
 from squeeze.runs.samples import Samples
+from squeeze.runs.spec import RunSpec
 from squeeze.storage.paths import ROOT
 
 #: Ray's own take ten minutes to find that an address does not answer. They are read when it is imported.
@@ -60,14 +61,14 @@ class Cluster:
                     "or leave --address out for one on this machine alone"
                 ) from None
         self.ray = ray
-        there = ray.cluster_resources()
-        gpus = (1.0 if there.get("GPU") else 0.0) if num_gpus is None else num_gpus
+        resources = ray.cluster_resources()
+        gpus = (1.0 if resources.get("GPU") else 0.0) if num_gpus is None else num_gpus
         self.workers = 1 << 30
         for name, wanted in (("CPU", num_cpus), ("GPU", gpus)):
-            if wanted > there.get(name, 0):
-                raise InputError(f"a task wants {wanted:g} {name}s and the Ray cluster has {there.get(name, 0):g}")
+            if wanted > resources.get(name, 0):
+                raise InputError(f"a task wants {wanted:g} {name}s and the Ray cluster has {resources.get(name, 0):g}")
             if wanted:
-                self.workers = min(self.workers, int(there[name] // wanted))
+                self.workers = min(self.workers, int(resources[name] // wanted))
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.options: dict[str, Any] = {
             "num_cpus": num_cpus,
@@ -76,28 +77,28 @@ class Cluster:
             "runtime_env": {"env_vars": {"PYTHONPATH": path, **threads.settings(int(num_cpus))}},
         }
 
-    def prepare(self, commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
-        """Read and check command lines of `pred.py` on a machine like those that will run them."""
-        [found] = self._results([self._submit(prepare_there, os.getcwd(), commands)])
-        return found
+    def prepare(self, runs: Sequence[RunSpec | InputError]) -> list[Job | InputError]:
+        """Check runs and find their models and data on a machine like those that will run them."""
+        [jobs] = self._results([self._submit(prepare_in, os.getcwd(), runs)])
+        return jobs
 
     @contextmanager
     def worker(self, group: Sequence[OpenJob], bar: tqdm) -> Iterator[Worker]:
         """Does runs on one model and the same data in as many tasks as fit on the cluster at once."""
 
         def work(todo: Sequence[OpenJob], index: int) -> int:
-            how = todo[0].job.how
+            batch_size = todo[0].job.options.batch_size
             for one in todo:  # before others write
                 one.run.begin(one.samples[index])
             most = max(one.samples[index].total for one in todo)
-            shards = min(self.workers, -(-most // how.batch_size))
+            shards = min(self.workers, -(-most // batch_size))
             # Where there are fewer batches than workers, the runs are divided as well.
             parts = min(len(todo), max(1, self.workers // shards))
             tasks = [
                 self._submit(
                     run_share,
                     os.getcwd(),
-                    [(one.job.argv, one.job.settings) for one in todo[part::parts]],
+                    [(one.job.spec, one.job.settings) for one in todo[part::parts]],
                     index,
                     Ranks(shard, shards),
                 )
@@ -135,18 +136,18 @@ class Cluster:
                 self.ray.cancel(one, force=True)
 
 
-def prepare_there(folder: str, commands: Sequence[Sequence[str]]) -> list[Job | InputError]:
-    """`prepare_all` in a task."""
+def prepare_in(folder: str, runs: Sequence[RunSpec | InputError]) -> list[Job | InputError]:
+    """`prepare_all` in a task, in a working directory."""
     os.chdir(folder)
-    return prepare_all(commands)
+    return prepare_all(runs)
 
 
-def run_share(folder: str, runs: Sequence[tuple[Sequence[str], dict[str, Any]]], index: int, share: Ranks) -> int:
+def run_share(folder: str, runs: Sequence[tuple[RunSpec, dict[str, Any]]], index: int, share: Ranks) -> int:
     """Do a share of the batches of one data set for runs on one model, in a task.
 
     Args:
         folder: the working directory.
-        runs: the flags of each, and its settings as the first process found them.
+        runs: each with its settings as the first process found them.
         index: the data set's number.
         share: which of the batches.
     Returns:
@@ -156,7 +157,7 @@ def run_share(folder: str, runs: Sequence[tuple[Sequence[str], dict[str, Any]]],
     """
     os.chdir(folder)
     jobs: list[tuple[Job, Samples]] = []
-    for job, (_, settings) in zip(prepare_all([argv for argv, _ in runs]), runs, strict=True):
+    for job, (_, settings) in zip(prepare_all([spec for spec, _ in runs]), runs, strict=True):
         if isinstance(job, InputError):
             raise InputError(f"{job} (on {platform.node()})")
         if job.settings != settings:
@@ -164,15 +165,15 @@ def run_share(folder: str, runs: Sequence[tuple[Sequence[str], dict[str, Any]]],
             raise InputError(
                 f"{platform.node()} would run with another {changed}: name it, or use machines that are alike"
             )
-        if not (job.place / "run.json").exists():
+        if not (job.folder / "run.json").exists():
             raise InputError(
-                f"{platform.node()} does not see {job.place.absolute()}: a cluster's machines must share it"
+                f"{platform.node()} does not see {job.folder.absolute()}: a cluster's machines must share it"
             )
         data = job.data[index]
         # A name that no other attempt has: a line that was torn when a worker died is never added to.
         writer = f"{share.rank + 1}-{platform.node()}-{os.getpid()}"
-        count = data.count(job.args.sample_num)
-        samples = Samples(job.place, data.dataset, job.settings_of(data), count, kind_of(job.args).sample, writer)
+        count = data.count(job.spec.sample_num)
+        samples = Samples(job.folder, data.dataset, job.settings_of(data), count, kind_of(job.spec).sample, writer)
         samples.read()
         jobs.append((job, samples))
     return work_on(jobs, index, _loaded([job for job, _ in jobs]), share, tqdm(disable=True))
@@ -185,7 +186,7 @@ _stack = ExitStack()
 def _loaded(jobs: Sequence[Job]) -> Any:
     """The model of some jobs, which stays loaded for this process's next task."""
     squeezed = next((job.config for job in jobs if job.config is not None), None)
-    key = jobs[0].loads, squeezed and squeezed.compile
+    key = jobs[0].model_key, squeezed and squeezed.compile
     if key not in _kept:
         _kept.clear()
         _stack.close()

@@ -20,7 +20,7 @@ from squeeze.benchmarks.longbench.data import generation_lengths
 from squeeze.engine import loss_curves
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.models import loading, sources
-from squeeze.runs.jobs import with_curves
+from squeeze.runs.resolve import with_curves
 from squeeze.storage import paths
 
 evaluate = importlib.import_module("eval")

@@ -17,6 +17,7 @@ from squeeze.models.folder_config import declares, generation_config, model_conf
 from squeeze.models.sources import greedy_wishes
 from squeeze.ranks import ALONE
 from squeeze.runs.jobs import prepare
+from squeeze.runs.spec import RunSpec
 
 CPU, IDS = torch.device("cpu"), torch.arange(3, 60)
 ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 777.0}
@@ -247,5 +248,5 @@ def test_a_run_that_an_earlier_version_began_with_other_answers_does_not_go_on(f
     change(folder, "generation_config.json", repetition_penalty=5.0, do_sample=True, min_length=0, temperature=0.2)
     assert greedy_wishes(folder) == ["repetition_penalty"]
     save_rows(folder.parent / "data", count=1)
-    job = prepare(["--model", str(folder), "--data_dir", str(folder.parent / "data")], ALONE)
+    job = prepare(RunSpec(model=str(folder), data_dir=str(folder.parent / "data")), ALONE)
     assert job.settings["without_effect"] == ["repetition_penalty"]

@@ -14,9 +14,9 @@ from crash_points import contents, copy, points, run, run_pair, tell
 from made_runs import make_run
 from tiny import save_rows, save_tiny
 
-import pred
 from squeeze import calibrate, ranks
 from squeeze.benchmarks import predict
+from squeeze.commands import pred
 from squeeze.generation import generate
 from squeeze.helm import environment as helm_env
 from squeeze.helm import requests as helm_requests
@@ -24,6 +24,7 @@ from squeeze.models import embedded
 from squeeze.report import command as report
 from squeeze.report import page
 from squeeze.runs import execute, jobs
+from squeeze.runs.flags import read_flags
 from squeeze.storage import paths
 from squeeze.storage.files import write_json, write_whole
 from squeeze.sweep import command as sweep
@@ -49,14 +50,14 @@ class Prepared:
     def __init__(self):
         self.known = {}
 
-    def __call__(self, argv, process=ranks.ALONE):
-        key = (*argv, process.world)
+    def __call__(self, spec, process=ranks.ALONE):
+        key = (spec, process.world)
         if key not in self.known:
-            self.known[key] = jobs.prepare(argv, process)
+            self.known[key] = jobs.prepare(spec, process)
         return self.known[key]
 
-    def all(self, commands):
-        return [self(argv) for argv in commands]
+    def all(self, runs):
+        return [self(spec) for spec in runs]
 
 
 @contextmanager
@@ -103,7 +104,7 @@ def place(files, tmp_path, monkeypatch):
     kind = execute.Kind(Answered, answer, lambda stats: {"samples": len(stats)}, lambda stats: "")
     monkeypatch.setattr(execute, "load", no_model)
     monkeypatch.setattr(execute, "kind_of", lambda args: kind)
-    monkeypatch.setattr(predict, "encode", lambda tokenizer, data, total, how: prompts[:total])
+    monkeypatch.setattr(predict, "encode", lambda tokenizer, data, total, *_: prompts[:total])
     monkeypatch.setattr(jobs, "versions", dict)
     monkeypatch.setattr(calibrate, "versions", dict)
     monkeypatch.setattr(paths, "home", lambda: tmp_path / "now")
@@ -122,7 +123,7 @@ def place(files, tmp_path, monkeypatch):
 
 def predicting(*flags, process=ranks.ALONE):
     """`pred.py`, for a process."""
-    pred.prepare([*COMMON, *flags], process)
+    pred.prepare(read_flags([*COMMON, *flags]), process)
 
     def act():
         pred.ranks = lambda: process

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from squeeze import InputError
 from squeeze.cli.run import run_command
-from squeeze.runs.flags import check_flags, check_task_flags, config_from_flags, eval_parser, for_model, pred_parser
+from squeeze.runs.flags import eval_parser, pred_parser, read_flags
 from squeeze.runs.folder import cache_settings
 
 SIZES = ["--enable_squeeze", "--ini_size", "0.2", "--KV_class3", "0.1"]
@@ -18,20 +18,19 @@ UNIFORM = ["--enable_squeeze", "--ini_size", "0.2", "--KV_class3", "0.2"]
 
 
 def read(*flags):
-    args = pred_parser().parse_args(["--model", "Mistral", *flags])
-    check_flags(args)
-    check_task_flags(args)
-    return args, config_from_flags(args)
+    spec = read_flags(["--model", "Mistral", *flags])
+    spec.check()
+    return spec, spec.config()
 
 
 def test_the_published_command():
     command = "--pred Long --enable_squeeze --model_arch Mistral --device cuda:0 --ini_size 0.21 --KV_class3 0.08"
-    args, config = read(*command.split(), "--start_size", "4", "--sample_num", "3")
-    assert (args.device, args.model_arch, args.sample_num) == ("cuda:0", "Mistral", 3)
+    spec, config = read(*command.split(), "--start_size", "4", "--sample_num", "3")
+    assert (spec.device, spec.model_arch, spec.sample_num) == ("cuda:0", "Mistral", 3)
     assert (config.ini_size, config.kv_class3) == (Fraction(21, 100), Fraction(8, 100))
     assert (config.algorithm, config.allocation, config.start_size) == (None, "squeeze", 4)
-    assert for_model(config, "mistral").algorithm == "sliding_window"
-    assert for_model(config, "llama").algorithm == "streaming"
+    assert spec.config("mistral").algorithm == "sliding_window"
+    assert spec.config("llama").algorithm == "streaming"
 
 
 def test_sizes_stay_exact():
@@ -41,7 +40,7 @@ def test_sizes_stay_exact():
 def test_the_full_cache_has_no_configuration():
     assert read()[1] is None
     assert read("--enable_squeeze", "--model_arch", "no_change")[1] is None
-    assert for_model(None, "llama") is None
+    assert read()[0].config("llama") is None
 
 
 def test_model_arch_is_spelled_in_any_way():

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from squeeze.runs.flags import check_flags, check_task_flags, config_from_flags, pred_parser
 from squeeze.sweep.grid import read_grid
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +36,6 @@ def test_help_teaches():
 def test_every_sweep_of_the_project_is_whole(path):
     found = read_grid(path)
     assert not found.left_out and len(found.runs) > 3
-    for flags in found.runs:
-        args = pred_parser().parse_args(flags)
-        check_flags(args)
-        check_task_flags(args)
-        config_from_flags(args)
+    for run in found.runs:
+        run.check()
+        run.config()

@@ -1,5 +1,6 @@
 """A sweep's file → the runs of its grid, exactly; what cannot be is named before anything runs."""
 
+import shlex
 import time
 from decimal import Decimal
 from fractions import Fraction
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from squeeze import InputError
 from squeeze.numbers import parse_fraction
-from squeeze.runs.flags import config_from_flags, pred_parser
+from squeeze.runs.flags import read_flags
 from squeeze.sweep.grid import class3, expand, plain, read_grid
 
 
@@ -22,7 +23,12 @@ def grid(tmp_path, text):
 
 
 def lines(found):
-    return [" ".join(run) for run in found.runs]
+    return [run.command.removeprefix("python pred.py ") for run in found.runs]
+
+
+def words(run):
+    """The recorded command line of a run, behind `python pred.py`."""
+    return shlex.split(run.command)[2:]
 
 
 def test_every_point_of_the_grid_is_a_command_line_of_pred(tmp_path):
@@ -40,15 +46,13 @@ def test_every_point_of_the_grid_is_a_command_line_of_pred(tmp_path):
         """,
     )
     common = "--chat --datasets samsum,qasper --sample_num 5"
-    runs = [set(run) for run in found.runs]
+    runs = [words(run) for run in found.runs]
     assert len(runs) == 2 * (1 + 2 * 2 * (1 + 2)) and not found.left_out
-    full = [run for run in found.runs if "--enable_squeeze" not in run]
+    full = [run for run in runs if "--enable_squeeze" not in run]
     assert [run[run.index("--model") + 1] for run in full] == ["A", "B"]
-    assert all(set(common.split()) <= run for run in runs)
+    assert all(set(common.split()) <= set(run) for run in runs)
     assert all(("--start_size" in run) == ("--enable_squeeze" in run) for run in runs)
-    sizes = {
-        (run[run.index("--ini_size") + 1], run[run.index("--KV_class3") + 1]) for run in found.runs if run not in full
-    }
+    sizes = {(run[run.index("--ini_size") + 1], run[run.index("--KV_class3") + 1]) for run in runs if run not in full}
     assert sizes == {
         ("0.2", "0.2"),
         ("0.2", "0.12"),
@@ -58,7 +62,9 @@ def test_every_point_of_the_grid_is_a_command_line_of_pred(tmp_path):
         ("0.4", "0.05"),
     }
     for run in found.runs:
-        config_from_flags(pred_parser().parse_args(run))  # none of them is refused
+        run.check()
+        run.config()  # none of them is refused
+        assert read_flags(words(run)) == run
 
 
 def test_baselines_are_there_once_whatever_the_grid_repeats(tmp_path):
@@ -74,7 +80,8 @@ def test_baselines_are_there_once_whatever_the_grid_repeats(tmp_path):
 def test_fidelity_has_no_full_cache_of_its_own(tmp_path):
     found = grid(tmp_path, "{model: A, ini_size: 0.2, KV_class3: 0.1, fidelity: [false, true]}")
     assert len(found.runs) == 5
-    assert all("--enable_squeeze" in run for run in found.runs if "--fidelity" in run)
+    assert all(run.enable_squeeze for run in found.runs if run.fidelity)
+    assert sum(run.fidelity for run in found.runs) == 2
 
 
 def test_a_point_that_cannot_be_is_listed_with_its_reason(tmp_path):
@@ -202,13 +209,13 @@ def test_ten_thousand_sizes_are_read_in_a_moment(tmp_path):
     start = time.perf_counter()
     found = grid(tmp_path, f"{{model: A, ini_size: [{sizes}], KV_class3: 0.5x}}")
     assert len(found.runs) == 20_001 and time.perf_counter() - start < 10
-    assert [run[6] for run in found.runs[-2:]] == ["0.1", "0.05"]
+    assert [run.KV_class3 for run in found.runs[-2:]] == ["0.1", "0.05"]
 
 
 def test_what_looks_like_a_flag_is_a_value(tmp_path):
     found = grid(tmp_path, "{model: -A, ini_size: 0.2}")
-    assert found.runs[0] == ["--model=-A"]
-    assert pred_parser().parse_args(found.runs[0]).model == "-A"
+    assert words(found.runs[0]) == ["--model=-A"]
+    assert read_flags(words(found.runs[0])).model == found.runs[0].model == "-A"
 
 
 @given(st.fractions(0, 1, max_denominator=10**6))
@@ -244,6 +251,6 @@ def test_a_grid_is_complete_and_says_what_it_leaves_out(ini_sizes, classes):
     values = {"model": ["A"], "ini_size": list(map(str, ini_sizes)), "KV_class3": list(map(str, classes))}
     found = expand(values, "here")
     pairs = {(Fraction(i), Fraction(c)) for i in ini_sizes for c in [*classes, i] if c <= i}
-    runs = {(Fraction(run[4]), Fraction(run[6])) for run in found.runs[1:]}
+    runs = {(Fraction(run.ini_size), Fraction(run.KV_class3)) for run in found.runs[1:]}
     assert runs == pairs
     assert len(found.left_out) == len({(str(i), str(c)) for i in ini_sizes for c in classes if c > i})

@@ -15,6 +15,7 @@ from tiny import save_rows, save_tiny
 from squeeze import InputError
 from squeeze.ranks import Ranks
 from squeeze.runs.jobs import prepare_all
+from squeeze.runs.spec import RunSpec
 from squeeze.sweep import command as sweep
 from squeeze.sweep.ray_cluster import Cluster, run_share
 
@@ -106,21 +107,21 @@ def test_a_task_that_always_dies_or_wants_too_much_is_a_sentence(workers):
 
 def test_bad_input_on_a_worker_is_its_sentence(place, workers):
     cluster = Cluster(None, num_cpus=1, num_gpus=None, max_retries=0)
-    [wrong] = cluster.prepare([["--model", "nowhere"]])
+    [wrong] = cluster.prepare([RunSpec(model="nowhere")])
     assert isinstance(wrong, InputError) and "nowhere" in str(wrong)
-    task = cluster._submit(run_share, str(place), [(["--model", "nowhere"], {})], 0, Ranks())
+    task = cluster._submit(run_share, str(place), [(RunSpec(model="nowhere"), {})], 0, Ranks())
     with pytest.raises(InputError, match="nowhere") as error:
         cluster._results([task])
     assert "Traceback" not in str(error.value)
 
 
 def test_a_machine_that_sees_other_folders_or_computes_otherwise_is_named(place):
-    argv = ["--model", "tiny", "--data_dir", "data", "--device", "cpu", "--dtype", "float32"]
-    [job] = prepare_all([argv])
+    spec = RunSpec(model="tiny", data_dir="data", device="cpu", dtype="float32")
+    [job] = prepare_all([spec])
     with pytest.raises(InputError, match=r"does not see .*pred_Long/tiny/full: a cluster's machines must share it"):
-        run_share(str(place), [(argv, job.settings)], 0, Ranks())
+        run_share(str(place), [(spec, job.settings)], 0, Ranks())
     with pytest.raises(InputError, match="would run with another dtype: name it"):
-        run_share(str(place), [(argv, job.settings | {"dtype": "bfloat16"})], 0, Ranks())
+        run_share(str(place), [(spec, job.settings | {"dtype": "bfloat16"})], 0, Ranks())
 
 
 def test_an_address_that_does_not_answer_is_a_sentence(place):

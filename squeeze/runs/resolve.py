@@ -1,0 +1,102 @@
+"""From a run's description to what lies on disk: the model, the loss curves of its calibration, and its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from squeeze.allocations import calibration
+from squeeze.config import SqueezeConfig
+from squeeze.errors import InputError
+from squeeze.models import sources
+from squeeze.models.model_config import ModelConfig
+from squeeze.runs.folder import run_folder
+from squeeze.runs.spec import RunSpec
+
+#: Calls a function with arguments, or gives what it gave before: `reader()` makes one.
+Reader = Callable[..., Any]
+
+
+def reader() -> Reader:
+    """A function that calls its first argument with the others and remembers the answer as long as it lives, so that
+    models and data are read once however many runs want them."""
+    return cache(lambda read, *arguments: read(*arguments))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A run's model before it is loaded, and the configuration of its cache.
+
+    Args:
+        source: its name, and where that points to.
+        folder: where its files are.
+        described: what its `config.json` says.
+        identity: what tells it from another, see `squeeze.models.sources.identity`; None where weights are not needed.
+        config: of the cache, complete; None for the full one.
+    """
+
+    source: sources.ModelSource
+    folder: Path
+    described: ModelConfig
+    identity: dict[str, Any] | None
+    config: SqueezeConfig | None
+
+
+def resolve(spec: RunSpec, read: Reader, weights: bool = True) -> Model:
+    """Find a run's model and complete the configuration of its cache: the architecture's algorithm where none is asked
+    for, and the loss curves where the allocation needs them.
+
+    Args:
+        read: see `reader`.
+        weights: False where the config and tokenizer will do; then curves are not read either.
+    Raises:
+        InputError: the model is not there or of another architecture than `--model_arch`, or there are no such curves.
+    """
+    source = read(sources.resolve, spec.model, spec.model_path)
+    folder = read(sources.fetch, source, spec.allow_pickle, weights)
+    described = read(sources.read_config, folder)
+    sources.check_arch(spec.model_arch, described.model_type)
+    config = spec.config(described.model_type)
+    if not weights:
+        return Model(source, folder, described, None, config)
+    identity = read(sources.identity, source, folder, spec.allow_pickle)
+    return Model(source, folder, described, identity, with_curves(config, source.name, identity))
+
+
+def with_curves(config: SqueezeConfig | None, name: str, model: dict[str, Any]) -> SqueezeConfig | None:
+    """`config` with the loss curves of the model called `name`, where it needs them.
+
+    Args:
+        model: what tells it from another, see `squeeze.models.sources.identity`.
+    Raises:
+        InputError: there are none, or they are another model's.
+    """
+    if config is None or not config.allocator.has("calibration"):
+        return config
+    algorithm = config.algorithm_name
+    assert algorithm is not None
+    path = calibration.place(name, algorithm)
+    if not path.exists():
+        raise InputError(
+            f"{path} is not there, from which the allocation {config.allocation} makes budgets: "
+            f"python -m squeeze.calibrate --model {name} --algorithm {shlex.quote(algorithm)}"
+        )
+    found = calibration.read_calibration(path)
+    found.check(algorithm, config.evictor, found.losses.shape[2], model)
+    return dataclasses.replace(config, calibration=found)
+
+
+def named_folder(spec: RunSpec) -> Path:
+    """Where the predictions of a run lie whose model need not be at hand.
+
+    Raises:
+        InputError: the sizes are none.
+    """
+    assert spec.model is not None
+    model_type = sources.guess_model_type(spec.model, spec.model_path, spec.model_arch)
+    return run_folder(spec.pred, sources.run_name(spec.model), spec.config(model_type), model_type, spec.seed)
