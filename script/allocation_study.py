@@ -1,4 +1,4 @@
-"""Ways of making budgets from loss curves, compared on prompts: what docs/allocation.md shows.
+"""Ways of making budgets from loss curves, compared on prompts: what docs/budgets.md shows.
 
     python script/allocation_study.py run --data_dir DIR --datasets lcc,samsum --requests FILE --out study.jsonl
     python script/allocation_study.py show study.jsonl

@@ -1,4 +1,4 @@
-"""Would H2O gain from budgets per (layer, KV head) over budgets per layer? What docs/allocation.md says of it.
+"""Would H2O gain from budgets per (layer, KV head) over budgets per layer? What docs/budgets.md says of it.
 
     python script/head_study.py --ini_size 0.2 --data_dir DIR --datasets lcc --requests FILE --first 8 --last 18
 

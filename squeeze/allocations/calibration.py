@@ -93,7 +93,7 @@ class Calibration:
         """Curves for a total size, `(measurements, layers, multiples)`: of all prompts, at `ini_size` and above.
 
         More measurements are less noise, and those where the other layers keep more serve smaller sizes as well
-        (docs/allocation.md).
+        (docs/budgets.md).
         """
         return self.losses[:, self.first(ini_size) :].reshape(-1, *self.losses.shape[2:])
 
