@@ -154,6 +154,8 @@ class SqueezeConfig:
         if self.budgets is not None:
             if self.ini_size is not None or self.kv_class3 is not None:
                 raise InputError("budgets replaces ini_size and kv_class3: give one or the other")
+            if self.allocation != allocations.DEFAULT:
+                raise InputError(f"budgets replaces the allocation {self.allocation}: give one or the other")
             self._set(budgets=Explicit(self.budgets).tokens)
         elif isinstance(self.allocation, Allocation):
             for name in ("ini_size", "kv_class3", "calibration"):
@@ -165,16 +167,15 @@ class SqueezeConfig:
             self._check_sizes(allocations.ALLOCATIONS.find(self.allocation))
 
     def _check_sizes(self, found: Named[Allocation]) -> None:
-        class3 = found.fields.get("class3")
         if "ini_size" not in found.fields:
             raise InputError(f"{found.label} has no parameter ini_size, by which its runs are named: add the field")
-        if class3 is None and self.kv_class3 is not None:
+        if self.kv_class3 is not None and "class3" not in found.fields:
             raise InputError(f"KV_class3 is not for the {found.label}, which has no such parameter: leave it out")
-        if class3 is None and self.ini_size is None:
-            raise InputError(f"ini_size is missing: the {found.label} needs it")
         if "class3" in found.required and (self.ini_size is None or self.kv_class3 is None):
             missing = "ini_size" if self.ini_size is None else "KV_class3"
             raise InputError(f"{missing} is missing: ini_size and KV_class3 are given together")
+        if self.ini_size is None:
+            raise InputError(f"ini_size is missing: the {found.label} needs it")
         if self.calibration is not None and "calibration" not in found.fields:
             raise InputError(f"calibration is not for the {found.label}: leave it out")
         self._set(allocation=found.text, ini_size=self.allocator.size)

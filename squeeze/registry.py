@@ -132,6 +132,8 @@ class Named(Generic[S]):
         except InputError:
             raise
         except Exception as error:  # whatever a class of the user's own raises over its parameters
+            if self.kind.__module__.startswith("squeeze."):
+                raise
             raise InputError(f"{self.label} refuses its parameters: {_said(error)}") from error
 
 
@@ -140,15 +142,14 @@ class Registry(Generic[S]):
 
     Args:
         option: what a strategy is asked for by, `algorithm` or `allocation`.
+        group: entry points of installed packages that add more.
         base: the class that all of them inherit.
         built_in: where each class is, `module:Class`, by name. Nothing is imported before it is used: evictors
             import torch.
     """
 
-    def __init__(self, option: str, base: type[S], built_in: Mapping[str, str]) -> None:
-        self.option, self.base, self.built_in = option, base, built_in
-        #: Entry points of installed packages that add more.
-        self.group = f"squeeze.{'evictors' if option == 'algorithm' else 'allocations'}"
+    def __init__(self, option: str, group: str, base: type[S], built_in: Mapping[str, str]) -> None:
+        self.option, self.group, self.base, self.built_in = option, group, base, built_in
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -147,7 +147,8 @@ def test_what_is_no_evictor_is_a_sentence(text, said):
     [
         ({"ini_size": 0.2}, "registry_file:NoSize", "NoSize has no parameter ini_size, by which its runs are named"),
         ({"ini_size": 0.2}, "squeeze(class3=0.1)", "allocation squeeze: class3 comes from --KV_class3"),
-        ({}, "registry_file:Thirds", "ini_size"),
+        ({}, "registry_file:Thirds", "ini_size is missing: the allocation registry_file:Thirds needs it"),
+        ({"budgets": [9]}, "uniform", "budgets replaces the allocation uniform"),
         ({"ini_size": 0.2, "kv_class3": 0.1}, "uniform", "KV_class3 is not for the allocation uniform"),
         ({"ini_size": 0.2, "calibration": object()}, "uniform", "calibration is not for the allocation uniform"),
         ({"ini_size": 0.2, "prefill_chunk": 4}, "registry_file:Thirds", "make KV_class3 equal to ini_size (0.2)"),

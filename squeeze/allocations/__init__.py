@@ -7,6 +7,7 @@ from squeeze.registry import Registry
 
 ALLOCATIONS: Registry[Allocation] = Registry(
     "allocation",
+    "squeeze.allocations",
     Allocation,  # type: ignore[type-abstract]
     {
         "uniform": "squeeze.allocations.uniform:Uniform",

@@ -127,12 +127,13 @@ def place(name: str, algorithm: str, to_write: bool = False) -> Path:
     return config_file(f"calibration/{name}-{file_name(algorithm)}.json", to_write)
 
 
-def read_calibration(path: Path) -> Calibration:
+def read_calibration(path: Path | str) -> Calibration:
     """Read and check a file of loss curves.
 
     Raises:
         InputError: it is not there, of an unknown version, or not whole.
     """
+    path = Path(path)
     if not path.exists():
         raise InputError(f"{path} is not there: python -m squeeze.calibrate makes it")
     try:

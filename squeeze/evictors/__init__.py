@@ -8,6 +8,7 @@ from squeeze.registry import Registry
 
 EVICTORS: Registry[Evictor] = Registry(
     "algorithm",
+    "squeeze.evictors",
     Evictor,  # type: ignore[type-abstract]
     {
         "sliding_window": "squeeze.evictors.sliding_window:SlidingWindow",
