@@ -91,6 +91,7 @@ def spec_of(args: argparse.Namespace) -> RunSpec:
     names = ("model", "model_path", "algorithm", "start_size", "datasets", "sample_num", "device", "dtype")
     values = {name: getattr(args, name) for name in names}
     values["data_dir"] = args.data_dir or str(shipped("data/longbench"))
+    # For the record only: what prepares the same model and data in pred.py.
     words = ["--enable_squeeze", "--ini_size", "1", "--KV_class3", "1"]
     words += [f"--{name}={value}" for name, value in values.items() if value is not None]
     return RunSpec(enable_squeeze=True, ini_size="1", KV_class3="1", **values, command=command_line(words))

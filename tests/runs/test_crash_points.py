@@ -333,7 +333,7 @@ def test_calibrate(place, monkeypatch):
     monkeypatch.setattr(calibrate, "measure", measure)
     flags = [*COMMON, "--algorithm", "h2o", "--datasets", "samsum", "--sample_num", "3"]
     folder = Path("calibration/tiny/h2o")
-    calibrate.job_of(calibrate.parser().parse_args(flags))
+    calibrate.prepare(calibrate.spec_of(calibrate.parser().parse_args(flags)))
     interrupt_everywhere(place, lambda: calibrate.calibrate(flags), check=truth(folder, "curves", total=3))
 
 
