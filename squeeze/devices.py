@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,9 @@ from squeeze.errors import InputError
 from squeeze.text import shortened
 
 T = TypeVar("T")
+
+#: Seconds by the name of a `section`, while `section_seconds` collects them.
+_seconds: dict[str, float] | None = None
 
 
 def pick_device(device: str | None, local_rank: int = 0) -> torch.device:
@@ -68,6 +72,28 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+@contextmanager
+def section(name: str, device: torch.device) -> Iterator[None]:
+    """Time a part of the work, where `section_seconds` asks for it; elsewhere nothing is waited for."""
+    if _seconds is None:
+        yield
+        return
+    start = now(device)
+    yield
+    _seconds[name] = _seconds.get(name, 0.0) + now(device) - start
+
+
+@contextmanager
+def section_seconds() -> Iterator[dict[str, float]]:
+    """Collect the seconds that each `section` of this process takes inside the block, by name."""
+    global _seconds
+    _seconds = {}
+    try:
+        yield _seconds
+    finally:
+        _seconds = None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -15,8 +15,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,17 @@ class StepClock(StoppingCriteria):
         self.start = time.perf_counter()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        synchronize(input_ids.device)
-        self.seconds.append(time.perf_counter() - self.start)
+        self.seconds.append(now(input_ids.device) - self.start)
         self.pause(len(self.seconds))
-        synchronize(input_ids.device)
-        self.start = time.perf_counter()
+        self.start = now(input_ids.device)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def synchronize(device: torch.device) -> None:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once all that was asked of the device is done; `squeeze.devices.now` for any environment."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -87,10 +87,9 @@ def copy_bandwidth(device: torch.device, nbytes: int = 1 << 29, rounds: int = 7)
     target = torch.empty_like(source)
     seconds = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = now(device)
         target.copy_(source)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now(device) - start)
     return 2 * nbytes / statistics.median(seconds)
 
 
@@ -181,9 +180,12 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
     windowed = "sliding_window" in inspect.signature(type(model.config)).parameters
     cache = DynamicCache(config=model.config) if windowed else DynamicCache()  # which a leftover key would mislead
     context: Any = nullcontext()
+    sections: Any = nullcontext({})
     if engine == "squeeze":
         from squeeze import SqueezeConfig, squeezed
+        from squeeze.devices import section_seconds
 
+        sections = section_seconds()
         context = squeezed(model, SqueezeConfig(**spec["config"]))
     elif engine == "kvpress" and budgets:
         context = press(spec)(model)
@@ -202,9 +204,8 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
             cut(cache, budgets)
         found["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
-    timed = importance_seconds(ids.device, found) if engine == "squeeze" else nullcontext()
     clock = StepClock(pause)
-    with context as run, timed:
+    with context as run, sections as seconds_of:
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -214,36 +215,9 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
             pad_token_id=0,
             stopping_criteria=StoppingCriteriaList([clock]),
         )
+    if engine == "squeeze":
+        found["importance_seconds"] = seconds_of["importance"]
     return clock.seconds, found
-
-
-@contextmanager
-def importance_seconds(device: torch.device, found: dict[str, Any]) -> Iterator[None]:
-    """Add up in `found` what similarities, classes and budgets cost."""
-    from squeeze.engine import prefill, squeezed_model
-
-    named: tuple[tuple[Any, str], ...] = ((prefill, "similarity"), (squeezed_model.SqueezedModel, "_allocate"))
-    originals = [(module, name, getattr(module, name)) for module, name in named]
-    found["importance_seconds"] = 0.0
-
-    def timed(function):
-        def call(*args, **kwargs):
-            synchronize(device)
-            start = time.perf_counter()
-            output = function(*args, **kwargs)
-            synchronize(device)
-            found["importance_seconds"] += time.perf_counter() - start
-            return output
-
-        return call
-
-    for module, name, function in originals:
-        setattr(module, name, timed(function))
-    try:
-        yield
-    finally:
-        for module, name, function in originals:
-            setattr(module, name, function)
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from squeeze.allocations.base import LossCurves
+from squeeze.devices import section
 from squeeze.engine.layer import SqueezeLayer
 from squeeze.importance import similarity
 
@@ -120,7 +121,8 @@ class Prefill:
         """Compare it with the residual stream after self-attention, same shape."""
         if self.stream is not None:
             before = self.stream.to(stream.device)
-            self.similarities[-1].append(similarity(before, stream, self.lengths, self.prompt_lengths))
+            with section("importance", stream.device):
+                self.similarities[-1].append(similarity(before, stream, self.lengths, self.prompt_lengths))
             self.stream = None
 
     def past(self, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from squeeze.allocations.base import Budgets, LossCurves, PromptFacts, check_budgets
 from squeeze.compatibility import check_transformers
 from squeeze.config import DEFAULT_ALGORITHM, SqueezeConfig
+from squeeze.devices import section
 from squeeze.engine import loss_curves
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.prefill import KeptPrefill, Prefill, PrefillResult
@@ -212,15 +213,16 @@ class SqueezedModel:
 
     def _allocated(self, cache: SqueezeCache, prefill: Prefill, similarities: np.ndarray | None) -> list[Budgets]:
         """Budgets of each sequence; `similarities` are `(batch, layers)`, or None where budgets do not need them."""
-        return [
-            self._allocate(
-                None if prefill.losses is None else prefill.losses[row],
-                None if similarities is None else similarities[row],
-                length,
-                cache.max_new_tokens,
-            )
-            for row, length in enumerate(cache.prompt_lengths)
-        ]
+        with section("importance", self.model.device):
+            return [
+                self._allocate(
+                    None if prefill.losses is None else prefill.losses[row],
+                    None if similarities is None else similarities[row],
+                    length,
+                    cache.max_new_tokens,
+                )
+                for row, length in enumerate(cache.prompt_lengths)
+            ]
 
     def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[LossCurves] | None:
         """Curves measured on each sequence, where the allocation needs them."""

@@ -1,6 +1,7 @@
 """The benchmark: measures in processes of their own, writes what it prints, and says what failed."""
 
 import json
+import sys
 import time
 
 import pytest
@@ -134,7 +135,7 @@ def test_turns_are_taken_one_by_one_and_are_as_many_as_announced(tmp_path):
     base = {**SPEC, "model": str(tmp_path), "device": "cpu", "attn": "sdpa", "tokens": list(range(40)), "rounds": 2}
     base |= {"batch_size": 1, "prompt_length": 30, "new_tokens": 10, "turn_steps": 4}
     squeezed = {**base, "cache": "h2o squeezed", "config": {"algorithm": "h2o", "ini_size": 0.5, "kv_class3": 0.2}}
-    alike = {**base, "engine": "transformers", "cache": "cut", "budgets": "squeezed"}
+    alike = {**base, "engine": "transformers", "cache": "cut", "budgets": "squeezed", "python": sys.executable}
     records, order = turn_by_turn(squeezed, alike)
     assert order == ["squeeze h2o squeezed", "transformers cut"] * bench.turns(squeezed)
     assert records[1]["spec"]["budgets"] == records[0]["result"]["budgets"][0], "in time for the prefill after it"
