@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from squeeze.cli.run import run_command
 from squeeze.ranks import ranks
-from squeeze.runs.execute import OpenJob, do, here
+from squeeze.runs.execute import OpenJob, execute, local_worker
 from squeeze.runs.jobs import prepare
 from squeeze.text import say
 
@@ -18,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for note in job.notes if process.first else ():
         say(f"note: {note}")
     jobs = [OpenJob(job, process)]
-    with here(jobs, process) as worker:
-        for done, index in do(jobs, worker):
+    with local_worker(jobs, process) as worker:
+        for done, index in execute(jobs, worker):
             if process.first:
                 print(done.report(index))
 

@@ -15,9 +15,6 @@ from squeeze.errors import InputError
 from squeeze.storage.files import parse_jsonl, read_bytes, read_json
 from squeeze.storage.schema import Amount, Count, Positive, check
 
-#: What `--pred` calls them: the prompts of HELM's two summarization scenarios.
-HELM_TASKS = {"xsum": "HELM's XSum", "cnndm": "HELM's CNN/DailyMail"}
-
 #: How many requests a run takes if it does not say, as published.
 SAMPLE_NUM = 300
 
@@ -60,10 +57,10 @@ class Decoding:
     @property
     def key(self) -> dict[str, Any]:
         """The settings that decide on a completion's text, as JSON would give them back."""
-        found = asdict(self) | {"stop": list(self.stop)}
-        found |= {"temperature": float(self.temperature), "top_p": float(self.top_p)}
-        del found["logprobs"]
-        return found
+        settings = asdict(self) | {"stop": list(self.stop)}
+        settings |= {"temperature": float(self.temperature), "top_p": float(self.top_p)}
+        del settings["logprobs"]
+        return settings
 
 
 class Asked(TypedDict):
@@ -119,13 +116,9 @@ class Requests:
     sha256: str
     made_by: dict[str, Any] | None
 
-    def count(self, sample_num: int | None) -> int:
-        """How many requests a run takes that asked for `sample_num` of them, or for the published number."""
-        return min(sample_num or SAMPLE_NUM, len(self.rows))
-
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the results, for `Run.open`."""
+        """What changes the results: the file."""
         return {"requests_sha256": self.sha256}
 
     @property
@@ -194,10 +187,10 @@ def note_path(path: Path) -> Path:
 
 
 def _note(path: Path, digest: str) -> dict[str, Any] | None:
-    """How the file was made, if that note is about this very file."""
-    note = note_path(path)
-    found: Any = read_json(note, MadeBy) if note.is_file() else None
-    return found if found and found["requests_sha256"] == digest else None
+    """The note beside the file, if it is about this very file."""
+    beside = note_path(path)
+    note: Any = read_json(beside, MadeBy) if beside.is_file() else None
+    return note if note and note["requests_sha256"] == digest else None
 
 
 def key(prompt: str, decoding: Decoding) -> str:

@@ -6,14 +6,13 @@ import argparse
 import dataclasses
 from functools import cache
 
-from squeeze.benchmarks.requests import HELM_TASKS
+from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.cli.arguments import Parser, path_text, real, whole
 from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, SqueezeConfig
 from squeeze.errors import InputError
 from squeeze.numbers import MOST_SEED
 from squeeze.text import shortened
 
-TASKS = {"Long": "LongBench", "e": "LongBench-E", **HELM_TASKS}
 MODEL_ARCHS = ("Mistral", "llama", "no_change")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
@@ -24,6 +23,9 @@ WORDS = {
     "attn": ATTENTIONS,
     "device_map": DEVICE_MAPS,
 }
+
+#: Flags of `pred.py` that only some benchmarks take (`Benchmark.flags`), and their values where they are not given.
+SOME_BENCHMARKS = {"requests": None, "datasets": None, "data_dir": None, "chat": False, "temperature": 0, "top_p": 1}
 
 TEMPERATURE = real("a number, 0 or more")
 
@@ -248,9 +250,9 @@ def check_flags(args: argparse.Namespace) -> None:
         InputError: a value is none of those allowed.
     """
     task = getattr(args, "pred", "Long")
-    if task not in TASKS:
-        tasks = " or ".join(f"{task} ({name})" for task, name in TASKS.items())
-        raise InputError(f"--pred must be {tasks}, got {shortened(task)}")
+    if task not in BENCHMARKS:
+        known = " or ".join(f"{benchmark.name} ({benchmark.title})" for benchmark in BENCHMARKS.values())
+        raise InputError(f"--pred must be {known}, got {shortened(task)}")
     if args.model_arch is not None:
         spelled = {arch.lower(): arch for arch in MODEL_ARCHS}
         if args.model_arch.lower() not in spelled:
@@ -272,16 +274,12 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_task_flags(args: argparse.Namespace) -> None:
-    """Raises InputError for flags of `pred.py` that are another benchmark's: HELM's requests say how they are run."""
-    if args.pred not in HELM_TASKS:
-        if args.requests is not None:
-            raise InputError(f"--requests is for --pred {' or '.join(HELM_TASKS)}")
-        return
-    for flag, default in (("datasets", None), ("data_dir", None), ("chat", False), ("temperature", 0), ("top_p", 1)):
-        if getattr(args, flag) != default:
-            raise InputError(
-                f"--{flag} is for LongBench: with --pred {args.pred} the requests say what is run and how"
-            )
+    """Raises InputError for flags of `pred.py` that are another benchmark's."""
+    benchmark = BENCHMARKS[args.pred]
+    for flag, default in SOME_BENCHMARKS.items():
+        if flag not in benchmark.flags and getattr(args, flag) != default:
+            takers = [other.name for other in BENCHMARKS.values() if flag in other.flags]
+            raise InputError(benchmark.refusal(flag, takers))
 
 
 def config_from_flags(args: argparse.Namespace) -> SqueezeConfig | None:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from squeeze.allocations import calibration
-from squeeze.benchmarks.longbench.data import Data, dataset_names, load_data
-from squeeze.benchmarks.longbench.prompts import chat_format, chat_note, chat_settings
-from squeeze.benchmarks.requests import HELM_TASKS, Requests, read_requests
+from squeeze.benchmarks.base import Benchmark, DataSet, Options
+from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.config import SqueezeConfig
 from squeeze.errors import InputError
 from squeeze.models import sources
@@ -23,8 +22,6 @@ from squeeze.runs.folder import cache_settings, run_folder, versions
 
 if TYPE_CHECKING:
     import torch
-
-    from squeeze.benchmarks.predict import Options
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Job:
         notes: sentences for the user.
         place: the run's folder.
         settings, info: for `squeeze.runs.folder.Run`.
-        how: prompts are made and run.
+        options: what prompts are made and run with.
     """
 
     argv: Sequence[str]
@@ -48,12 +45,17 @@ class Job:
     model: Path
     device: torch.device
     dtype: torch.dtype
-    data: Sequence[Data | Requests]
+    data: Sequence[DataSet]
     notes: tuple[str, ...]
     place: Path
     settings: dict[str, Any]
     info: dict[str, Any]
-    how: Options
+    options: Options
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """The benchmark of the data."""
+        return BENCHMARKS[self.args.pred]
 
     @property
     def loads(self) -> tuple[Any, ...]:
@@ -61,17 +63,17 @@ class Job:
         args = self.args
         return self.model, self.device, self.dtype, args.attn, args.allow_pickle, args.device_map, args.chat
 
-    def settings_of(self, data: Data | Requests) -> dict[str, Any]:
+    def settings_of(self, data: DataSet) -> dict[str, Any]:
         """What changes the results of one data set, for `Run.open`."""
-        if isinstance(data, Requests):
-            return data.settings
-        return data.settings | chat_settings(data.dataset, self.source.name, self.args.chat)
+        return self.benchmark.settings(data, self.options)
 
-    def facts_of(self, data: Data | Requests) -> dict[str, Any]:
+    def facts_of(self, data: DataSet) -> dict[str, Any]:
         """What `run.json` says about one data set beside that."""
-        if isinstance(data, Requests):
-            return {"data": data.origin}
-        return {"data": data.origin, "chat_format": chat_format(data.dataset, self.source.name, self.args.chat)}
+        return self.benchmark.facts(data, self.options)
+
+    def count(self, data: DataSet) -> int:
+        """Samples of one data set."""
+        return self.benchmark.count(data, self.args.sample_num)
 
 
 @dataclass
@@ -105,31 +107,27 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
     if args.model is None:
         raise InputError("--model is missing: a name in config/model2path.json, a local folder or a Hub name")
     config = config_from_flags(args)
-    helm = args.pred in HELM_TASKS
-    datasets = [] if helm else dataset_names("samsum" if args.datasets is None else args.datasets, args.pred)
+    benchmark = BENCHMARKS[args.pred]
+    datasets = benchmark.datasets(args.datasets)
     source = inputs.once(sources.resolve, args.model, args.model_path)
 
     # torch and transformers take seconds to import: --help and what is wrong with the flags should not wait for them.
     import torch
 
     from squeeze import devices
-    from squeeze.benchmarks import predict
 
     device = devices.pick_device(args.device, process.local)
     dtype = devices.pick_dtype(args.dtype, device)
-    data: list[Data | Requests] = [inputs.once(load_data, one, args.data_dir, args.pred) for one in datasets]
-    if helm:
-        data = [inputs.once(read_requests, args.pred, args.requests)]
+    location = getattr(args, benchmark.location)
+    data: list[DataSet] = [inputs.once(benchmark.read, dataset, location) for dataset in datasets]
     folder = inputs.once(sources.fetch, source, args.allow_pickle)
     model_config = inputs.once(sources.read_config, folder)
     model_type = model_config.model_type
     sources.check_arch(args.model_arch, model_type)
     identity = inputs.once(sources.identity, source, folder, args.allow_pickle)
     config = with_curves(for_model(config, model_type), source.name, identity)
-    max_length, note = model_config.max_position_embeddings, None
-    if not helm:
-        max_length, note = sources.prompt_limit(source, max_length)
-    said = chat_note(datasets, source.name, folder, args.chat)
+    max_length, note = benchmark.prompt_limit(source, model_config.max_position_embeddings)
+    said = benchmark.note(datasets, source.name, folder, args.chat)
     settings = {"model": identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"attn": "sdpa" if args.attn == "auto" else args.attn, "seed": args.seed, **cache_settings(config)}
     place = run_folder(args.pred, source.name, config, model_type, args.seed)
@@ -153,7 +151,7 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
             "processes": process.world,
             "versions": inputs.once(versions),
         },
-        how=predict.Options(
+        options=Options(
             max_length=max_length,
             model_name=source.name,
             chat=args.chat,

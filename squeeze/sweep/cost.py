@@ -64,7 +64,6 @@ def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
 
 def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
     """The lines of runs on one model and the same data; what they come to is added to `total`."""
-    from squeeze.benchmarks import predict
     from squeeze.models import loading
     from squeeze.models.folder_config import model_config
 
@@ -72,7 +71,8 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
     lines = []
     tokenizer, config = loading.load_tokenizer(job.model), model_config(job.model)
     for index, data in enumerate(job.data):
-        prompts = predict.encode(tokenizer, data, max(one.samples[index].total for one in group), job.how)
+        total_rows = max(one.samples[index].total for one in group)
+        prompts = job.benchmark.encode(tokenizer, data, total_rows, job.options)
         shared: dict[Any, set[int]] = {}
         for one in group:
             samples = one.samples[index]
@@ -122,7 +122,7 @@ def _most_bytes(job: Job, config: PretrainedConfig, prompts: Sequence[Prompt]) -
 
     token = full_cache_bytes(config, 1, job.dtype)
     kept = full = 0
-    for batch in share(prompts, job.how.batch_size, ALONE):
+    for batch in share(prompts, job.options.batch_size, ALONE):
         length = max(len(prompts[index].tokens) for index in batch)
         held = full_cache_bytes(config, length + prompts[batch[0]].settings["max_new_tokens"], job.dtype)
         if job.config is not None:

@@ -13,10 +13,10 @@ from tiny import LISTS, save_rows, save_tiny, tiny_tokenizer
 import eval
 import pred
 from squeeze import InputError, SqueezeConfig, squeezed
-from squeeze.benchmarks import predict as predict_module
 from squeeze.benchmarks.longbench.data import build_prompt, generation_lengths
 from squeeze.benchmarks.longbench.prompts import encode_prompt
 from squeeze.cli.run import run_command
+from squeeze.generation import generate as generation
 from squeeze.generation.generate import full_cache_bytes, generate
 from squeeze.models import loading, sources
 from squeeze.models.loading import load
@@ -158,7 +158,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(place, monkeypatch, ca
     predict(*SQUEEZE)
     folder = Path("pred_Long/tiny/0.3/12.6")
     expected = (folder / "samsum.jsonl").read_bytes()
-    sizes, real = [], predict_module.generate
+    sizes, real = [], generation.generate
 
     def small_memory(model, prompts, *rest):
         sizes.append(len(prompts))
@@ -166,7 +166,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(place, monkeypatch, ca
             raise error
         return real(model, prompts, *rest)
 
-    monkeypatch.setattr(predict_module, "generate", small_memory)
+    monkeypatch.setattr(generation, "generate", small_memory)
     limit, error = 2, torch.OutOfMemoryError("CUDA out of memory")
     predict(*SQUEEZE, "--batch_size", "5", "--overwrite")
     assert (folder / "samsum.jsonl").read_bytes() == expected

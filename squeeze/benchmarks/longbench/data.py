@@ -17,13 +17,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, NotRequired, TypedDict
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 from msgspec import Meta
 
 from squeeze.benchmarks.records import Prediction
 from squeeze.errors import InputError
-from squeeze.models.sources import quiet_hub
 from squeeze.storage.files import parse_jsonl, read_bytes, read_json
 from squeeze.storage.paths import ROOT
 from squeeze.storage.schema import Count, Positive
@@ -125,13 +122,9 @@ class Data:
     revision: str | None
     sha256: str
 
-    def count(self, sample_num: int | None) -> int:
-        """How many rows a run takes that asked for `sample_num` of them, or for all."""
-        return min(sample_num or len(self.rows), len(self.rows))
-
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the results, for `Run.open`."""
+        """What changes the results: the rows, the prompt and the length of the answer."""
         return {
             "data_sha256": self.sha256,
             "prompt_format": prompt_formats()[self.dataset],
@@ -170,6 +163,12 @@ def _local_file(name: str, data_dir: str) -> tuple[bytes, str, None]:
 
 
 def _hub_file(name: str) -> tuple[bytes, str, str | None]:
+    # A fifth of a second to import, of which --help knows nothing.
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from squeeze.models.sources import quiet_hub
+
     file: dict[str, Any] = {"repo_id": HUB_DATASET, "filename": "data.zip", "repo_type": "dataset"}
     try:
         with quiet_hub():
