@@ -6,9 +6,11 @@ from pathlib import Path
 
 from squeeze.benchmarks.base import Benchmark
 from squeeze.benchmarks.helm import HELM
-from squeeze.benchmarks.longbench.benchmark import LONGBENCH, LONGBENCH_E
+from squeeze.benchmarks.longbench.benchmark import LONGBENCH, LongBenchE
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (LONGBENCH, LONGBENCH_E, *HELM)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark for benchmark in (LONGBENCH, LongBenchE("e", "LongBench-E"), *HELM)
+}
 
 
 def owner(folder: Path, dataset: str | None = None) -> Benchmark:

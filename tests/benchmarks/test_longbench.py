@@ -11,7 +11,6 @@ from tiny import LISTS, save_rows
 from squeeze import InputError
 from squeeze.benchmarks.longbench import data as longbench
 from squeeze.benchmarks.longbench import download
-from squeeze.benchmarks.longbench.benchmark import LONGBENCH
 from squeeze.benchmarks.longbench.data import (
     LONGBENCH_E,
     build_prompt,
@@ -20,6 +19,7 @@ from squeeze.benchmarks.longbench.data import (
     load_data,
     prompt_formats,
 )
+from squeeze.benchmarks.registry import BENCHMARKS
 
 #: For each data set: LongBench's generation length, and the start of the SHA-256 of its prompt, filled in with
 #: `<CONTEXT>` and `<INPUT>`.
@@ -87,7 +87,7 @@ def test_local_rows(tmp_path):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert data.origin == {"source": str(path), "revision": None, "sha256": digest, "rows": 2}
     assert data.settings["data_sha256"] == digest
-    assert [LONGBENCH.count(data, wanted) for wanted in (None, 1, 9)] == [2, 1, 2]
+    assert [BENCHMARKS["Long"].count(data, wanted) for wanted in (None, 1, 9)] == [2, 1, 2]
 
 
 ROW = {"context": "c", "input": "i", **LISTS}

@@ -245,8 +245,8 @@ def test_a_stop_token_comes_second_at_the_earliest(place):
     assert generate(model, prompts, settings | {"min_new_tokens": 1}, None)[0][0].tolist() == [1, 0]
     [output], [stats] = generate(model, prompts, settings, None)
     assert output.tolist() == [0]
-    assert stats["new_tokens"] == 1
-    assert stats["prompt_tokens"] == 3
+    assert stats.new_tokens == 1
+    assert stats.prompt_tokens == 3
 
 
 @pytest.mark.parametrize("squeeze", [False, True])
@@ -263,7 +263,7 @@ def test_a_prompt_that_stops_early_ends_at_its_stop_token(place, squeeze):
         outputs, stats = generate(model, prompts, settings | {"eos_token_id": [stop]}, run)
     expected = [row[: row.index(stop) + 1] if stop in row else row for row in whole]
     assert [output.tolist() for output in outputs] == expected
-    assert [one["new_tokens"] for one in stats] == [len(row) for row in expected]
+    assert [one.new_tokens for one in stats] == [len(row) for row in expected]
     assert min(map(len, expected)) < max(map(len, expected))
 
 
@@ -272,7 +272,7 @@ def test_full_cache_bytes_are_those_of_the_models_own_window(place):
     assert full_cache_bytes(model.config, 10, model.dtype) == 2 * 5 * 2 * 8 * 10 * 2
     _, [stats] = generate(model, [torch.arange(3, 43)], {"max_new_tokens": 4, "do_sample": False}, None)
     per_token = 2 * 5 * 2 * 8 * 2
-    assert stats["kv_bytes"] == stats["full_kv_bytes"] == 15 * per_token, "what the next token may look back at"
+    assert stats.kv_bytes == stats.full_kv_bytes == 15 * per_token, "what the next token may look back at"
 
 
 def test_long_prompts_are_cut_to_the_models_positions(place, capsys):
@@ -298,9 +298,9 @@ def test_what_is_measured_is_the_engines(place):
     prompts = [torch.arange(5, 45)]
     with squeezed(model, SqueezeConfig(ini_size="0.5", kv_class3="0.2")) as run:
         _, [stats] = generate(model, prompts, {"max_new_tokens": 4, "do_sample": False}, run)
-        assert stats["budgets"] == run.budgets[0].tolist()
-        assert stats["kv_bytes"] == run.kv_bytes
-    assert sum(stats["budgets"]) == 100
+        assert stats.budgets == run.budgets[0].tolist()
+        assert stats.kv_bytes == run.kv_bytes
+    assert sum(stats.budgets) == 100
 
 
 def test_compiled_decoding_is_a_setting_of_the_run(place):

@@ -116,4 +116,3 @@ class LongBenchE(LongBench):
 
 
 LONGBENCH = LongBench("Long", "LongBench")
-LONGBENCH_E = LongBenchE("e", "LongBench-E")
