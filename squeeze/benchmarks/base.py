@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from squeeze.benchmarks.prediction_files import PredictionFiles, in_folder
 from squeeze.benchmarks.records import Prediction
@@ -29,29 +29,36 @@ if TYPE_CHECKING:
     from squeeze.models.sources import ModelSource
 
 
-class DataSet(Protocol):
-    """One data set of a benchmark."""
+@dataclass(frozen=True)
+class DataSet:
+    """Rows of one data set, and which rows they are.
 
-    @property
-    def dataset(self) -> str:
-        """Its name, which is that of its files in a run's folder."""
+    Args:
+        dataset: its name, which is that of its files in a run's folder.
+        rows: in order; each is a sample.
+        source: the file, or what else it was read from.
+        sha256: of the file.
+    """
 
-    @property
-    def rows(self) -> Sequence[Any]:
-        """Its samples, in order."""
+    dataset: str
+    rows: Sequence[Any]
+    source: str
+    sha256: str
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the results, such as a checksum: a run with other settings is another run."""
+        """Settings that change the results: a run with others is another run."""
+        return {"data_sha256": self.sha256}
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What `run.json` says about where the rows come from."""
+        """Facts for `run.json` on where the rows come from."""
+        return {"source": self.source, "sha256": self.sha256, "rows": len(self.rows)}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What prompts are made and run with.
+    """Settings that prompts are made and run with.
 
     Args:
         max_length: the most tokens of a prompt; of a request, those of its completion included.
@@ -99,7 +106,7 @@ Stats = TypeVar("Stats")
 
 
 class Measure(ABC, Generic[Stats]):
-    """What is computed on a benchmark's prompts, batch by batch: answers, or a comparison with the full cache.
+    """A computation on a benchmark's prompts, batch by batch: answers, or a comparison with the full cache.
 
     Attributes:
         sample: the kind of a finished sample, a `TypedDict` (see `squeeze.benchmarks.records`): `index`, then the
@@ -152,8 +159,6 @@ class Benchmark(Measure[SampleStats]):
     score_columns: ClassVar[tuple[str, ...]] = ()
     score_label: ClassVar[str] = "score"
 
-    # What is asked for.
-
     def refusal(self, flag: str, takers: Sequence[str]) -> str:
         """A sentence on a flag that it does not take and other benchmarks do."""
         return f"--{flag} is for --pred {' or '.join(takers)}"
@@ -183,31 +188,20 @@ class Benchmark(Measure[SampleStats]):
         return min(sample_num or self.sample_num or len(data.rows), len(data.rows))
 
     def prompt_limit(self, source: ModelSource, positions: int) -> tuple[int, str | None]:
-        """The most tokens of a prompt, and a sentence where that is not what the user may expect.
-
-        Args:
-            positions: of the model.
-        """
+        """The most tokens of a prompt for a model of so many positions, and a sentence where that needs one."""
         return positions, None
 
     def note(self, datasets: Sequence[str], model_name: str, folder: Path, chat: bool) -> str | None:
-        """A sentence for the user about the prompts that a model is going to get.
-
-        Args:
-            folder: the model's.
-            chat: whether its chat template was asked for.
-        """
+        """A sentence for the user about the prompts that the model in `folder` is going to get."""
         return None
 
     def settings(self, data: DataSet, options: Options) -> dict[str, Any]:
-        """What changes the results of one data set, for `squeeze.runs.folder.Run`."""
+        """Settings that change the results of one data set, for `squeeze.runs.folder.Run`."""
         return data.settings
 
     def facts(self, data: DataSet, options: Options) -> dict[str, Any]:
-        """What `run.json` says about one data set beside that."""
+        """Facts for `run.json` about one data set, beside its settings."""
         return {"data": data.origin}
-
-    # Prompts and answers.
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, options: Options) -> None:
         """Raises InputError for a tokenizer that cannot make the prompts."""
@@ -226,8 +220,6 @@ class Benchmark(Measure[SampleStats]):
     def describe(self, stats: Sequence[SampleStats]) -> str:
         return sample_stats.progress(stats)
 
-    # Scores.
-
     @property
     def scale(self) -> str:
         """Whose scores a table of text shows."""
@@ -238,21 +230,15 @@ class Benchmark(Measure[SampleStats]):
         return f"pred_{self.name}" in folder.absolute().parts
 
     def find(self, run: Path, datasets: str | None) -> PredictionFiles:
-        """Prediction files of a run.
-
-        Args:
-            datasets: which of them, as `--datasets` says it; None: those that are there.
-        Raises:
-            InputError: there are none, or one is half-written.
-        """
+        """Prediction files of a run, or those that `--datasets` names; InputError for none or a half-written one."""
         known = self.datasets("all")
         wanted = self.datasets(datasets) if datasets not in (None, "all") else None
         if not run.is_dir():
             raise InputError(f"the folder {run} is not there")
-        found = in_folder(run, wanted, known).only(wanted, known)
-        if not found.files:
+        predictions = in_folder(run, wanted, known).only(wanted, known)
+        if not predictions.files:
             raise InputError(f"{run} has no prediction file such as {known[0]}.jsonl")
-        return found
+        return predictions
 
     def predictions(self, path: Path, dataset: str) -> list[Any]:
         """Lines of a prediction file, of the kind `prediction`; InputError where it is damaged."""
@@ -262,12 +248,12 @@ class Benchmark(Measure[SampleStats]):
         """Score of each prediction, in [0, 1]; only where there is no `scorer`."""
         raise NotImplementedError
 
-    def score(self, dataset: str, rows: Sequence[Any]) -> dict[str, Any]:
-        """A data set's part of `result_detail.json`, as `squeeze.benchmarks.scores.scored` makes it, or more."""
+    def score(self, dataset: str, rows: Sequence[Any], details: bool = True) -> dict[str, Any]:
+        """A data set's part of `result_detail.json`, in percent; `details`: also what the report does not show."""
         return scored(self.sample_scores(dataset, rows))
 
     def result(self, detail: dict[str, Any]) -> Any:
-        """What `result.json` says of a data set: its score, or several by name."""
+        """A data set's part of `result.json`: its score, or several by name."""
         return detail["score"]
 
     def group_scores(self, scores: dict[str, float]) -> dict[str, float]:
@@ -283,6 +269,8 @@ class Benchmark(Measure[SampleStats]):
         Raises:
             InputError: the predictions are damaged.
         """
-        found = self.score(dataset, self.predictions(folder / f"{dataset}.jsonl", dataset))
-        low, high = found["interval"]
-        return found["samples"], {"score": found["score"], "low": low, "high": high}
+        rows = self.predictions(folder / f"{dataset}.jsonl", dataset)
+        detail = self.score(dataset, rows, details=False)
+        low, high = detail["interval"]
+        columns = self.result(detail) if self.score_columns else {}
+        return len(rows), {"score": detail["score"], "low": low, "high": high, **columns}

@@ -21,7 +21,7 @@ from squeeze.generation.stopping import StopStrings, cut, pieces
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated for a prompt. The texts of the tokens put together are the text.
+    """A text that was generated for a prompt, and its tokens, whose texts put together are the text.
 
     Args:
         text: up to the first stop string.
@@ -91,9 +91,9 @@ def complete(
     settings = greedy(decoding.max_tokens)
     outputs, stats = generate(model, rows, settings, run, LogitsProcessorList([recorder]), stops)
     ends = stop_tokens(model, settings).tolist()
-    found = [_completion(tokenizer, output, ends, decoding.stop, recorder, row) for row, output in enumerate(outputs)]
+    made = [_completion(tokenizer, output, ends, decoding.stop, recorder, row) for row, output in enumerate(outputs)]
     starts = range(0, len(rows), decoding.n)
-    return [found[at : at + decoding.n] for at in starts], [_together(stats[at : at + decoding.n]) for at in starts]
+    return [made[at : at + decoding.n] for at in starts], [_together(stats[at : at + decoding.n]) for at in starts]
 
 
 def _completion(
@@ -118,10 +118,10 @@ def _completion(
 
 def _by_text(tokenizer: PreTrainedTokenizerBase, logprobs: list[float], tokens: list[int]) -> dict[str, float]:
     """The log-probability of each token's text, the likeliest first; of tokens with one text, the likeliest's."""
-    found: dict[str, float] = {}
+    by_text: dict[str, float] = {}
     for logprob, token in zip(logprobs, tokens, strict=True):
-        found.setdefault(tokenizer.decode([token]), logprob)
-    return found
+        by_text.setdefault(tokenizer.decode([token]), logprob)
+    return by_text
 
 
 def _together(stats: Sequence[SampleStats]) -> SampleStats:
@@ -142,12 +142,12 @@ def prompt_logprobs(model: PreTrainedModel, tokens: torch.Tensor, block: int = 5
     """
     device = model.get_input_embeddings().weight.device
     states = model.base_model(input_ids=tokens[None].to(device), use_cache=False).last_hidden_state[0]
-    found = [torch.zeros(1)]
+    blocks = [torch.zeros(1)]
     for start in range(0, len(tokens) - 1, block):
         logits = model.lm_head(states[start : start + block][: len(tokens) - 1 - start])
         after = tokens[start + 1 : start + 1 + len(logits), None].to(logits.device)
-        found.append(logits.float().log_softmax(dim=-1).gather(1, after)[:, 0].cpu())
-    return torch.cat(found).tolist()
+        blocks.append(logits.float().log_softmax(dim=-1).gather(1, after)[:, 0].cpu())
+    return torch.cat(blocks).tolist()
 
 
 def published(completion: Completion) -> dict[str, Any]:

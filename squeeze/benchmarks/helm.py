@@ -72,7 +72,7 @@ class HelmRequests(Benchmark):
             new = request.decoding.max_tokens
             if len(tokens) + new > options.max_length:
                 raise InputError(
-                    f"{data.origin['source']}: prompt {number} has {len(tokens)} tokens, which with {new} new ones is "
+                    f"{data.source}: prompt {number} has {len(tokens)} tokens, which with {new} new ones is "
                     f"more than the model's {options.max_length} positions: make the requests again with --model "
                     f"{options.model_name}"
                 )

@@ -138,7 +138,7 @@ class ComparedSample(TypedDict):
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What is drawn of a prompt's layers; early versions did not keep the similarities."""
+    """Statistics of a prompt's layers that are drawn; early versions did not keep the similarities."""
 
     prompt_tokens: Positive
     classes: Classes

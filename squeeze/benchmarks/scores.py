@@ -39,7 +39,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = bootstrap(
+        limits = bootstrap(
             (np.asarray(values, dtype=float),),
             np.mean,
             n_resamples=RESAMPLES,
@@ -48,7 +48,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
             method="percentile",
             rng=np.random.default_rng(0),
         ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(limits.low), float(limits.high)
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:

@@ -142,8 +142,8 @@ def stop_tokens(model: PreTrainedModel, settings: dict[str, Any]) -> torch.Tenso
 
 def _until_stop(tokens: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
     """Drop what `generate` pads a row with that stopped before the others of its batch."""
-    found = torch.isin(tokens, stops).nonzero()
-    return tokens[: int(found[0]) + 1] if len(found) else tokens
+    ends = torch.isin(tokens, stops).nonzero()
+    return tokens[: int(ends[0]) + 1] if len(ends) else tokens
 
 
 def _pad_token(model: PreTrainedModel) -> int:

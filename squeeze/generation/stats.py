@@ -43,14 +43,14 @@ class SampleStats:
 
     def to_json(self) -> dict[str, Any]:
         """The statistics as a line of a run's file has them, in its order."""
-        found = dict(vars(self))
-        layers = {name: found.pop(name) for name in ("similarities", "classes", "budgets", "notes")}
+        numbers = dict(vars(self))
+        layers = {name: numbers.pop(name) for name in ("similarities", "classes", "budgets", "notes")}
         if not self.budgets:  # the full cache's files have state_bytes first
             first = ("prompt_tokens", "new_tokens", "prefill_seconds", "decode_seconds", "state_bytes")
-            return {name: found[name] for name in first} | found
+            return {name: numbers[name] for name in first} | numbers
         if not self.similarities:  # of early versions
             del layers["similarities"]
-        return found | layers
+        return numbers | layers
 
 
 def progress(stats: Sequence[SampleStats]) -> str:

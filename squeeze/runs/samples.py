@@ -84,18 +84,18 @@ class Samples:
         Raises:
             InputError: a file is not what was written into it.
         """
-        found: dict[int, Any] = {}
+        samples: dict[int, Any] = {}
         own = 0
         for source in [*self.partials, self.finished]:
             whole = _whole_lines(source)
             rows = read_samples(whole, source, self.kind) if whole else []
             # What was cut short while files were put together leaves a sample in two of them, the same in both.
-            found = {row["index"]: row for row in rows} | found
+            samples = {row["index"]: row for row in rows} | samples
             own = len(rows) if source == self.partial else own
-        check_layers(list(found.values()), self.partials[0] if self.partials else self.finished)
-        self.records = [found[index] for index in sorted(found)]
-        self.missing = [index for index in range(self.total) if index not in found]
-        self._gathered = own == len(found) and not _torn(self.partial)
+        check_layers(list(samples.values()), self.partials[0] if self.partials else self.finished)
+        self.records = [samples[index] for index in sorted(samples)]
+        self.missing = [index for index in range(self.total) if index not in samples]
+        self._gathered = own == len(samples) and not _torn(self.partial)
 
     def check(self) -> None:
         """Raises OSError if anything but a regular file is in the place of a file that is written, or a link in that

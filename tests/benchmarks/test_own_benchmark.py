@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -12,7 +11,7 @@ from tiny import save_tiny
 import pred
 from squeeze import InputError
 from squeeze.benchmarks import registry
-from squeeze.benchmarks.base import Benchmark
+from squeeze.benchmarks.base import Benchmark, DataSet
 from squeeze.generation.generate import Prompt, generate, greedy
 from squeeze.generation.stats import SampleStats
 from squeeze.report import command as report
@@ -39,33 +38,15 @@ class AnsweredSum(TypedDict):
     stats: SampleStats
 
 
-@dataclass(frozen=True)
-class Table:
-    """The sums of every number below `size` and itself."""
-
-    dataset: str
-    size: int
-
-    @property
-    def rows(self):
-        return [(number, number) for number in range(self.size)]
-
-    @property
-    def settings(self):
-        return {"size": self.size}
-
-    @property
-    def origin(self):
-        return {"source": "arithmetic", "sha256": f"{self.size} sums"}
-
-
 class Sums(Benchmark):
     name, title = "sums", "Sums"
     sample, prediction = AnsweredSum, Answer
     sample_num = 5
 
     def read(self, dataset, location):
-        return Table(dataset, int(location or 9))
+        """The sums of every number below `location` and itself."""
+        size = int(location or 9)
+        return DataSet(dataset, [(number, number) for number in range(size)], "arithmetic", f"{size} sums")
 
     def encode(self, tokenizer, data, total, options):
         texts = [f"Dialogue: {'Ann: ok ' * 5}{a} and {b} is " for a, b in data.rows[:total]]
@@ -120,7 +101,7 @@ def test_it_is_run_resumed_scored_compared_and_shown(monkeypatch, capsys):
     assert (SQUEEZED / "sums.jsonl").read_bytes() == whole
     manifest = json.loads((SQUEEZED / "run.json").read_text())["datasets"]["sums"]
     assert [start["samples_done"] for start in manifest["starts"]] == [0, 2, 4]
-    assert manifest["settings"] == {"size": 9} and manifest["data"]["source"] == "arithmetic"
+    assert manifest["settings"] == {"data_sha256": "9 sums"} and manifest["data"]["source"] == "arithmetic"
     stats = json.loads((SQUEEZED / "samples/sums.jsonl").read_text().splitlines()[0])["stats"]
     assert list(stats)[-4:] == ["similarities", "classes", "budgets", "notes"] and len(stats["budgets"]) == 5
     predict()
@@ -140,7 +121,7 @@ def test_it_is_run_resumed_scored_compared_and_shown(monkeypatch, capsys):
     assert list(read.fidelity["dataset"]) == ["sums"]
     [row, _] = read.runs.itertuples()
     assert page_parts.data_name(row) == "sums" and page_parts.label_of(row) == "score"
-    with pytest.raises(InputError, match=r"size 9 \(now 7\): --overwrite"):
+    with pytest.raises(InputError, match=r"data_sha256 9 sums \(now 7 sums\): --overwrite"):
         predict("--data_dir", "7")
 
 

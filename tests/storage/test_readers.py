@@ -13,7 +13,7 @@ from squeeze.allocations import calibration, curves
 from squeeze.benchmarks.fidelity import Fidelity
 from squeeze.benchmarks.longbench import data as longbench
 from squeeze.benchmarks.longbench.benchmark import LONGBENCH
-from squeeze.benchmarks.longbench.scoring import score_file
+from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.models import sources
 from squeeze.report import command as report
 from squeeze.report import results
@@ -53,7 +53,7 @@ def squeezed_run():
     folder = make_run(Path("runs/full"), samples=2, ini_size=0.4, KV_class3=0.2)
 
     def use(path):
-        score_file(path.with_name("samsum.jsonl"), "Long", rouge=False)
+        LONGBENCH.read_scores(folder, "samsum")
         show()
 
     return folder / "run.json", [manifest(folder)], use
@@ -145,7 +145,8 @@ def layers():
 
 def predictions(dataset, task):
     def use(path):
-        json.dumps(score_file(path, task), allow_nan=False)
+        benchmark = BENCHMARKS[task]
+        json.dumps(benchmark.score(dataset, benchmark.predictions(path, dataset)), allow_nan=False)
 
     return Path(f"{dataset}.jsonl"), [PREDICTION] * 2, use
 

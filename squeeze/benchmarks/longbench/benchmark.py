@@ -93,20 +93,14 @@ class LongBench(Benchmark):
     def predictions(self, path: Path, dataset: str) -> list[Any]:
         return layouts.read(path, dataset, self.name)
 
-    def score(self, dataset: str, rows: Sequence[Any]) -> dict[str, Any]:
-        return scoring.score_rows(dataset, rows, self.name)
+    def score(self, dataset: str, rows: Sequence[Any], details: bool = True) -> dict[str, Any]:
+        return scoring.score_rows(dataset, rows, self.name, details)
 
     def result(self, detail: dict[str, Any]) -> Any:
         return detail.get("buckets", detail["score"])
 
     def group_scores(self, scores: dict[str, float]) -> dict[str, float]:
         return scoring.group_scores(scores)
-
-    def read_scores(self, folder: Path, dataset: str) -> tuple[int, dict[str, Any]]:
-        found = scoring.score_file(folder / f"{dataset}.jsonl", self.name, rouge=False)
-        low, high = found["interval"]
-        scores = {"score": found["score"], "low": low, "high": high}
-        return found["samples"], scores | found.get("buckets", {})
 
 
 class LongBenchE(LongBench):

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from squeeze.benchmarks.longbench.data import check_lists, dataset_names
+from squeeze.benchmarks.longbench.metrics import METRICS
 from squeeze.benchmarks.longbench.scoring import read_predictions
 from squeeze.benchmarks.prediction_files import PredictionFiles, dataset_of, in_folder
 from squeeze.benchmarks.records import Prediction
@@ -36,7 +37,7 @@ MOST_NAMED = 8
 
 
 class Gold(msgspec.Struct):
-    """What MiniLongBench holds of a row of a data set with classes."""
+    """The part of a row that MiniLongBench keeps where its data set has classes."""
 
     answers: list[str]
     all_classes: list[str] | None = None
@@ -53,8 +54,10 @@ def read(path: Path, dataset: str, task: str = "Long") -> list[Any]:
     """The predictions of a data set, `squeeze.benchmarks.records.Prediction`; of `e` with the rows' lengths.
 
     Raises:
-        InputError: the file is not whole, or is no prediction file.
+        InputError: the file is not whole, or is no prediction file of the data set.
     """
+    if dataset not in METRICS:
+        raise InputError(f"{path} is named after none of the data sets")
     document = _document(path) if path.suffix == ".json" else None
     if document is None:
         return read_predictions(path, task, dataset)
@@ -97,18 +100,18 @@ def find(run: Path, datasets: str | None = None, task: str = "Long") -> Predicti
     known = dataset_names("all", task)
     wanted = dataset_names(datasets, task) if datasets not in (None, "all") else None
     if run.is_file():
-        found = PredictionFiles(str(run), {_dataset_of_file(run, known): run})
+        predictions = PredictionFiles(str(run), {_dataset_of_file(run, known): run})
     elif run.is_dir() and any(run.glob("*.jsonl")):
-        found = in_folder(run, wanted, known)
+        predictions = in_folder(run, wanted, known)
     elif run.is_dir():
-        found = PredictionFiles(str(run), _documents(run, known) or _only_method(run, known))
+        predictions = PredictionFiles(str(run), _documents(run, known) or _only_method(run, known))
     else:
         method = run.name.removesuffix(".json")
         files = _methods(run.parent, known).get(method, {})
         if not files:
             raise InputError(f"the folder {run} is not there")
-        found = PredictionFiles(str(run), files)
-    return found.only(wanted, known)
+        predictions = PredictionFiles(str(run), files)
+    return predictions.only(wanted, known)
 
 
 def _dataset_of_file(path: Path, known: Sequence[str]) -> str:
@@ -128,25 +131,25 @@ def _without_prefix(name: str) -> str:
 
 def _documents(folder: Path, known: Sequence[str]) -> dict[str, Path]:
     """The files of MiniLongBench's layout."""
-    found: dict[str, Path] = {}
+    documents: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json")):
         dataset = _without_prefix(path.stem)
         if dataset in known and path.name not in RESULTS:
-            if dataset in found:
-                raise InputError(f"{found[dataset]} and {path.name} are both of {dataset}: give one of them")
-            found[dataset] = path
-    return found
+            if dataset in documents:
+                raise InputError(f"{documents[dataset]} and {path.name} are both of {dataset}: give one of them")
+            documents[dataset] = path
+    return documents
 
 
 def _methods(folder: Path, known: Sequence[str]) -> dict[str, dict[str, Path]]:
     """Method → data set → file, of KVCache-Factory's layout; of one data set where the folder is one's."""
-    places = [folder] if folder.absolute().name in known else [folder / dataset for dataset in known]
-    found: dict[str, dict[str, Path]] = {}
-    for place in places:
-        for path in sorted(place.glob("*.json")):
+    folders = [folder] if folder.absolute().name in known else [folder / dataset for dataset in known]
+    methods: dict[str, dict[str, Path]] = {}
+    for subfolder in folders:
+        for path in sorted(subfolder.glob("*.json")):
             if path.name not in RESULTS and path.is_file():
-                found.setdefault(path.stem, {})[place.absolute().name] = path
-    return found
+                methods.setdefault(path.stem, {})[subfolder.absolute().name] = path
+    return methods
 
 
 def _only_method(folder: Path, known: Sequence[str]) -> dict[str, Path]:

@@ -12,7 +12,6 @@ from squeeze.benchmarks.longbench.metrics import METRICS, rouge_l
 from squeeze.benchmarks.prediction_files import dataset_of
 from squeeze.benchmarks.records import Prediction, PredictionByLength
 from squeeze.benchmarks.scores import dataset_score, scored
-from squeeze.errors import InputError
 from squeeze.storage.files import read_jsonl
 
 ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL")
@@ -52,34 +51,23 @@ def read_predictions(path: Path, task: str = "Long", dataset: str | None = None)
     return [row for _, row in rows]
 
 
-def score_file(path: Path, task: str, rouge: bool = True) -> dict[str, Any]:
+def score_rows(dataset: str, rows: Sequence[Any], task: str, rouge: bool = True) -> dict[str, Any]:
     """One data set's part of `result_detail.json`: its score, and every sample's, in percent.
 
     Args:
-        path: the prediction file.
+        rows: `squeeze.benchmarks.records.Prediction`.
         task: `Long`, or `e` for the score of each range of lengths as well.
         rouge: also ROUGE-1, 2 and L by `rouge-score`, which take longer than all the rest.
-    Raises:
-        InputError: the file is not whole, or is no prediction file.
     """
-    dataset = dataset_of(path)
-    if dataset not in METRICS:
-        raise InputError(f"{path} is named after none of the data sets")
-    rows = read_predictions(path, task)
-    return score_rows(dataset, rows, task, rouge)
-
-
-def score_rows(dataset: str, rows: Sequence[Any], task: str, rouge: bool = True) -> dict[str, Any]:
-    """What `score_file` gives, for predictions that were read from anywhere."""
     each = sample_scores(dataset, rows)
-    found = scored(each)
-    per_sample = found.pop("per_sample")
+    detail = scored(each)
+    per_sample = detail.pop("per_sample")
     details = rouge_details(dataset, rows) if rouge else [{} for _ in rows]
     if task == "e":
-        found["buckets"] = bucket_scores(rows, each)
+        detail["buckets"] = bucket_scores(rows, each)
     if details[0]:
-        found["rouge_score"] = means(details)
-    return found | {"per_sample": [score | more for score, more in zip(per_sample, details, strict=True)]}
+        detail["rouge_score"] = means(details)
+    return detail | {"per_sample": [score | more for score, more in zip(per_sample, details, strict=True)]}
 
 
 def scored_text(dataset: str, prediction: str) -> str:
@@ -98,22 +86,22 @@ def sample_scores(dataset: str, rows: Sequence[dict[str, Any]]) -> list[float]:
 
 def bucket_scores(rows: Sequence[dict[str, Any]], scores: Sequence[float]) -> dict[str, float | None]:
     """LongBench-E's three numbers for a data set; None where no row is of that length."""
-    found: dict[str, list[float]] = {bucket: [] for bucket in BUCKETS}
+    buckets: dict[str, list[float]] = {bucket: [] for bucket in BUCKETS}
     for row, score in zip(rows, scores, strict=True):
-        found[BUCKETS[(row["length"] >= 4000) + (row["length"] >= 8000)]].append(score)
-    return {bucket: dataset_score(values) if values else None for bucket, values in found.items()}
+        buckets[BUCKETS[(row["length"] >= 4000) + (row["length"] >= 8000)]].append(score)
+    return {bucket: dataset_score(values) if values else None for bucket, values in buckets.items()}
 
 
 def group_scores(scores: Mapping[str, float]) -> dict[str, float]:
     """The mean of each task group that is whole, and `all` where every data set of LongBench is there."""
-    found = {
-        group: round(fmean(scores[one] for one in members), 2)
+    groups = {
+        group: round(fmean(scores[member] for member in members), 2)
         for group, members in GROUPS.items()
-        if all(one in scores for one in members)
+        if all(member in scores for member in members)
     }
-    if len(found) == len(GROUPS):
-        found["all"] = round(fmean(scores[one] for members in GROUPS.values() for one in members), 2)
-    return found
+    if len(groups) == len(GROUPS):
+        groups["all"] = round(fmean(scores[member] for members in GROUPS.values() for member in members), 2)
+    return groups
 
 
 def rouge_details(dataset: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
