@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from squeeze.allocations import calibration
 from squeeze.benchmarks.longbench.prompts import chat_settings
+from squeeze.benchmarks.records import NoStats
 from squeeze.cli.arguments import Parser, as_path
 from squeeze.cli.run import run_command
 from squeeze.errors import InputError
@@ -55,7 +56,7 @@ class MeasuredSample(TypedDict):
     prompt_tokens: Positive
     loss: list[list[list[Nats]]]
     index: Count
-    stats: dict[str, Any]
+    stats: NoStats
 
 
 def parser() -> Parser:
@@ -124,7 +125,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
         "tail": loss_curves.TAIL,
     }
     data = [{"dataset": one.dataset, **one.origin, "source": _shown(one.origin["source"])} for one in job.data]
-    rows = [(one, row) for one in job.data for row in range(one.count(job.spec.sample_num))]
+    rows = [(one, row) for one in job.data for row in range(job.count(one))]
     settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | how
     folder = Path("calibration") / name / file_name(algorithm)
     with Run(folder, settings, job.info, args.overwrite, MeasuredSample) as run:
@@ -171,7 +172,6 @@ def _shown(source: str) -> str:
 
 def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares: Sequence[Fraction]) -> None:
     """Measure the prompts that are missing, and say before what it costs."""
-    from squeeze.benchmarks import predict
     from squeeze.devices import unless_out_of_memory
     from squeeze.engine import loss_curves
 
@@ -181,7 +181,7 @@ def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares:
         wanted = [rows[index] for index in samples.missing]
         most = {data.dataset: 1 + row for data, row in wanted}  # rows come in order
         encoded = {
-            data.dataset: predict.encode(tokenizer, data, most[data.dataset], job.options)
+            data.dataset: job.benchmark.encode(tokenizer, data, most[data.dataset], job.options)
             for data in job.data
             if data.dataset in most
         }
@@ -196,7 +196,7 @@ def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares:
                     where = f"row {row} of {data.dataset} alone, {len(tokens)} tokens"
                     raise InputError(f"out of memory with {where}: take shorter ones")
                 made = {"dataset": data.dataset, "row": row, "prompt_tokens": len(tokens)}
-                samples.append([{"index": index, **made, "loss": loss, "stats": {}}])
+                samples.append([{"index": index, **made, "loss": loss, "stats": NoStats()}])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

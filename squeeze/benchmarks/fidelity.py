@@ -12,14 +12,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from squeeze.benchmarks.longbench.data import Data
-from squeeze.benchmarks.longbench.scoring import interval
-from squeeze.benchmarks.predict import Options, Work
-from squeeze.benchmarks.requests import Requests
+from squeeze.benchmarks.base import Measure, Workload
+from squeeze.benchmarks.records import ComparedSample, FidelityStats
+from squeeze.benchmarks.scores import interval
 from squeeze.engine.squeezed_model import SqueezedModel
-from squeeze.generation.generate import Prompt, full_cache_bytes, pad_left, stop_tokens
+from squeeze.generation.generate import full_cache_bytes, pad_left, stop_tokens
 from squeeze.generation.stopping import StopStrings
 
 
@@ -128,64 +127,55 @@ def _steps(
         positions = positions[:, -1:] + 1
 
 
-class Comparison:
-    """The work of `--fidelity`. Configurations that are compared on the same batch share the full cache's answer."""
+class Fidelity(Measure[FidelityStats]):
+    """Distance from the full cache on a benchmark's prompts, in place of answers to them: `--fidelity`.
+
+    Configurations that are compared on the same batch share the full cache's answer.
+    """
+
+    sample = ComparedSample
 
     def __init__(self) -> None:
         self._batch: list[int] | None = None
         self._answer: Answer | None = None
 
-    def measure(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        data: Data | Requests,
-        prompts: Sequence[Prompt],
-        run: SqueezedModel | None,
-        how: Options,
-    ) -> Work:
-        """Prompts to what the squeezed cache costs."""
+    def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
+        model, run, prompts = workload.model, workload.squeezed, workload.tokens(batch)
         assert run is not None, "the full cache is what is compared with"
+        first = workload.prompts[batch[0]]
+        if self._answer is None or self._batch != list(batch):
+            self._answer = None  # let go of the old one first
+            stops = StopStrings(workload.tokenizer, first.stop, len(batch), start=0)
+            self._answer = answer(model, prompts, first.settings, stops)
+            self._batch = list(batch)
+        compared = compare(model, prompts, self._answer, run, first.settings["max_new_tokens"])
+        samples = []
+        for row, (index, distance) in enumerate(zip(batch, compared, strict=True)):
+            full_bytes = full_cache_bytes(model.config, len(prompts[row]), model.dtype)
+            kv_bytes = run.kv_bytes / len(batch)
+            stats = FidelityStats(**distance, kv_bytes=kv_bytes, full_kv_bytes=full_bytes, notes=run.notes[row])
+            samples.append({"index": index, **distance, "stats": stats})
+        return samples
 
-        def work(batch: list[int]) -> list[dict[str, Any]]:
-            chosen = [prompts[index].tokens for index in batch]
-            settings = prompts[batch[0]].settings
-            if self._answer is None or self._batch != batch:
-                self._answer = None  # let go of the old one first
-                stops = StopStrings(tokenizer, prompts[batch[0]].stop, len(batch), start=0)
-                self._answer = answer(model, chosen, settings, stops)
-                self._batch = batch
-            found = compare(model, chosen, self._answer, run, settings["max_new_tokens"])
-            records = []
-            for row, (index, one) in enumerate(zip(batch, found, strict=True)):
-                full_bytes = full_cache_bytes(model.config, len(chosen[row]), model.dtype)
-                held = {"kv_bytes": run.kv_bytes / len(batch), "full_kv_bytes": full_bytes}
-                records.append({"index": index, **one, "stats": {**one, **held, "notes": run.notes[row]}})
-            return records
+    def summarize(self, stats: Sequence[FidelityStats]) -> dict[str, Any]:
+        """Means over samples of what was compared, each with its 95% bootstrap interval."""
+        kept = sum(one.kv_bytes for one in stats) / sum(one.full_kv_bytes for one in stats)
+        compared = [one for one in stats if one.kl is not None and one.agreement is not None]
+        summary: dict[str, Any] = {"samples": len(stats), "compared": len(compared), "kept": round(kept, 4)}
+        summary["tokens"] = sum(one.tokens for one in stats)
+        for name in ("kl", "agreement") if compared else ():
+            values = [getattr(one, name) for one in compared]
+            low, high = interval(values)
+            summary[name] = {"mean": round(fmean(values), 6), "low": round(low, 6), "high": round(high, 6)}
+        return summary
 
-        return work
-
-
-def describe(stats: Sequence[dict[str, Any]]) -> str:
-    """Means of the samples so far, in a few words."""
-    summary = summarize(stats)
-    if "kl" not in summary:
-        return "no tokens to compare so far"
-    words = [
-        f"{name} {summary[key]['mean']:.4f} [{summary[key]['low']:.4f}, {summary[key]['high']:.4f}]"
-        for name, key in (("KL", "kl"), ("agreement", "agreement"))
-    ]
-    return f"{', '.join(words)}, KV {100 * summary['kept']:.1f}%"
-
-
-def summarize(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `run.json` says: means over samples of what was compared, each with its 95% bootstrap interval."""
-    kept = sum(one["kv_bytes"] for one in stats) / sum(one["full_kv_bytes"] for one in stats)
-    compared = [one for one in stats if one["kl"] is not None and one["agreement"] is not None]
-    summary: dict[str, Any] = {"samples": len(stats), "compared": len(compared), "kept": round(kept, 4)}
-    summary["tokens"] = sum(one["tokens"] for one in stats)
-    for key in ("kl", "agreement") if compared else ():
-        values = [one[key] for one in compared]
-        low, high = interval(values)
-        summary[key] = {"mean": round(fmean(values), 6), "low": round(low, 6), "high": round(high, 6)}
-    return summary
+    def describe(self, stats: Sequence[FidelityStats]) -> str:
+        """Means of the samples so far, in a few words."""
+        summary = self.summarize(stats)
+        if "kl" not in summary:
+            return "no tokens to compare so far"
+        words = [
+            f"{name} {summary[key]['mean']:.4f} [{summary[key]['low']:.4f}, {summary[key]['high']:.4f}]"
+            for name, key in (("KL", "kl"), ("agreement", "agreement"))
+        ]
+        return f"{', '.join(words)}, KV {100 * summary['kept']:.1f}%"

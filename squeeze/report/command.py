@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from squeeze.bench.files import read_bench
-from squeeze.benchmarks.requests import HELM_TASKS
 from squeeze.cli.arguments import Parser, as_path
 from squeeze.cli.run import run_command
 from squeeze.cli.tables import table
@@ -126,6 +125,7 @@ def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = N
         InputError: there is nothing that could be printed.
     """
     lines, compared, benches = [], [], []
+    scales: dict[str, str] = {}
     for entry in found.entries:
         key = str(entry.folder), entry.dataset
         if scores is not None and key not in scores:
@@ -139,6 +139,7 @@ def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = N
             except InputError as error:
                 found.problems.append(str(error))
             lines.append(line(entry, score))
+            scales.setdefault(entry.dataset, entry.benchmark.scale)
     for path in found.benches:
         try:
             benches.append((path, read_bench(path)["runs"]))
@@ -146,9 +147,8 @@ def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = N
             found.problems.append(str(error))
     if not lines and not compared and not benches:
         raise InputError("; ".join(found.problems))
-    for dataset in dict.fromkeys(one["dataset"] for one in lines):
+    for dataset, scale in scales.items():
         chosen = [one for one in lines if one["dataset"] == dataset]
-        scale = "ROUGE-1/2/L by HELM" if dataset in HELM_TASKS else "LongBench's score"
         say(f"{dataset}: {scale}; KV is what is held after prefill, mean of the samples")
         print(table(COLUMNS, sorted(chosen, key=lambda one: one["algorithm"] != "full cache")))
     for dataset in dict.fromkeys(one["dataset"] for one in compared):

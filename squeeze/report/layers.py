@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -39,16 +40,16 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
     """
     path = folder / "samples" / f"{dataset}.jsonl"
     samples = read_samples(read_bytes(path), path, LayeredSample)
-    check_layers(samples, LayeredSample, path)
+    check_layers(samples, path)
     rows = []
     for sample in samples:
         stats = sample["stats"]
-        similarities = stats.get("similarities", [None] * len(stats["budgets"]))
-        for layer, (similarity, one, budget) in enumerate(
-            zip(similarities, stats["classes"], stats["budgets"], strict=True)
+        similarities: Sequence[float | None] = stats.similarities or [None] * len(stats.budgets)
+        for layer, (similarity, layer_class, budget) in enumerate(
+            zip(similarities, stats.classes, stats.budgets, strict=True)
         ):
-            row = {"prompt": sample["index"], "layer": layer, "similarity": similarity}
-            rows.append(row | {"layer_class": one, "budget": budget, "share": budget / stats["prompt_tokens"]})
+            row = {"prompt": sample["index"], "layer": layer, "similarity": similarity, "layer_class": layer_class}
+            rows.append(row | {"budget": budget, "share": budget / stats.prompt_tokens})
     found = pd.DataFrame(rows)
     found["similarity"] = found["similarity"].astype(float)
     return found

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from squeeze.allocations import ALLOCATIONS, DEFAULT
-from squeeze.benchmarks.records import Sample
+from squeeze.benchmarks.records import PredictedSample
 from squeeze.config import DEFAULT_ALGORITHM, SqueezeConfig
 from squeeze.errors import InputError
 from squeeze.evictors import EVICTORS
@@ -100,7 +100,7 @@ class Run:
         settings: everything that changes results, the same for all data sets.
         info: how this process was started and on what; `run.json` lists every start of a data set.
         overwrite: drop the samples that are there, all of them if they were made with other settings.
-        kind: of a sample, see `squeeze.benchmarks.records`.
+        kind: of a sample, see `squeeze.benchmarks.base.Measure`.
         ranks: this process among those of the run: only the first reads and locks the folder, and writes `run.json`.
     Raises:
         InputError: the folder holds a run with other settings.
@@ -112,7 +112,7 @@ class Run:
         settings: dict[str, Any],
         info: dict[str, Any],
         overwrite: bool = False,
-        kind: type[Any] = Sample,
+        kind: type[Any] = PredictedSample,
         ranks: Ranks = ALONE,
     ) -> None:
         self.ranks = ranks
@@ -269,9 +269,7 @@ class Run:
                 samples.begin()
             self.manifest["datasets"][samples.dataset]["starts"][-1] |= found
 
-    def finish(
-        self, samples: Samples, summarize: Callable[[Sequence[dict[str, Any]]], dict[str, Any]], **more: Any
-    ) -> None:
+    def finish(self, samples: Samples, summarize: Callable[[Sequence[Any]], dict[str, Any]], **more: Any) -> None:
         """Write the published file of a data set whose samples are all there; every process of the run calls this.
 
         Args:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from squeeze.benchmarks.requests import HELM_TASKS
+from squeeze.benchmarks.base import Benchmark
+from squeeze.benchmarks.registry import owner
 from squeeze.errors import InputError
 from squeeze.runs.manifest import Manifest, check_settings, check_summary
 from squeeze.storage.files import read_json
@@ -48,11 +49,17 @@ class Entry:
         return self.summary["starts"][-1]
 
     @property
+    def benchmark(self) -> Benchmark:
+        """The benchmark whose data set it is."""
+        return owner(self.folder, self.dataset)
+
+    @property
     def unscored(self) -> str | None:
-        """The command that scores it, for HELM's tasks, which only HELM scores; None where there is a score."""
-        if self.dataset not in HELM_TASKS or self.fidelity or (self.folder / "result.json").exists():
+        """The command that scores it, where that is a benchmark's own; None where there is a score, or needs none."""
+        scorer = self.benchmark.scorer
+        if scorer is None or self.fidelity or (self.folder / "result.json").exists():
             return None
-        return f"sh script/helm.sh {self.folder}"
+        return f"{scorer} {self.folder}"
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from squeeze.allocations import ALLOCATIONS, DEFAULT
-from squeeze.benchmarks.requests import HELM_TASKS
+from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.cli.arguments import path_text, real, whole
 from squeeze.cli.fields import flag, flags_of
 from squeeze.config import DEFAULT_ALGORITHM, DTYPES, SqueezeConfig
@@ -18,7 +18,6 @@ from squeeze.evictors import EVICTORS
 from squeeze.numbers import MOST_SEED
 from squeeze.text import shortened
 
-TASKS = {"Long": "LongBench", "e": "LongBench-E", **HELM_TASKS}
 MODEL_ARCHS = ("Mistral", "llama", "no_change")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
@@ -194,9 +193,9 @@ class RunSpec:
 
     def check(self) -> None:
         """Raises InputError where a word is none of those allowed, or flags do not go together."""
-        if self.pred not in TASKS:
-            tasks = " or ".join(f"{task} ({name})" for task, name in TASKS.items())
-            raise InputError(f"--pred must be {tasks}, got {shortened(self.pred)}")
+        if self.pred not in BENCHMARKS:
+            names = " or ".join(f"{benchmark.name} ({benchmark.title})" for benchmark in BENCHMARKS.values())
+            raise InputError(f"--pred must be {names}, got {shortened(self.pred)}")
         if self.model_arch is not None and self.model_arch not in MODEL_ARCHS:
             raise InputError(f"--model_arch must be one of {', '.join(MODEL_ARCHS)}, got {shortened(self.model_arch)}")
         if self.device_map is not None:
@@ -214,19 +213,15 @@ class RunSpec:
             raise InputError("--top_p is for sampling: give --temperature as well")
         if self.fidelity and self.temperature > 0:
             raise InputError("--fidelity compares greedy answers: leave --temperature out")
-        self._check_task()
+        self._check_benchmark()
 
-    def _check_task(self) -> None:
-        """Raises InputError for flags that are another benchmark's: HELM's requests say how they are run."""
-        if self.pred not in HELM_TASKS:
-            if self.requests is not None:
-                raise InputError(f"--requests is for --pred {' or '.join(HELM_TASKS)}")
-            return
-        for name in ("datasets", "data_dir", "chat", "temperature", "top_p"):
-            if getattr(self, name) != FLAGS[name].default:
-                raise InputError(
-                    f"--{name} is for LongBench: with --pred {self.pred} the requests say what is run and how"
-                )
+    def _check_benchmark(self) -> None:
+        """Raises InputError for flags that are another benchmark's."""
+        benchmark = BENCHMARKS[self.pred]
+        for name in dict.fromkeys(name for other in BENCHMARKS.values() for name in other.flags):
+            if name not in benchmark.flags and getattr(self, name) != FLAGS[name].default:
+                takers = [other.name for other in BENCHMARKS.values() if name in other.flags]
+                raise InputError(benchmark.refusal(name, takers))
 
     def config(self, model_type: str | None = None) -> SqueezeConfig | None:
         """What the flags ask of the cache; None for the full cache.

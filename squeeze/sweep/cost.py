@@ -64,7 +64,6 @@ def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
 
 def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
     """The lines of runs on one model and the same data; what they come to is added to `total`."""
-    from squeeze.benchmarks import predict
     from squeeze.models import loading
     from squeeze.models.folder_config import model_config
 
@@ -72,7 +71,8 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
     lines = []
     tokenizer, config = loading.load_tokenizer(job.model_folder), model_config(job.model_folder)
     for index, data in enumerate(job.data):
-        prompts = predict.encode(tokenizer, data, max(one.samples[index].total for one in group), job.options)
+        total_rows = max(one.samples[index].total for one in group)
+        prompts = job.benchmark.encode(tokenizer, data, total_rows, job.options)
         shared: dict[Any, set[int]] = {}
         for one in group:
             samples = one.samples[index]

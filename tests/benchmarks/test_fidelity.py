@@ -12,6 +12,7 @@ import pred
 from squeeze import InputError, SqueezeConfig, squeezed
 from squeeze.benchmarks import fidelity
 from squeeze.benchmarks.longbench.data import generation_lengths
+from squeeze.benchmarks.records import FidelityStats
 from squeeze.report import command as report
 
 PROMPTS = [torch.arange(3, 40), torch.arange(20, 90), torch.arange(5, 70)]
@@ -76,15 +77,15 @@ def test_an_answer_ends_at_its_stop_token():
 
 
 def test_summary_with_and_without_tokens():
-    stats = {"kv_bytes": 20, "full_kv_bytes": 100}
-    nothing = stats | {"kl": None, "agreement": None, "tokens": 0}
-    some = [stats | {"kl": kl, "agreement": 1 - kl, "tokens": 4} for kl in (0.1, 0.3)]
-    found = fidelity.summarize([nothing, *some])
+    measure, held = fidelity.Fidelity(), {"kv_bytes": 20.0, "full_kv_bytes": 100, "notes": []}
+    nothing = FidelityStats(None, None, 0, **held)
+    some = [FidelityStats(kl, 1 - kl, 4, **held) for kl in (0.1, 0.3)]
+    found = measure.summarize([nothing, *some])
     assert (found["samples"], found["compared"], found["kept"], found["tokens"]) == (3, 2, 0.2, 8)
     assert found["kl"] == {"mean": 0.2, "low": 0.1, "high": 0.3}
-    assert fidelity.describe([nothing, *some]).startswith("KL 0.2000 [0.1000, 0.3000], agreement 0.8000")
-    assert "kl" not in fidelity.summarize([nothing])
-    assert fidelity.describe([nothing]) == "no tokens to compare so far"
+    assert measure.describe([nothing, *some]).startswith("KL 0.2000 [0.1000, 0.3000], agreement 0.8000")
+    assert "kl" not in measure.summarize([nothing])
+    assert measure.describe([nothing]) == "no tokens to compare so far"
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
