@@ -2,23 +2,32 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tiny import save_rows, save_tiny
+
+from squeeze import compatibility
 
 QUIET = ["-q", "--disable-pip-version-check", "--no-deps", "--no-index"]
 #: What resolving a name, and where the files of the package are found, looks like from a program of a user's own.
 RESOLVE = """
 import sys
+from squeeze.compatibility import install
 from squeeze.models.sources import resolve
 from squeeze.storage.paths import config_file, shipped
 print(resolve(sys.argv[1]), config_file("model2path.json"), len(list(shipped("data/longbench").iterdir())))
+print(install("torch"), install("pandas"))
 """
 
 
@@ -59,6 +68,7 @@ def test_its_files_are_the_packages_unless_there_are_others_in_the_working_direc
     said = installed("python", "-c", RESOLVE, "Mistral")
     assert "name='Mistral', path='mistralai/Mistral-7B-v0.1', max_length=31500" in said
     assert "site-packages/squeeze/shipped/config/model2path.json 21" in said and str(ROOT) not in said
+    assert said.endswith("pip install 'squeeze-kv' pip install 'squeeze-kv[report]'\n")
     (tmp_path / "config").mkdir()
     (tmp_path / "config/model2path.json").write_text('{"Mistral": "weights/Mistral"}')
     (tmp_path / "weights/Mistral").mkdir(parents=True)
@@ -97,6 +107,20 @@ def test_ctrl_c_ends_the_program_with_one_word(installed, tmp_path):
     for when in ("squeeze.config", "squeeze.runs.inventory"):  # before the command begins, and in it
         said = installed("squeeze", "report", "run", code=130, PYTHONPATH=str(tmp_path), WHEN=when)
         assert said == "interrupted\n"
+
+
+def test_what_is_pinned_lies_in_the_ranges_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = "\n".join((ROOT / f"requirements{name}.txt").read_text() for name in ("", "-helm", "-ray", "-dev"))
+    pins = {canonicalize_name(name): pin for name, pin in re.findall(r"^([\w-]+)==(\S+)$", lines, re.MULTILINE)}
+    ranges = [Requirement(text) for text in chain(project["dependencies"], *extras.values())]
+    asked = [one for one in ranges if one.name != "squeeze-kv"]
+    wrong = [str(one) for one in asked if pins[canonicalize_name(one.name)] not in one.specifier]
+    assert wrong == []
+    assert set(compatibility.EXTRAS.values()) < set(extras)
+    [transformers] = [one.specifier for one in ranges if one.name == "transformers"]
+    assert all(version in transformers for version in compatibility.TESTED_TRANSFORMERS)
 
 
 def test_a_wrong_import_is_an_error_of_the_contract(tmp_path):
