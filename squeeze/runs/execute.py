@@ -98,7 +98,7 @@ class Engine:
     squeezed: SqueezedModel | None
 
 
-#: Does what is missing of one data set, given by its number; the batch size at the end.
+#: Does what jobs miss of one data set, given by its number; the batch size at the end.
 Worker = Callable[[Sequence[OpenJob], int], int]
 
 
@@ -118,7 +118,7 @@ def do(jobs: Sequence[OpenJob], worker: Worker) -> Iterator[tuple[OpenJob, int]]
                 one.run.start(one.samples[index])
             todo = [one for one in jobs if one.samples[index].missing]
             if todo:
-                batch_size = worker(todo, index)
+                batch_size = worker(jobs, index)  # all of them: what is compared together stays together
                 for one in todo:
                     one.run.note(one.samples[index], batch_size=batch_size)
             for one in jobs:
@@ -139,9 +139,9 @@ def here(jobs: Sequence[OpenJob], process: Ranks, bar: tqdm | None = None) -> It
         if process.share(any(one.missing for one in jobs)):
             engine = stack.enter_context(load([one.job for one in jobs]))
 
-        def work(todo: Sequence[OpenJob], index: int) -> int:
+        def work(jobs: Sequence[OpenJob], index: int) -> int:
             assert engine is not None, "nothing was missing when the folders were read"
-            return work_on([(one.job, one.samples[index]) for one in todo], index, engine, process, bar)
+            return work_on([(one.job, one.samples[index]) for one in jobs], index, engine, process, bar)
 
         yield work
 
@@ -199,8 +199,10 @@ def work_on(
 
 
 def _work(job: Job, kind: Kind, data: Data | Requests, prompts: Sequence[Prompt], engine: Engine) -> Work:
-    """A job's work on its batches, with the squeezed model in the job's configuration while it is done."""
+    """A job's work on its batches; it is made and done with the squeezed model in the job's configuration."""
     config, run = job.config, engine.squeezed if job.config is not None else None
+    if config is not None and run is not None:
+        run.use(config)
     work = kind.work(engine.model, engine.tokenizer, data, prompts, run, job.how)
 
     def configured(batch: list[int]) -> list[dict[str, Any]]:

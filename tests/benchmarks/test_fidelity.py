@@ -20,7 +20,9 @@ SETTINGS = {"max_new_tokens": 9, "eos_token_id": [198]}
 
 def measured(model, prompts, settings, run):
     """What is found on a batch."""
-    return fidelity.compare(model, prompts, fidelity.answer(model, prompts, settings), run, settings["max_new_tokens"])
+    full = fidelity.answer(model, prompts, settings)
+    [found] = fidelity.compare(model, prompts, full, run, [run.config], settings["max_new_tokens"])
+    return [{key: one[key] for key in ("kl", "agreement", "tokens")} for one in found]
 
 
 def slow(model, prompt, run, steps):
