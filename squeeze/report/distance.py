@@ -155,7 +155,7 @@ def _scores(groups: Sequence[Sequence[Measured]]) -> str:
     samples = sorted({one.entry.summary["samples"] for group in groups for one in group})
     few = f"of {'/'.join(map(str, samples))} answers"
     if overlap == len(pairs):
-        return f"; the scores {few} tell nothing apart: the 95% intervals overlap in every pair of these runs"
+        return f"; the scores {few} are noise: the 95% intervals overlap in every pair of these runs"
     if overlap == 0:
         return f"; the scores {few} have 95% intervals that are apart in every pair of these runs"
     return (
