@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
+from squeeze.benchmarks.longbench.scoring import interval
 from squeeze.benchmarks.records import Compared
 from squeeze.errors import InputError
 from squeeze.runs.folder import check_count
@@ -46,13 +47,13 @@ class Measured:
         entry: the run.
         summary: what `run.json` says of the comparison; without `kl` where no token was compared.
         kl: nats a token on each prompt, None where no token was compared.
-        interval: 95% of the score, in percent; None where `eval.py` has not scored it.
+        score_interval: 95% of the score, in percent; None where `eval.py` has not scored it.
     """
 
     entry: Entry
     summary: dict[str, Any]
     kl: list[float | None]
-    interval: tuple[float, float] | None = None
+    score_interval: tuple[float, float] | None = None
 
 
 def measured(entries: Sequence[Entry], problems: list[str]) -> dict[int, Measured]:
@@ -141,14 +142,32 @@ def _nearest(group: Sequence[Measured]) -> str:
     if rival is not None:
         text += f" against {_kl(rival):.4f} of {_label(rival, group)}"
         if len(first) == 1:
-            pairs = [(a, b) for a, b in zip(first[0].kl, rival.kl, strict=True) if a is not None and b is not None]
-            text += f", nearer on {sum(a < b for a, b in pairs)} of {len(pairs)} prompts"
+            leads = _leads(first[0], rival)
+            text += f", nearer on {sum(lead > 0 for lead in leads)} of {len(leads)} prompts"
+        unsure = [_label(one, group) for one in rest if _is_noise(_leads(first[0], one))]
+        if unsure:
+            text += f"; {'its' if len(first) == 1 else 'their'} lead over {listed(unsure)} is noise"
     return text + ")"
+
+
+def _leads(one: Measured, other: Measured) -> list[float]:
+    """By how much one is nearer than another on each prompt, in nats a token."""
+    return [b - a for a, b in zip(one.kl, other.kl, strict=True) if a is not None and b is not None]
+
+
+def _is_noise(leads: Sequence[float]) -> bool:
+    """Whether the 95% interval of their mean holds 0; one alone has no interval, and none are no lead."""
+    low, high = interval(leads) if leads else (0.0, 0.0)
+    return low <= 0 <= high
 
 
 def _scores(groups: Sequence[Sequence[Measured]]) -> str:
     """What the scores of the same runs tell: nothing where their intervals overlap."""
-    pairs = [pair for group in groups for pair in combinations([one.interval for one in group if one.interval], 2)]
+    pairs = [
+        pair
+        for group in groups
+        for pair in combinations([one.score_interval for one in group if one.score_interval], 2)
+    ]
     if not pairs:
         return ""
     overlap = sum(a[0] <= b[1] and b[0] <= a[1] for a, b in pairs)

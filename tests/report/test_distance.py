@@ -98,7 +98,8 @@ def test_the_nearest_of_each_evictor_is_named_against_uniform(tmp_path, capsys):
     make(tmp_path, "squeeze", [0.3, 0.3, 0.3, 0.05, 0.3, 0.3], algorithm="streaming")
     assert shown(tmp_path, capsys)[-1] == (
         "M on samsum: nearest to the full cache at the same KV kept was calibrated with h2o at 20% KV (KL 0.2833 "
-        "against 0.4000 of uniform, nearer on 3 of 5 prompts) and uniform with streaming at 20% KV (KL 0.1000 against "
+        "against 0.4000 of uniform, nearer on 3 of 5 prompts; its lead over uniform is noise) and uniform with "
+        "streaming at 20% KV (KL 0.1000 against "
         f"0.2583 of squeeze, nearer on 5 of 6 prompts){SCORES}are noise in 1 of 3 pairs of these runs, whose 95% "
         "intervals overlap."
     )
@@ -127,6 +128,18 @@ def test_ties_are_named_together(tmp_path, capsys):
     assert (
         "was calibrated and squeeze-log with h2o at 20% KV (KL 9.5000 each against 10.0000 of uniform)."
         in (shown(tmp_path, capsys)[-1])
+    )
+
+
+def test_a_lead_that_may_be_chance_is_called_noise(tmp_path, capsys):
+    """By the same prompts in pairs: what is a little nearer on all of them leads, whatever the prompts' own spread."""
+    make(tmp_path, "uniform", [0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
+    make(tmp_path, "squeeze", [0.09, 0.18, 0.37, 0.79, 1.58, 3.17])
+    make(tmp_path, "calibrated", [0.1, 0.17, 0.39, 0.77, 1.59, 3.17])
+    make(tmp_path, "squeeze-log", [0.05, 0.3, 0.4, 0.7, 1.6, 3.2])
+    assert shown(tmp_path, capsys)[-1].endswith(
+        "squeeze with h2o at 20% KV (KL 1.0300 against 1.0500 of uniform, nearer on 6 of 6 prompts; its lead over "
+        "calibrated and squeeze-log is noise)."
     )
 
 
