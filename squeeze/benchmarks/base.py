@@ -113,6 +113,9 @@ class Measure(ABC, Generic[Stats]):
 
     sample: ClassVar[type[Any]]
 
+    def join(self, workload: Workload) -> None:
+        """Take note of a workload, in its model's configuration, that batches are going to be run of."""
+
     @abstractmethod
     def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
         """Run some prompts together.

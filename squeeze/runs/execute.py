@@ -75,7 +75,7 @@ class LoadedModel:
     squeezed: SqueezedModel | None
 
 
-#: Runs what is missing of one data set, given by its number; the batch size at the end.
+#: Runs what jobs miss of one data set, given by its number; the batch size at the end.
 Worker = Callable[[Sequence[OpenJob], int], int]
 
 
@@ -95,7 +95,7 @@ def execute(jobs: Sequence[OpenJob], worker: Worker) -> Iterator[tuple[OpenJob, 
                 job.run.start(job.samples[index])
             unfinished = [job for job in jobs if job.samples[index].missing]
             if unfinished:
-                batch_size = worker(unfinished, index)
+                batch_size = worker(jobs, index)  # all of them: what is compared together stays together
                 for job in unfinished:
                     job.run.note(job.samples[index], batch_size=batch_size)
             for job in jobs:
@@ -116,9 +116,9 @@ def local_worker(jobs: Sequence[OpenJob], process: Ranks, bar: tqdm | None = Non
         if process.share(any(job.missing for job in jobs)):
             loaded = stack.enter_context(load([job.job for job in jobs]))
 
-        def work(unfinished: Sequence[OpenJob], index: int) -> int:
+        def work(jobs: Sequence[OpenJob], index: int) -> int:
             assert loaded is not None, "nothing was missing when the folders were read"
-            return work_on([(job.job, job.samples[index]) for job in unfinished], index, loaded, process, bar)
+            return work_on([(job.job, job.samples[index]) for job in jobs], index, loaded, process, bar)
 
         yield work
 
@@ -182,7 +182,10 @@ def _point(job: Job, samples: Samples, measure: Measure[Any], workload: Workload
     from squeeze.runs.batching import Point
 
     config, squeezed = job.config, workload.squeezed
-    own = workload if config is not None else replace(workload, squeezed=None)
+    own = replace(workload, squeezed=squeezed if config is not None else None)
+    if config is not None and squeezed is not None:
+        squeezed.use(config)
+    measure.join(own)
 
     def run_batch(batch: list[int]) -> list[dict[str, Any]]:
         if squeezed is not None:

@@ -86,25 +86,26 @@ class Cluster:
     def worker(self, group: Sequence[OpenJob], bar: tqdm) -> Iterator[Worker]:
         """Does runs on one model and the same data in as many tasks as fit on the cluster at once."""
 
-        def work(todo: Sequence[OpenJob], index: int) -> int:
-            for one in todo:  # before others write
-                one.run.begin(one.samples[index])
-            most = max(one.samples[index].total for one in todo)
-            shards = min(self.workers, -(-most // todo[0].job.options.batch_size))
+        def work(jobs: Sequence[OpenJob], index: int) -> int:
+            for one in jobs:  # before others write
+                if one.samples[index].missing:
+                    one.run.begin(one.samples[index])
+            most = max(one.samples[index].total for one in jobs)
+            shards = min(self.workers, -(-most // jobs[0].job.options.batch_size))
             # Where there are fewer batches than workers, the runs are divided as well.
-            parts = min(len(todo), max(1, self.workers // shards))
+            parts = min(len(jobs), max(1, self.workers // shards))
             tasks = [
                 self._submit(
                     run_share,
                     os.getcwd(),
-                    [(one.job.spec, one.job.settings) for one in todo[part::parts]],
+                    [(one.job.spec, one.job.settings) for one in jobs[part::parts]],
                     index,
                     Ranks(shard, shards),
                 )
                 for part in range(parts)
                 for shard in range(shards)
             ]
-            return min(self._results(tasks, [one.samples[index] for one in todo], bar))
+            return min(self._results(tasks, [one.samples[index] for one in jobs], bar))
 
         yield work
 
