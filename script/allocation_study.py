@@ -1,4 +1,4 @@
-"""Ways of making budgets from loss curves, compared on prompts: what docs/allocation.md shows.
+"""Ways of making budgets from loss curves, compared on prompts: what docs/budgets.md shows.
 
     python script/allocation_study.py run --data_dir DIR --datasets lcc,samsum --requests FILE --out study.jsonl
     python script/allocation_study.py show study.jsonl
@@ -34,11 +34,14 @@ from tqdm import tqdm
 
 from squeeze import SqueezeConfig, calibrate, devices, squeezed
 from squeeze.allocations import calibration, curves
-from squeeze.allocations.formula import allocate, round_to
-from squeeze.benchmarks import fidelity, predict
-from squeeze.benchmarks.longbench.data import load_data
+from squeeze.allocations.base import PromptFacts
+from squeeze.allocations.squeeze import Squeeze
+from squeeze.allocations.squeeze_log import SqueezeLog
+from squeeze.allocations.totals import round_to
+from squeeze.benchmarks import fidelity
+from squeeze.benchmarks.base import Options
 from squeeze.benchmarks.records import Compared
-from squeeze.benchmarks.requests import read_requests
+from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.cli.tables import table
 from squeeze.engine.loss_curves import MULTIPLES, divergences, measure
 from squeeze.evictors import make_evictor
@@ -117,15 +120,16 @@ def ways(known, algorithm, size, length, cap, similarities, own):
     def by(losses):
         return curves.greedy(MULTIPLES, losses, share, length, cap, minimum)
 
+    facts = PromptFacts(len(similarities), length, cap, minimum, similarities)
+
     def formula(allocation, ratio):
-        options = {"ini_size": share, "kv_class3": share * Fraction(ratio), "allocation": allocation}
-        return allocate(similarities, **options, length=length, cap=cap, minimum=minimum).tokens
+        return allocation(share, share * Fraction(ratio)).allocate(facts).tokens
 
     def each(some, at=size):
         return [by(some.at(losses, at)) for losses in some.losses]
 
-    uniform, log = formula("squeeze", "1"), formula("squeeze-log", "0.6")
-    found = {"uniform": uniform, "squeeze 0.6x": formula("squeeze", "0.6"), "squeeze-log 0.6x": log}
+    uniform, log = formula(Squeeze, "1"), formula(SqueezeLog, "0.6")
+    found = {"uniform": uniform, "squeeze 0.6x": formula(Squeeze, "0.6"), "squeeze-log 0.6x": log}
     every = known[algorithm]
     default = [(dataset, 0) for dataset in calibrate.DATASETS.split(",")]
     for name, some in {
@@ -175,17 +179,15 @@ def run(args):
     folder = sources.fetch(source, False)
     device = devices.pick_device(args.device, 0)
     model, tokenizer = loading.load(folder, device, devices.pick_dtype("float32", device), "auto")
-    how = predict.Options(max_length=args.max_length, model_name=source.name)
-    prompts = {}
-    for dataset in filter(None, args.datasets.split(",")):
-        data = load_data(dataset, args.data_dir, "Long")
-        found = predict.encode(tokenizer, data, len(data.rows), how)
-        prompts |= {f"{dataset} {index}": one for index, one in enumerate(found)}
+    wanted = [("Long", dataset, args.data_dir, args.max_length) for dataset in filter(None, args.datasets.split(","))]
     if args.requests:
-        data = read_requests("xsum", str(args.requests))
-        how = predict.Options(max_length=8192, model_name=source.name)
-        found = predict.encode(tokenizer, data, len(data.rows), how)
-        prompts |= {f"xsum {index}": one for index, one in enumerate(found)}
+        wanted.append(("xsum", "xsum", str(args.requests), 8192))
+    prompts = {}
+    for task, dataset, location, limit in wanted:
+        benchmark = BENCHMARKS[task]
+        data, options = benchmark.read(dataset, location), Options(max_length=limit, model_name=source.name)
+        found = benchmark.encode(tokenizer, data, len(data.rows), options)
+        prompts |= {f"{dataset} {index}": one for index, one in enumerate(found)}
     chosen = {name: one for name, one in prompts.items() if args.first <= int(name.split()[1]) < args.last}
     known = {one: Curves.read(args.curves, one) for one in ALGORITHMS}
     with squeezed(model, SqueezeConfig("streaming", "1", "1")) as engine, args.out.open("a") as out:

@@ -1,36 +1,23 @@
 #!/usr/bin/env bash
 # All the set-up, then the main job on the embedded model and the embedded samsum rows: full cache, uniform budgets,
-# SqueezeAttention and calibrated budgets, for three eviction methods, as one table. Within 15 minutes on 2 CPU cores,
-# the set-up aside.
+# SqueezeAttention and calibrated budgets, for three eviction methods, each with its score and its distance from the full
+# cache, as one table and one sentence. Within 10 minutes on 2 CPU cores, the set-up aside.
 # The sizes and the number of rows (28 at most) can be given:
 #     sample_num=28 ini_size=0.4 KV_class3=0.24 bash script/demo.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash script/setup.sh
 
-model=SmolLM2-135M
-ini_size=${ini_size:-0.2}
-KV_class3=${KV_class3:-0.12}
-sample_num=${sample_num:-6}
-folders=()
-
-# Predictions and their score; the flags say which cache. What an earlier demo finished is not computed again.
-run() {
-    echo "== ${*:-full cache}"
-    .venv/bin/python pred.py --model "$model" --pred Long "$@" \
-        --data_dir data/longbench --datasets samsum --device cpu --sample_num "$sample_num"
-    result=$(.venv/bin/python eval.py --model "$model" --pred Long "$@" | tail -n 1)
-    folders+=("${result%/result.json}")
-}
-
-run
-for algorithm in sliding_window streaming h2o; do
-    squeeze=(--enable_squeeze --algorithm "$algorithm" --ini_size "$ini_size")
-    run "${squeeze[@]}" --KV_class3 "$ini_size"
-    for allocation in squeeze squeeze-log; do
-        run "${squeeze[@]}" --KV_class3 "$KV_class3" --allocation "$allocation"
-    done
-    run "${squeeze[@]}" --allocation calibrated
+# Settings that are given take the place of the file's. What an earlier demo finished is not computed again.
+changes=()
+for name in sample_num ini_size KV_class3; do
+    [ -z "${!name:-}" ] || changes+=("$name=${!name}")
 done
+said=$(.venv/bin/python -m squeeze.sweep config/demo.yaml "${changes[@]}" | tee >(cat >&2))
+
+# The runs are those that the sweep named, full cache first.
+mapfile -t folders < <(sed -n 's|^\(pred_Long/.*\)/samsum\.jsonl: .*|\1|p' <<<"$said")
+.venv/bin/python -c 'import sys, eval; [eval.main([one]) for one in sys.argv[1:] if not one.endswith("/fidelity")]' \
+    "${folders[@]}" >/dev/null
 echo
 .venv/bin/python -m squeeze.report "${folders[@]}"

@@ -1,4 +1,4 @@
-"""Would H2O gain from budgets per (layer, KV head) over budgets per layer? What docs/allocation.md says of it.
+"""Would H2O gain from budgets per (layer, KV head) over budgets per layer? What docs/budgets.md says of it.
 
     python script/head_study.py --ini_size 0.2 --data_dir DIR --datasets lcc --requests FILE --first 8 --last 18
 
@@ -30,10 +30,10 @@ from transformers import AttentionInterface
 
 from squeeze import SqueezeConfig, calibrate, devices, squeezed
 from squeeze.allocations import curves
-from squeeze.benchmarks import fidelity, predict
-from squeeze.benchmarks.longbench.data import load_data
-from squeeze.benchmarks.longbench.scoring import difference
-from squeeze.benchmarks.requests import read_requests
+from squeeze.benchmarks import fidelity
+from squeeze.benchmarks.base import Options
+from squeeze.benchmarks.registry import BENCHMARKS
+from squeeze.benchmarks.scores import difference
 from squeeze.engine.loss_curves import MULTIPLES, TAIL
 from squeeze.evictors import make_evictor
 from squeeze.models import loading, sources
@@ -136,22 +136,23 @@ def main():
     model, tokenizer = loading.load(sources.fetch(source), device, torch.float32, "auto")
     heads, share = model.config.num_key_value_heads, Fraction(args.ini_size)
 
-    def prompts(data, limit=8192):
-        how = predict.Options(max_length=limit, model_name=source.name)
-        return predict.encode(tokenizer, data, len(data.rows), how)
+    def prompts(task, dataset, location, limit=8192):
+        benchmark = BENCHMARKS[task]
+        data, options = benchmark.read(dataset, location), Options(max_length=limit, model_name=source.name)
+        return benchmark.encode(tokenizer, data, len(data.rows), options)
 
     known = {False: [], True: []}
     own = Path(__file__).parent.parent / "data/longbench"
     for dataset in tqdm(calibrate.DATASETS.split(","), desc="loss curves", unit="prompt"):
-        tokens = prompts(load_data(dataset, own, "Long"))[0].tokens
+        tokens = prompts("Long", dataset, own)[0].tokens
         for per_head, found in known.items():
             found.append(loss_curves(model, tokens, share, heads, per_head))
     kl = {"uniform": [], "by layer": [], "by layer and KV head": []}
     chosen = []
     for dataset in filter(None, args.datasets.split(",")):
-        chosen += prompts(load_data(dataset, args.data_dir, "Long"), args.max_length)[args.first : args.last]
+        chosen += prompts("Long", dataset, args.data_dir, args.max_length)[args.first : args.last]
     if args.requests:
-        chosen += prompts(read_requests("xsum", args.requests))[args.first : args.last]
+        chosen += prompts("xsum", "xsum", args.requests)[args.first : args.last]
     for prompt in tqdm(chosen, desc="prompts", unit="prompt"):
         settings = dict(prompt.settings)
         settings["max_new_tokens"] = min(settings["max_new_tokens"], NEW_TOKENS)

@@ -1,5 +1,6 @@
 """KV-cache budgets per layer for Llama and Mistral: SqueezeAttention (arXiv 2404.04793) and its peers."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from squeeze.cli import interrupt
@@ -11,18 +12,71 @@ from squeeze.config import SqueezeConfig
 from squeeze.errors import InputError
 
 if TYPE_CHECKING:
+    from squeeze.allocations.base import Allocation, Budgets, PromptFacts
+    from squeeze.allocations.calibrated import Calibrated
+    from squeeze.allocations.calibration import read_calibration
+    from squeeze.allocations.explicit import Explicit
+    from squeeze.allocations.measured import Measured
+    from squeeze.allocations.paper import Paper
+    from squeeze.allocations.squeeze import Squeeze
+    from squeeze.allocations.squeeze_log import SqueezeLog
+    from squeeze.allocations.totals import conserve
+    from squeeze.allocations.uniform import Uniform
     from squeeze.engine.patch import squeezed
+    from squeeze.evictors.base import Evictor
+    from squeeze.evictors.h2o import H2O
+    from squeeze.evictors.sliding_window import SlidingWindow
+    from squeeze.evictors.streaming import StreamingLLM
 
-__all__ = ["InputError", "SqueezeConfig", "squeezed"]
+#: Where the rest is, imported when it is first asked for: torch and transformers take seconds, `--help` should not.
+MODULES = {
+    "squeezed": "engine.patch",
+    "Evictor": "evictors.base",
+    "SlidingWindow": "evictors.sliding_window",
+    "StreamingLLM": "evictors.streaming",
+    "H2O": "evictors.h2o",
+    "Allocation": "allocations.base",
+    "Budgets": "allocations.base",
+    "PromptFacts": "allocations.base",
+    "Uniform": "allocations.uniform",
+    "Explicit": "allocations.explicit",
+    "Squeeze": "allocations.squeeze",
+    "SqueezeLog": "allocations.squeeze_log",
+    "Paper": "allocations.paper",
+    "Calibrated": "allocations.calibrated",
+    "Measured": "allocations.measured",
+    "conserve": "allocations.totals",
+    "read_calibration": "allocations.calibration",
+}
+
+__all__ = [
+    "H2O",
+    "Allocation",
+    "Budgets",
+    "Calibrated",
+    "Evictor",
+    "Explicit",
+    "InputError",
+    "Measured",
+    "Paper",
+    "PromptFacts",
+    "SlidingWindow",
+    "Squeeze",
+    "SqueezeConfig",
+    "SqueezeLog",
+    "StreamingLLM",
+    "Uniform",
+    "conserve",
+    "read_calibration",
+    "squeezed",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """`squeezed` is imported when it is first asked for: torch and transformers take seconds, `--help` should not."""
-    if name != "squeezed":
+    if name not in MODULES:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    from squeeze.compatibility import check_transformers
+    if name == "squeezed":
+        from squeeze.compatibility import check_transformers
 
-    check_transformers()
-    from squeeze.engine.patch import squeezed
-
-    return squeezed
+        check_transformers()
+    return getattr(importlib.import_module(f"squeeze.{MODULES[name]}"), name)

@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from squeeze.allocations import calibration
 from squeeze.benchmarks.longbench.prompts import chat_settings
+from squeeze.benchmarks.records import NoStats
 from squeeze.cli.arguments import Parser, as_path
 from squeeze.cli.run import run_command
 from squeeze.errors import InputError
+from squeeze.evictors import EVICTORS
 from squeeze.numbers import parse_fraction
 from squeeze.ranks import ALONE
 from squeeze.runs.execute import load
@@ -29,7 +31,7 @@ from squeeze.runs.spec import FLAGS, RunSpec, command_line
 from squeeze.storage.files import write_json, writing
 from squeeze.storage.paths import shipped
 from squeeze.storage.schema import Count, Nats, Positive
-from squeeze.text import say
+from squeeze.text import file_name, say
 
 EXAMPLES = """examples
   the embedded model under H2O, on prompts that the project ships:
@@ -54,7 +56,7 @@ class MeasuredSample(TypedDict):
     prompt_tokens: Positive
     loss: list[list[list[Nats]]]
     index: Count
-    stats: dict[str, Any]
+    stats: NoStats
 
 
 def parser() -> Parser:
@@ -90,6 +92,7 @@ def spec_of(args: argparse.Namespace) -> RunSpec:
     names = ("model", "model_path", "algorithm", "start_size", "datasets", "sample_num", "device", "dtype")
     values = {name: getattr(args, name) for name in names}
     values["data_dir"] = args.data_dir or str(shipped("data/longbench"))
+    # For the record only: what prepares the same model and data in pred.py.
     words = ["--enable_squeeze", "--ini_size", "1", "--KV_class3", "1"]
     words += [f"--{name}={value}" for name, value in values.items() if value is not None]
     return RunSpec(enable_squeeze=True, ini_size="1", KV_class3="1", **values, command=command_line(words))
@@ -108,22 +111,23 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     job = prepare(spec_of(args), ALONE)
     from squeeze.engine import loss_curves
 
-    assert job.config is not None and job.config.algorithm is not None
-    algorithm, name = job.config.algorithm, job.source.name
+    assert job.config is not None and job.config.algorithm_name is not None
+    algorithm, evictor, name = job.config.algorithm_name, job.config.evictor, job.source.name
     out = args.out or calibration.place(name, algorithm, to_write=True)
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: give the name of a file")
     how = {
         "algorithm": algorithm,
-        "start_size": job.config.start_size if algorithm == "streaming" else None,
+        "start_size": evictor.sinks if evictor.has("sinks") else None,
+        **EVICTORS.record(algorithm, evictor),
         "shares": [str(share) for share in shares],
         "multiples": [str(multiple) for multiple in loss_curves.MULTIPLES],
         "tail": loss_curves.TAIL,
     }
     data = [{"dataset": one.dataset, **one.origin, "source": _shown(one.origin["source"])} for one in job.data]
-    rows = [(one, row) for one in job.data for row in range(one.count(job.spec.sample_num))]
+    rows = [(one, row) for one in job.data for row in range(job.count(one))]
     settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | how
-    folder = Path("calibration") / name / algorithm
+    folder = Path("calibration") / name / file_name(algorithm)
     with Run(folder, settings, job.info, args.overwrite, MeasuredSample) as run:
         measured = {"data": data, "rows": [[one.dataset, row] for one, row in rows]}
         formats = {one.dataset: found for one in job.data if (found := chat_settings(one.dataset, name, False))}
@@ -168,7 +172,6 @@ def _shown(source: str) -> str:
 
 def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares: Sequence[Fraction]) -> None:
     """Measure the prompts that are missing, and say before what it costs."""
-    from squeeze.benchmarks import predict
     from squeeze.devices import unless_out_of_memory
     from squeeze.engine import loss_curves
 
@@ -178,14 +181,14 @@ def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares:
         wanted = [rows[index] for index in samples.missing]
         most = {data.dataset: 1 + row for data, row in wanted}  # rows come in order
         encoded = {
-            data.dataset: predict.encode(tokenizer, data, most[data.dataset], job.options)
+            data.dataset: job.benchmark.encode(tokenizer, data, most[data.dataset], job.options)
             for data in job.data
             if data.dataset in most
         }
         prompts = {index: encoded[rows[index][0].dataset][rows[index][1]].tokens for index in samples.missing}
         total = sum(loss_curves.cost(len(tokens), len(shares), layers) for tokens in prompts.values())
         print(f"{len(prompts)} prompts, {total:,} tokens to run")
-        with tqdm(total=total, unit="token", unit_scale=True, desc=job.config.algorithm if job.config else "") as bar:
+        with tqdm(total=total, unit="token", unit_scale=True, desc=job.config and job.config.algorithm_name) as bar:
             for index, tokens in prompts.items():
                 data, row = rows[index]
                 loss = unless_out_of_memory(partial(loss_curves.measure, engine.squeezed, tokens, shares, bar.update))
@@ -193,7 +196,7 @@ def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares:
                     where = f"row {row} of {data.dataset} alone, {len(tokens)} tokens"
                     raise InputError(f"out of memory with {where}: take shorter ones")
                 made = {"dataset": data.dataset, "row": row, "prompt_tokens": len(tokens)}
-                samples.append([{"index": index, **made, "loss": loss, "stats": {}}])
+                samples.append([{"index": index, **made, "loss": loss, "stats": NoStats()}])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,27 +7,28 @@ budget of every layer and `KV_class3` the budget of the least important layers, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
-from numbers import Integral
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import Any
 
+from squeeze import allocations
+from squeeze.allocations.base import Allocation
+from squeeze.allocations.calibration import Calibration
+from squeeze.allocations.explicit import Explicit
 from squeeze.errors import InputError
-from squeeze.numbers import parse_fraction, shown, whole_number
+from squeeze.evictors import EVICTORS, Evictor, make_evictor
+from squeeze.numbers import shown, whole_number
+from squeeze.registry import Named
 
-if TYPE_CHECKING:
-    from squeeze.allocations.calibration import Calibration
-
-ALGORITHMS = ("sliding_window", "streaming", "h2o")
-ALLOCATIONS = ("squeeze", "squeeze-log", "paper", "calibrated", "measured")
-
-#: Those that make budgets from loss curves, and take no `KV_class3`.
-BY_LOSS = ("calibrated", "measured")
 ATTENTIONS = ("auto", "sdpa", "eager")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: What the published command lines rely on: each architecture has its own eviction method.
 DEFAULT_ALGORITHM: dict[str, str] = {"mistral": "sliding_window", "llama": "streaming"}
+
+#: Sink tokens where none are asked for.
+START_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,21 @@ class SqueezeConfig:
     """How much KV cache each layer may keep, and which tokens it keeps.
 
     Args:
-        algorithm: `sliding_window`, `streaming` (StreamingLLM) or `h2o`; None takes the model's default
+        algorithm: an `Evictor`, or what names one: `sliding_window`, `streaming` (StreamingLLM), `h2o`, an entry
+            point, or `package.module:Class`, with parameters in brackets; None takes the model's default
             (`DEFAULT_ALGORITHM`).
         ini_size: initial budget of every layer, as a fraction of the prompt's tokens, in (0, 1].
         kv_class3: budget of the layers in class 3, as a fraction of the prompt's tokens, in (0, `ini_size`].
-        allocation: how similarities become budgets: `squeeze`, `squeeze-log` or `paper`, or
-            `calibrated` or `measured`, by loss curves and without `kv_class3`: of a file (see
-            `squeeze.allocations`), or measured on each prompt's own last tokens, which costs several prefills (see
-            `squeeze.engine.loss_curves`).
+        allocation: an `Allocation`, which has its own sizes, or what names one. How similarities become budgets:
+            `squeeze`, `squeeze-log` or `paper`; or, without `kv_class3`, `uniform`, and `calibrated` or `measured`, by
+            loss curves: of a file (see `squeeze.allocations.calibration`), or measured on each prompt's own last
+            tokens, which costs several prefills (see `squeeze.engine.loss_curves`).
         budgets: tokens, one entry a layer, in place of `ini_size` and `kv_class3`.
         start_size: sink tokens that StreamingLLM never evicts.
         attn: prefill attention; `auto` and `sdpa` use PyTorch's fused kernel, `eager` explicit blocks of queries
             with a float32 softmax. H2O always uses the latter, since it needs the probabilities.
         compile: compile the decode step with `torch.compile`; the first steps take some seconds then.
-        calibration: the loss curves of `calibrated`, from `squeeze.allocations.calibration.read_calibration`.
+        calibration: the loss curves of `calibrated`, from `squeeze.read_calibration`.
         prefill_chunk: tokens of the prompt that are prefilled at a time; None: all of them. A sliding window or
             StreamingLLM whose budgets do not depend on similarities then holds no layer's whole prompt: every chunk is
             cut to the budgets before the next one comes. The cache ends up with the same tokens, but a chunk attends
@@ -57,114 +59,167 @@ class SqueezeConfig:
             `prefill_chunk` together reach the prompt's length), or where what is kept besides the sinks reaches back
             as far as the model's own attention window does; else it is another, cheaper method.
     Raises:
-        InputError: a value is out of its range, or two exclude each other.
+        InputError: a value is out of its range, two exclude each other, or a strategy is not there.
     """
 
-    algorithm: str | None = None
+    algorithm: str | Evictor | None = None
     ini_size: Fraction | float | str | None = None
     kv_class3: Fraction | float | str | None = None
-    allocation: str = "squeeze"
+    allocation: str | Allocation = allocations.DEFAULT
     budgets: Sequence[int] | None = None
-    start_size: int = 4
+    start_size: int = START_SIZE
     attn: str = "auto"
     compile: bool = False
     calibration: Calibration | None = None
     prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if self.algorithm is not None:
-            _one_of("algorithm", self.algorithm, ALGORITHMS)
-        _one_of("allocation", self.allocation, ALLOCATIONS)
-        _one_of("attn", self.attn, ATTENTIONS)
+        self._name_evictor()
+        if self.attn not in ATTENTIONS:
+            raise InputError(f"attn must be one of {', '.join(ATTENTIONS)}, got {shown(self.attn)}")
         whole_number("start_size", self.start_size, 0, "a whole number of tokens")
-        self._parse_sizes()
+        self._name_allocation()
         if self.prefill_chunk is not None:
             self._check_prefill_chunk()
 
-    def _parse_sizes(self) -> None:
-        if self.budgets is not None:
-            if self.ini_size is not None or self.kv_class3 is not None:
-                raise InputError("budgets replaces ini_size and kv_class3: give one or the other")
-            budgets = tuple(self.budgets)
-            if not all(isinstance(tokens, Integral) for tokens in budgets):
-                raise InputError(f"budgets must be whole numbers of tokens, got {list(budgets)}")
-            object.__setattr__(self, "budgets", tuple(int(tokens) for tokens in budgets))
-            return
-        if self.allocation in BY_LOSS:
-            if self.kv_class3 is not None:
-                raise InputError(
-                    f"KV_class3 is not for the allocation {self.allocation}, whose budgets come from loss curves: "
-                    "leave it out"
-                )
-            if self.ini_size is None:
-                raise InputError(f"ini_size is missing: the allocation {self.allocation} needs it")
-            object.__setattr__(self, "ini_size", _size(self.ini_size))
-            return
-        if self.ini_size is None or self.kv_class3 is None:
-            missing = "ini_size" if self.ini_size is None else "KV_class3"
-            raise InputError(f"{missing} is missing: ini_size and KV_class3 are given together")
-        ini_size = _size(self.ini_size)
-        kv_class3 = parse_fraction("KV_class3", self.kv_class3)
-        if not 0 < kv_class3 <= ini_size:
-            raise InputError(f"KV_class3 must be in (0, ini_size = {float(ini_size):g}], got {shown(self.kv_class3)}")
-        object.__setattr__(self, "ini_size", ini_size)
-        object.__setattr__(self, "kv_class3", kv_class3)
+    def __getstate__(self) -> dict[str, Any]:
+        """Fields alone: another process makes the strategies from their names."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def _check_prefill_chunk(self) -> None:
-        whole_number("prefill_chunk", self.prefill_chunk, 1, "a whole number of tokens")
-        if self.algorithm == "h2o":
-            raise InputError(
-                "prefill_chunk cannot be used with h2o, which chooses tokens by the attention of the whole prompt: "
-                "leave it out, or take sliding_window or streaming"
-            )
-        if self.allocation == "measured":
-            raise InputError(
-                "prefill_chunk cannot be used with the allocation measured, which prefills the whole prompt: "
-                "leave it out, or take the allocation calibrated"
-            )
-        if self.needs_similarities:
-            raise InputError(
-                "prefill_chunk needs budgets that are known before the prompt is read: "
-                f"make KV_class3 equal to ini_size ({float(self.fractions[0]):g}), or leave prefill_chunk out"
-            )
+    @cached_property
+    def evictor(self) -> Evictor:
+        """The eviction method; ValueError where the model's default is asked for."""
+        if self.algorithm is None:
+            raise ValueError("this configuration has no algorithm")
+        return self.algorithm if isinstance(self.algorithm, Evictor) else make_evictor(self.algorithm, self.start_size)
+
+    @cached_property
+    def allocator(self) -> Allocation:
+        """What makes the budgets."""
+        if self.budgets is not None:
+            return Explicit(self.budgets)
+        if isinstance(self.allocation, Allocation):
+            return self.allocation
+        found = allocations.ALLOCATIONS.find(self.allocation)
+        sizes = {"ini_size": self.ini_size, "class3": self.kv_class3}
+        return found.make(sizes | {"calibration": self.calibration})
 
     @property
-    def needs_similarities(self) -> bool:
-        """Whether budgets follow from similarities, which are not known before the end of the prefill."""
-        if self.budgets is not None or self.allocation in BY_LOSS:
-            return False
-        ini_size, kv_class3 = self.fractions
-        return kv_class3 < ini_size
+    def algorithm_name(self) -> str | None:
+        """What names the eviction method, for files and errors; the same for all texts that mean the same."""
+        return None if self.algorithm is None else str(self.algorithm)
+
+    @property
+    def allocation_name(self) -> str:
+        """What names the allocation."""
+        return str(self.allocation)
 
     @property
     def fractions(self) -> tuple[Fraction, Fraction]:
-        """`ini_size` and `kv_class3`, exactly; ValueError where there are none."""
-        if self.kv_class3 is None:
+        """`ini_size` and `KV_class3`, exactly; ValueError where there are none."""
+        class3 = getattr(self.allocator, "class3", None)
+        if class3 is None:
             raise ValueError("this configuration has no KV_class3")
-        return self.share, parse_fraction("KV_class3", self.kv_class3)
+        return self.share, class3
 
     @property
     def share(self) -> Fraction:
         """`ini_size`, exactly; ValueError with explicit budgets, which have none."""
-        if self.ini_size is None:
+        if self.allocator.size is None:
             raise ValueError("this configuration has explicit budgets and no ini_size")
-        return parse_fraction("ini_size", self.ini_size)
+        return self.allocator.size
 
     @property
     def sizes(self) -> dict[str, float]:
         """`ini_size` and `KV_class3`, as far as they are given."""
-        found = {"ini_size": self.ini_size, "KV_class3": self.kv_class3}
-        return {name: float(parse_fraction(name, value)) for name, value in found.items() if value is not None}
+        found = {"ini_size": self.allocator.size, "KV_class3": getattr(self.allocator, "class3", None)}
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+    def _name_evictor(self) -> None:
+        """Check the algorithm, and spell it in one way; sink tokens that its text asks for become `start_size`."""
+        if self.algorithm is None or isinstance(self.algorithm, Evictor) or self.algorithm in EVICTORS.names:
+            return
+        if not isinstance(self.algorithm, str):
+            raise InputError(f"algorithm must be a name or an Evictor, got {shown(self.algorithm)}")
+        found = EVICTORS.find(self.algorithm)
+        sinks = found.parameters.get("sinks", self.start_size)
+        if self.start_size not in (START_SIZE, sinks):
+            raise InputError(f"{shown(self.algorithm)} contradicts start_size {self.start_size}: give one of them")
+        self._set(algorithm=found.text, start_size=sinks)
+        whole_number("start_size", sinks, 0, "a whole number of tokens")
+        self.evictor  # noqa: B018 (a sentence, where the parameters are wrong)
+
+    def _name_allocation(self) -> None:
+        """Check the allocation, and the sizes that it takes."""
+        if self.budgets is not None:
+            if self.ini_size is not None or self.kv_class3 is not None:
+                raise InputError("budgets replaces ini_size and kv_class3: give one or the other")
+            if self.allocation != allocations.DEFAULT:
+                raise InputError(f"budgets replaces the allocation {self.allocation}: give one or the other")
+            self._set(budgets=Explicit(self.budgets).tokens)
+        elif isinstance(self.allocation, Allocation):
+            for name in ("ini_size", "kv_class3", "calibration"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name} is a parameter of the allocation: {self.allocation} has its own")
+        elif not isinstance(self.allocation, str):
+            raise InputError(f"allocation must be a name or an Allocation, got {shown(self.allocation)}")
+        else:
+            self._check_sizes(allocations.ALLOCATIONS.find(self.allocation))
+
+    def _check_sizes(self, found: Named[Allocation]) -> None:
+        if "ini_size" not in found.fields:
+            raise InputError(f"{found.label} has no parameter ini_size, by which its runs are named: add the field")
+        if self.kv_class3 is not None and "class3" not in found.fields:
+            raise InputError(f"KV_class3 is not for the {found.label}, which has no such parameter: leave it out")
+        if "class3" in found.required and (self.ini_size is None or self.kv_class3 is None):
+            missing = "ini_size" if self.ini_size is None else "KV_class3"
+            raise InputError(f"{missing} is missing: ini_size and KV_class3 are given together")
+        if self.ini_size is None:
+            raise InputError(f"ini_size is missing: the {found.label} needs it")
+        if self.calibration is not None and "calibration" not in found.fields:
+            raise InputError(f"calibration is not for the {found.label}: leave it out")
+        self._set(allocation=found.text, ini_size=self.allocator.size)
+        self._set(kv_class3=getattr(self.allocator, "class3", None))
+
+    def _check_prefill_chunk(self) -> None:
+        whole_number("prefill_chunk", self.prefill_chunk, 1, "a whole number of tokens")
+        if self.algorithm is not None and not self.evictor.fixed_slots:
+            why = "chooses tokens by the attention" if self.evictor.needs_scores else "gives slots by the length"
+            raise InputError(
+                f"prefill_chunk cannot be used with {self.algorithm}, which {why} of the whole prompt: "
+                "leave it out, or take sliding_window or streaming"
+            )
+        if self.allocator.needs == "loss_curves":
+            raise InputError(
+                f"prefill_chunk cannot be used with the allocation {self.allocation}, which prefills the whole "
+                "prompt: leave it out, or take the allocation calibrated"
+            )
+        if self.allocator.needs == "similarities":
+            other = "take another allocation"
+            if "KV_class3" in self.sizes:
+                other = f"make KV_class3 equal to ini_size ({float(self.share):g})"
+            raise InputError(
+                f"prefill_chunk needs budgets that are known before the prompt is read: {other}, or leave "
+                "prefill_chunk out"
+            )
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
 
-def _size(value: Fraction | float | str) -> Fraction:
-    """Read `ini_size`."""
-    found = parse_fraction("ini_size", value)
-    if not 0 < found <= 1:
-        raise InputError(f"ini_size must be in (0, 1], got {shown(value)}")
-    return found
+def as_config(
+    asked: SqueezeConfig | Evictor | str | None, allocation: Allocation | str | None, **options: Any
+) -> SqueezeConfig:
+    """A configuration as it is, or one of an eviction method, an allocation and the other fields of SqueezeConfig.
 
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
+    Raises:
+        InputError: one is missing, or something stands beside a whole configuration.
+    """
+    if not isinstance(asked, SqueezeConfig):
+        if allocation is None:
+            raise InputError("the allocation is missing: squeezed(model, H2O(), Squeeze(0.2, class3=0.1))")
+        return SqueezeConfig(asked, allocation=allocation, **options)
+    if allocation is not None or options:
+        raise InputError("a SqueezeConfig says everything: put the allocation and all options into it")
+    return asked

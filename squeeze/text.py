@@ -6,6 +6,8 @@ XML and UTF-8 have no place for. They are shown as Python would write them: `\\x
 
 from __future__ import annotations
 
+import hashlib
+import re
 from typing import TextIO
 
 #: Not printable to Python, but part of words: they join and part letters (Persian, emoji), or are kinds of space.
@@ -36,6 +38,12 @@ def fitted(text: object, most: int) -> str:
 def shortened(text: str, most: int = 80) -> str:
     """Text for an error: of what is too long, the start, and how long it is."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def file_name(text: str) -> str:
+    """A name for a file or a folder: `text` as it is where it has nothing but letters, digits and `._=+-`."""
+    name = re.sub(r"[^A-Za-z0-9._=+-]+", "_", text).strip("._") or "_"
+    return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def say(text: object, file: TextIO | None = None) -> None:

@@ -16,6 +16,7 @@ from conftest import ROOT, random_model
 
 from squeeze import SqueezeConfig, squeezed
 from squeeze.cli.arguments import Parser
+from squeeze.commands.main import COMMANDS as CONSOLE
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -23,11 +24,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 #: Fenced blocks: indent (in a list), language and text.
 FENCES = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 
-#: Headings of docs/commands.md, and what each command runs: a file, or a module.
-MODULES = ("calibrate", "sweep", "report", "bench", "longbench", "helm_requests", "helm_env")
-COMMANDS = {f"`{name}`": name for name in ("pred.py", "eval.py", "modify_transformers.py")}
-COMMANDS |= {f"`python -m squeeze.{name}`": f"squeeze.{name}" for name in MODULES}
-COMMANDS |= {"`script/helm.sh`": "squeeze.helm_score"}
+#: Of `squeeze NAME`: the files of a checkout that are the same command; the others are modules `squeeze.NAME`.
+FILES = {"pred": "pred.py", "eval": "eval.py", "check": "modify_transformers.py"}
+
+#: Headings of docs/commands.md, and the file or module of each command.
+COMMANDS = {f"`{file}`": file for file in FILES.values()}
+COMMANDS |= {f"`python -m squeeze.{name}`": f"squeeze.{name}" for name in CONSOLE if name not in FILES}
+COMMANDS["`script/helm.sh`"] = COMMANDS.pop("`python -m squeeze.helm_score`")
 
 #: Other projects' packages that pages install by name.
 PACKAGES = ("flash-attn",)
@@ -146,6 +149,11 @@ class Checker:
         assert settings in ([], ["PYTHONPATH"]), f"{settings} are no settings of {program}"
         if program in ("python", "python3.11"):
             self.python(words)
+        elif program == "squeeze":
+            name, *words = words
+            assert name in (*CONSOLE, "--help"), f"squeeze has no command {name}"
+            if name in CONSOLE:
+                self.python([*([FILES[name]] if name in FILES else ["-m", f"squeeze.{name}"]), *words])
         elif program == "torchrun":
             from torch.distributed.run import get_args_parser
 
@@ -227,6 +235,8 @@ def test_a_pages_command_is_one_that_its_program_takes(words, checker):
         ("python -m squeeze.sweep config/sweep_demo.yaml sizes=3", "there is no sizes"),
         ("python -m squeeze.sweep config/none.yaml", "cannot read config/none.yaml"),
         ("python -m squeeze.report", "RUNS"),
+        ("squeeze predict --model Mistral", "squeeze has no command predict"),
+        ("squeeze sweep config/sweep_demo.yaml sizes=3", "there is no sizes"),
         ("python -m squeeze.nothing", "squeeze.nothing"),
         ("python script/decode_kernels.py --fast", "takes no flags"),
         ("torchrun --nproc_per_node 4 pred.py --model Mistral --device_maps auto", "--device_maps"),

@@ -11,11 +11,12 @@ from typing import Annotated, Any, TypedDict
 import numpy as np
 from msgspec import Meta
 
-from squeeze.config import ALGORITHMS
 from squeeze.errors import InputError
+from squeeze.evictors import EVICTORS, Evictor
 from squeeze.storage.files import read_bytes, read_object
 from squeeze.storage.paths import config_file
 from squeeze.storage.schema import Count, Nats, check, shown
+from squeeze.text import file_name
 
 #: Of the file's format.
 VERSION = 3
@@ -30,15 +31,27 @@ LEAST = 1e-6
 Ratio = Annotated[str, Meta(pattern=r"^[0-9]{1,40}(/[1-9][0-9]{0,39})?\Z")]
 
 
-class Curves(TypedDict):
+class AnyCurves(TypedDict):
     """What is read of the file."""
 
-    algorithm: Annotated[str, Meta(pattern=f"^({'|'.join(ALGORITHMS)})\\Z")]
+    algorithm: str
     start_size: Count | None
     shares: Annotated[list[Ratio], Meta(min_length=1)]
     multiples: Annotated[list[Ratio], Meta(min_length=1)]
     model: dict[str, Any]
     loss: list[list[list[list[Nats]]]]
+
+
+class Curves(AnyCurves):
+    """Of a built-in eviction method."""
+
+    algorithm: Annotated[str, Meta(pattern=f"^({'|'.join(EVICTORS.names)})\\Z")]
+
+
+class OwnCurves(AnyCurves):
+    """Of an eviction method of the user's own."""
+
+    algorithm_parameters: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +60,8 @@ class Calibration:
 
     Args:
         algorithm: that evicted.
-        start_size: sink tokens, of `streaming`; else None.
+        start_size: sink tokens of an algorithm that has them; else None.
+        parameters: of an algorithm that is not built in.
         shares: what every layer kept while one of them was cut, as fractions of the prompt, ascending.
         multiples: sizes of the layer that was cut, as multiples of the share, ascending.
         losses: KL divergence from the full cache in nats, `(prompts, shares, layers, multiples)`.
@@ -58,6 +72,7 @@ class Calibration:
 
     algorithm: str
     start_size: int | None
+    parameters: dict[str, Any]
     shares: tuple[Fraction, ...]
     multiples: tuple[Fraction, ...]
     losses: np.ndarray
@@ -78,7 +93,7 @@ class Calibration:
         """Curves for a total size, `(measurements, layers, multiples)`: of all prompts, at `ini_size` and above.
 
         More measurements are less noise, and those where the other layers keep more serve smaller sizes as well
-        (docs/allocation.md).
+        (docs/budgets.md).
         """
         return self.losses[:, self.first(ini_size) :].reshape(-1, *self.losses.shape[2:])
 
@@ -92,29 +107,33 @@ class Calibration:
         uniform = losses[:, :1, self.multiples.index(Fraction(1)), None]
         return (losses / np.maximum(uniform, LEAST)).mean(axis=0)
 
-    def check(self, algorithm: str, start_size: int, layers: int, model: dict[str, Any] | None = None) -> None:
+    def check(self, algorithm: str, evictor: Evictor, layers: int, model: dict[str, Any] | None = None) -> None:
         """Raises InputError unless the curves are those of this eviction method and, where it is given, this model."""
         if self.algorithm != algorithm:
             raise InputError(f"{self.source} was measured with {self.algorithm}, not with {algorithm}: {AGAIN}")
-        if self.start_size not in (None, start_size):
+        if self.start_size not in (None, evictor.sinks):
             raise InputError(
-                f"{self.source} was measured with start_size {self.start_size}, not {start_size}: {AGAIN}"
+                f"{self.source} was measured with start_size {self.start_size}, not {evictor.sinks}: {AGAIN}"
             )
+        own = EVICTORS.record(algorithm, evictor).get("algorithm_parameters", {})
+        if self.parameters != own:
+            raise InputError(f"{self.source} was measured with parameters {self.parameters}, not {own}: {AGAIN}")
         if self.losses.shape[2] != layers or (model is not None and self.model != model):
             raise InputError(f"{self.source} was measured on another model than this one: {AGAIN}")
 
 
 def place(name: str, algorithm: str, to_write: bool = False) -> Path:
     """Where the file of a model and an eviction method is, or is to be made: see `config_file`."""
-    return config_file(f"calibration/{name}-{algorithm}.json", to_write)
+    return config_file(f"calibration/{name}-{file_name(algorithm)}.json", to_write)
 
 
-def read_calibration(path: Path) -> Calibration:
+def read_calibration(path: Path | str) -> Calibration:
     """Read and check a file of loss curves.
 
     Raises:
         InputError: it is not there, of an unknown version, or not whole.
     """
+    path = Path(path)
     if not path.exists():
         raise InputError(f"{path} is not there: python -m squeeze.calibrate makes it")
     try:
@@ -122,7 +141,7 @@ def read_calibration(path: Path) -> Calibration:
         version = content.get("version")
         if version != VERSION:
             raise InputError(f"{path} is of version {shown(version)}, and {VERSION} is known here")
-        curves = check(content, Curves, str(path))
+        curves = check(content, OwnCurves if "algorithm_parameters" in content else Curves, str(path))
     except InputError as error:
         raise InputError(f"{error}: {AGAIN}") from None
     shares, multiples = (tuple(map(Fraction, some)) for some in (curves["shares"], curves["multiples"]))
@@ -137,6 +156,7 @@ def read_calibration(path: Path) -> Calibration:
     return Calibration(
         algorithm=curves["algorithm"],
         start_size=curves["start_size"],
+        parameters=content.get("algorithm_parameters", {}),
         shares=shares,
         multiples=multiples,
         losses=losses,

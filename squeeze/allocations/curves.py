@@ -14,7 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from squeeze.allocations.formula import Budgets, round_to, within
+from squeeze.allocations.base import Budgets
+from squeeze.allocations.totals import round_to, within
 
 
 def hull(tokens: Sequence[int], losses: Sequence[float]) -> list[tuple[int, float]]:

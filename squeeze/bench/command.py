@@ -14,13 +14,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from squeeze.allocations import ALLOCATIONS
 from squeeze.bench.files import bandwidth, full_speeds, speed
 from squeeze.bench.processes import run, turns
 from squeeze.benchmarks.longbench.data import build_prompt, load_data
 from squeeze.cli.arguments import Parser, as_path, path_text, real, whole
 from squeeze.cli.tables import table
-from squeeze.config import ALGORITHMS, ALLOCATIONS, DTYPES
+from squeeze.config import DTYPES
 from squeeze.errors import InputError
+from squeeze.evictors import EVICTORS
 from squeeze.models import sources
 from squeeze.numbers import parse_fraction
 from squeeze.storage.files import write_json, write_whole, writing
@@ -77,10 +79,13 @@ def parser() -> Parser:
         choices=CACHES,
         help="which caches; compiled is squeezed with its decode step compiled (default: full uniform squeezed)",
     )
-    made.add_argument("--algorithm", nargs="+", default=["streaming"], choices=ALGORITHMS, help="default: streaming")
+    made.add_argument(
+        "--algorithm", nargs="+", default=["streaming"], choices=EVICTORS.names, help="default: streaming"
+    )
     made.add_argument("--ini_size", default="0.2", help="as in pred.py (default: 0.2)")
     made.add_argument("--KV_class3", default="0.12", help="as in pred.py (default: 0.12)")
-    made.add_argument("--allocation", default="squeeze-log", choices=ALLOCATIONS[:3], help="default: squeeze-log")
+    squeezing = [name for name in ALLOCATIONS.names if "class3" in ALLOCATIONS.find(name).fields]
+    made.add_argument("--allocation", default="squeeze-log", choices=squeezing, help="default: squeeze-log")
     made.add_argument("--rounds", type=whole(1), default=3, help="prefills and generations of each (default: 3)")
     made.add_argument(
         "--in_turns",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -11,17 +11,17 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessorList
 
-from squeeze.benchmarks.predict import Options, Work
-from squeeze.benchmarks.requests import Decoding, Requests
+from squeeze.benchmarks.requests import Decoding
 from squeeze.engine.squeezed_model import SqueezedModel
-from squeeze.generation.generate import Prompt, generate, greedy, stop_tokens
+from squeeze.generation.generate import generate, greedy, stop_tokens
 from squeeze.generation.sampling import generator, sampler
+from squeeze.generation.stats import SampleStats
 from squeeze.generation.stopping import StopStrings, cut, pieces
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated for a prompt. The texts of the tokens put together are the text.
+    """A text that was generated for a prompt, and its tokens, whose texts put together are the text.
 
     Args:
         text: up to the first stop string.
@@ -71,7 +71,7 @@ def complete(
     decoding: Decoding,
     run: SqueezedModel | None,
     seed: int,
-) -> tuple[list[list[Completion]], list[dict[str, Any]]]:
+) -> tuple[list[list[Completion]], list[SampleStats]]:
     """Complete a batch of prompts.
 
     What is sampled depends on the seed, the prompt, its settings and the number of the completion, and on nothing
@@ -91,9 +91,9 @@ def complete(
     settings = greedy(decoding.max_tokens)
     outputs, stats = generate(model, rows, settings, run, LogitsProcessorList([recorder]), stops)
     ends = stop_tokens(model, settings).tolist()
-    found = [_completion(tokenizer, output, ends, decoding.stop, recorder, row) for row, output in enumerate(outputs)]
+    made = [_completion(tokenizer, output, ends, decoding.stop, recorder, row) for row, output in enumerate(outputs)]
     starts = range(0, len(rows), decoding.n)
-    return [found[at : at + decoding.n] for at in starts], [_together(stats[at : at + decoding.n]) for at in starts]
+    return [made[at : at + decoding.n] for at in starts], [_together(stats[at : at + decoding.n]) for at in starts]
 
 
 def _completion(
@@ -118,19 +118,18 @@ def _completion(
 
 def _by_text(tokenizer: PreTrainedTokenizerBase, logprobs: list[float], tokens: list[int]) -> dict[str, float]:
     """The log-probability of each token's text, the likeliest first; of tokens with one text, the likeliest's."""
-    found: dict[str, float] = {}
+    by_text: dict[str, float] = {}
     for logprob, token in zip(logprobs, tokens, strict=True):
-        found.setdefault(tokenizer.decode([token]), logprob)
-    return found
+        by_text.setdefault(tokenizer.decode([token]), logprob)
+    return by_text
 
 
-def _together(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What was measured on all completions of one prompt, each of which had a cache of its own."""
-    found = dict(stats[0])
-    for key, value in found.items():
-        if isinstance(value, int | float) and key != "peak_memory_bytes":
-            found[key] = sum(one[key] for one in stats)
-    return found
+def _together(stats: Sequence[SampleStats]) -> SampleStats:
+    """Statistics of all completions of one prompt, each of which had a cache of its own."""
+    times = ("prefill_seconds", "decode_seconds")
+    sizes = ("prompt_tokens", "new_tokens", "kv_bytes", "state_bytes", "full_kv_bytes")
+    totals: dict[str, Any] = {name: sum(getattr(one, name) for one in stats) for name in (*times, *sizes)}
+    return replace(stats[0], **totals)
 
 
 @torch.inference_mode()
@@ -143,48 +142,12 @@ def prompt_logprobs(model: PreTrainedModel, tokens: torch.Tensor, block: int = 5
     """
     device = model.get_input_embeddings().weight.device
     states = model.base_model(input_ids=tokens[None].to(device), use_cache=False).last_hidden_state[0]
-    found = [torch.zeros(1)]
+    blocks = [torch.zeros(1)]
     for start in range(0, len(tokens) - 1, block):
         logits = model.lm_head(states[start : start + block][: len(tokens) - 1 - start])
         after = tokens[start + 1 : start + 1 + len(logits), None].to(logits.device)
-        found.append(logits.float().log_softmax(dim=-1).gather(1, after)[:, 0].cpu())
-    return torch.cat(found).tolist()
-
-
-def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Requests,
-    prompts: Sequence[Prompt],
-    run: SqueezedModel | None,
-    how: Options,
-) -> Work:
-    """The work of HELM's requests: prompts to completions."""
-
-    def work(batch: list[int]) -> list[dict[str, Any]]:
-        requests = [data.rows[index] for index in batch]
-        completions, stats = complete(
-            model,
-            tokenizer,
-            [prompts[index].tokens for index in batch],
-            [request.prompt for request in requests],
-            requests[0].decoding,
-            run,
-            how.seed,
-        )
-        seconds = sum(one["prefill_seconds"] + one["decode_seconds"] for one in stats)
-        time = {"batch_time": seconds, "batch_size": len(batch)}
-        return [
-            {
-                "index": index,
-                "request": request.raw,
-                "result": {"choices": [published(one) for one in found], "request_time": time},
-                "stats": measured,
-            }
-            for index, request, found, measured in zip(batch, requests, completions, stats, strict=True)
-        ]
-
-    return work
+        blocks.append(logits.float().log_softmax(dim=-1).gather(1, after)[:, 0].cpu())
+    return torch.cat(blocks).tolist()
 
 
 def published(completion: Completion) -> dict[str, Any]:

@@ -11,16 +11,21 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from squeeze.benchmarks.longbench.data import Data
-from squeeze.benchmarks.longbench.scoring import interval
-from squeeze.benchmarks.predict import Options, Work
-from squeeze.benchmarks.requests import Requests
+from squeeze.benchmarks.base import Measure, Workload
+from squeeze.benchmarks.records import ComparedSample, FidelityStats
+from squeeze.benchmarks.scores import interval
+from squeeze.config import SqueezeConfig
+from squeeze.devices import unless_out_of_memory
 from squeeze.engine.squeezed_model import SqueezedModel
-from squeeze.generation.generate import Prompt, full_cache_bytes, pad_left, stop_tokens
+from squeeze.generation.generate import full_cache_bytes, pad_left, stop_tokens
 from squeeze.generation.stopping import StopStrings
+
+#: Configurations that are compared in one batch, by the kind of device; fewer where memory is short.
+AT_ONCE = {"cpu": 8, "cuda": 64}
 
 
 @dataclass
@@ -55,7 +60,7 @@ def answer(
     ends = stop_tokens(model, settings).to(model.get_input_embeddings().weight.device)
     found = Answer(torch.empty(len(prompts), 0, dtype=torch.long, device=ends.device), [], [])
     running = torch.ones(len(prompts), dtype=torch.bool, device=ends.device)
-    steps = _steps(model, prompts, DynamicCache(config=model.config))
+    steps = _steps(model, *pad_left(model, prompts), DynamicCache(config=model.config))
     logprobs = next(steps)
     for step in range(settings["max_new_tokens"]):
         found.logprobs.append(logprobs)
@@ -76,44 +81,95 @@ def answer(
 
 @torch.inference_mode()
 def compare(
-    model: PreTrainedModel, prompts: Sequence[torch.Tensor], full: Answer, run: SqueezedModel, max_new_tokens: int
-) -> list[dict[str, Any]]:
-    """Feed the full cache's answer to a squeezed one.
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    full: Answer,
+    run: SqueezedModel,
+    configs: Sequence[SqueezeConfig],
+    max_new_tokens: int,
+) -> list[list[dict[str, Any]]]:
+    """Feed the full cache's answer to squeezed ones.
 
-    The first token is left out: it follows from the prefill, which is the same with both.
+    The first token is left out: it follows from the prefill, which is the same with both. Several configurations go on
+    after the prefill that they share as one batch, or as several where memory is short.
 
     Args:
-        prompts: token ids of each, (tokens,).
+        prompts: token ids of each, (tokens,); a single one where there are several configurations.
         full: the answer to them.
-        run: what `squeezed` gave.
+        run: what `squeezed` gave, its prefills shared where there are several configurations.
+        configs: with the same evictor.
         max_new_tokens: that the budgets count on.
     Returns:
-        For each prompt `kl`, the mean over tokens of KL(full || squeezed) in nats, `agreement`, the share of tokens
-        where both have the same largest logit (both None where nothing was compared), and `tokens`.
+        For each configuration and prompt `kl`, the mean over tokens of KL(full || squeezed) in nats, `agreement`, the
+        share of tokens where both have the same largest logit (both None where nothing was compared), `tokens`,
+        the `kv_bytes` held after the prefill, a share of the batch's, and `notes` on its budgets.
+    Raises:
+        torch.OutOfMemoryError: a single configuration does not fit into memory.
     """
-    steps = _steps(model, prompts, run.cache(max_new_tokens))
-    divergences: list[list[float]] = [[] for _ in prompts]
-    agreements: list[list[bool]] = [[] for _ in prompts]
-    next(steps)
-    for step in range(1, len(full.logprobs)):
-        expected, found = full.logprobs[step], steps.send(full.tokens[:, step - 1 : step])
-        kl = (expected.exp() * (expected - found)).sum(dim=-1)
-        same = expected.argmax(dim=-1) == found.argmax(dim=-1)
-        for row in full.running[step].nonzero().flatten().tolist():
-            divergences[row].append(kl[row].item())
-            agreements[row].append(bool(same[row]))
+    if len(configs) == 1:
+        return _compare(model, prompts, full, run, configs, max_new_tokens)
+    found = unless_out_of_memory(lambda: _compare(model, prompts, full, run, configs, max_new_tokens))
+    if found is not None:
+        return found
+    half = len(configs) // 2
     return [
-        {"kl": fmean(kl) if kl else None, "agreement": fmean(same) if kl else None, "tokens": len(kl)}
-        for kl, same in zip(divergences, agreements, strict=True)
+        one
+        for part in (configs[:half], configs[half:])
+        for one in compare(model, prompts, full, run, part, max_new_tokens)
     ]
 
 
-def _steps(
-    model: PreTrainedModel, prompts: Sequence[torch.Tensor], cache: Cache
-) -> Generator[torch.Tensor, torch.Tensor, None]:
-    """Log-probabilities of the token after the prompts, `(batch, vocabulary)`, and after each that is sent in."""
+def _compare(
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    full: Answer,
+    run: SqueezedModel,
+    configs: Sequence[SqueezeConfig],
+    max_new_tokens: int,
+) -> list[list[dict[str, Any]]]:
     inputs, mask = pad_left(model, prompts)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    held, budgets = [], []
+    for config in configs:
+        run.use(config)
+        cache = run.cache(max_new_tokens)
+        next(_steps(model, inputs, mask, cache))
+        held += [{"kv_bytes": run.kv_bytes / len(prompts), "notes": notes} for notes in run.notes]
+        budgets += np.asarray(run.budgets).tolist()
+    if len(configs) > 1:
+        assert run.kept_prefill is not None, "configurations that are compared together share their prefills"
+        cache = run.fork(run.kept_prefill, budgets, max_new_tokens)
+    rows = len(held)
+    divergences: list[list[float]] = [[] for _ in held]
+    agreements: list[list[bool]] = [[] for _ in held]
+    tokens = full.tokens.repeat(len(configs), 1)
+    mask = torch.cat([mask.repeat(len(configs), 1), torch.ones_like(tokens[:, :1])], dim=1)
+    steps = _steps(model, tokens[:, :1], mask, cache)
+    for step in range(1, len(full.logprobs)):
+        expected = full.logprobs[step]
+        logprobs = next(steps) if step == 1 else steps.send(tokens[:, step - 1 : step])
+        logprobs = logprobs.unflatten(0, (len(configs), -1))
+        kl = (expected.exp() * (expected - logprobs)).sum(dim=-1).flatten()
+        same = (expected.argmax(dim=-1) == logprobs.argmax(dim=-1)).flatten()
+        for row in full.running[step].repeat(len(configs)).nonzero().flatten().tolist():
+            divergences[row].append(kl[row].item())
+            agreements[row].append(bool(same[row]))
+    found = [
+        {"kl": fmean(kl) if kl else None, "agreement": fmean(same) if kl else None, "tokens": len(kl), **one}
+        for kl, same, one in zip(divergences, agreements, held, strict=True)
+    ]
+    return [found[first : first + len(prompts)] for first in range(0, rows, len(prompts))]
+
+
+def _steps(
+    model: PreTrainedModel, inputs: torch.Tensor, mask: torch.Tensor, cache: Cache
+) -> Generator[torch.Tensor, torch.Tensor, None]:
+    """Log-probabilities of the token after some, `(batch, vocabulary)`, and after each that is sent in.
+
+    Args:
+        inputs: token ids that `cache` does not hold yet, `(batch, tokens)`.
+        mask: of all tokens so far, these included, `(batch, all)`.
+    """
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
     while True:
         output = model(
             inputs,
@@ -128,64 +184,78 @@ def _steps(
         positions = positions[:, -1:] + 1
 
 
-class Comparison:
-    """The work of `--fidelity`. Configurations that are compared on the same batch share the full cache's answer."""
+class Fidelity(Measure[FidelityStats]):
+    """Distance from the full cache on a benchmark's prompts, in place of answers to them: `--fidelity`.
+
+    Configurations that are compared on the same batch share the full cache's answer. Where prompts run one at a time
+    and configurations share their prefill, those with the same evictor are fed the answer together, which rounds
+    otherwise than one alone. Which those are follows from `join` having been called for all, and not from what is
+    missing: a run that goes on gives what it would have given.
+    """
+
+    sample = ComparedSample
 
     def __init__(self) -> None:
-        self._batch: list[int] | None = None
+        self._joined: list[tuple[Workload, SqueezeConfig]] = []
+        self._batch: list[int] = []
         self._answer: Answer | None = None
+        self._compared: dict[int, list[dict[str, Any]]] = {}
 
-    def measure(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        data: Data | Requests,
-        prompts: Sequence[Prompt],
-        run: SqueezedModel | None,
-        how: Options,
-    ) -> Work:
-        """Prompts to what the squeezed cache costs."""
+    def join(self, workload: Workload) -> None:
+        assert workload.squeezed is not None, "the full cache is what is compared with"
+        self._joined.append((workload, workload.squeezed.config))
+
+    def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
+        model, run, prompts = workload.model, workload.squeezed, workload.tokens(batch)
         assert run is not None, "the full cache is what is compared with"
+        first = workload.prompts[batch[0]]
+        if self._answer is None or self._batch != list(batch):
+            self._answer, self._compared = None, {}  # let go of the old one first
+            stops = StopStrings(workload.tokenizer, first.stop, len(batch), start=0)
+            self._answer = answer(model, prompts, first.settings, stops)
+            self._batch = list(batch)
+        number = next(number for number, (other, _) in enumerate(self._joined) if other is workload)
+        if number not in self._compared:
+            group = self._together(number, run) if workload.options.batch_size == 1 else [number]
+            configs = [self._joined[member][1] for member in group]
+            distances = compare(model, prompts, self._answer, run, configs, first.settings["max_new_tokens"])
+            self._compared |= zip(group, distances, strict=True)
+        samples = []
+        for index, prompt, measured in zip(batch, prompts, self._compared[number], strict=True):
+            stats = FidelityStats(full_kv_bytes=full_cache_bytes(model.config, len(prompt), model.dtype), **measured)
+            distance = {name: measured[name] for name in ("kl", "agreement", "tokens")}
+            samples.append({"index": index, **distance, "stats": stats})
+        return samples
 
-        def work(batch: list[int]) -> list[dict[str, Any]]:
-            chosen = [prompts[index].tokens for index in batch]
-            settings = prompts[batch[0]].settings
-            if self._answer is None or self._batch != batch:
-                self._answer = None  # let go of the old one first
-                stops = StopStrings(tokenizer, prompts[batch[0]].stop, len(batch), start=0)
-                self._answer = answer(model, chosen, settings, stops)
-                self._batch = batch
-            found = compare(model, chosen, self._answer, run, settings["max_new_tokens"])
-            records = []
-            for row, (index, one) in enumerate(zip(batch, found, strict=True)):
-                full_bytes = full_cache_bytes(model.config, len(chosen[row]), model.dtype)
-                held = {"kv_bytes": run.kv_bytes / len(batch), "full_kv_bytes": full_bytes}
-                records.append({"index": index, **one, "stats": {**one, **held, "notes": run.notes[row]}})
-            return records
+    def _together(self, number: int, run: SqueezedModel) -> list[int]:
+        """Which configurations are fed an answer together with the one of this number, it included."""
+        config = self._joined[number][1]
+        if not run.share_prefills or config.prefill_chunk is not None:
+            return [number]
+        alike = [other for other, (_, joined) in enumerate(self._joined) if joined.evictor == config.evictor]
+        most = AT_ONCE[run.model.device.type]
+        first = alike.index(number) // most * most
+        return alike[first : first + most]
 
-        return work
+    def summarize(self, stats: Sequence[FidelityStats]) -> dict[str, Any]:
+        """Means over samples of what was compared, each with its 95% bootstrap interval."""
+        kept = sum(one.kv_bytes for one in stats) / sum(one.full_kv_bytes for one in stats)
+        compared = [one for one in stats if one.kl is not None and one.agreement is not None]
+        summary: dict[str, Any] = {"samples": len(stats), "compared": len(compared), "kept": round(kept, 4)}
+        summary["tokens"] = sum(one.tokens for one in stats)
+        for name in ("kl", "agreement") if compared else ():
+            values = [getattr(one, name) for one in compared]
+            low, high = interval(values)
+            summary[name] = {"mean": round(fmean(values), 6), "low": round(low, 6), "high": round(high, 6)}
+        return summary
 
-
-def describe(stats: Sequence[dict[str, Any]]) -> str:
-    """Means of the samples so far, in a few words."""
-    summary = summarize(stats)
-    if "kl" not in summary:
-        return "no tokens to compare so far"
-    words = [
-        f"{name} {summary[key]['mean']:.4f} [{summary[key]['low']:.4f}, {summary[key]['high']:.4f}]"
-        for name, key in (("KL", "kl"), ("agreement", "agreement"))
-    ]
-    return f"{', '.join(words)}, KV {100 * summary['kept']:.1f}%"
-
-
-def summarize(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `run.json` says: means over samples of what was compared, each with its 95% bootstrap interval."""
-    kept = sum(one["kv_bytes"] for one in stats) / sum(one["full_kv_bytes"] for one in stats)
-    compared = [one for one in stats if one["kl"] is not None and one["agreement"] is not None]
-    summary: dict[str, Any] = {"samples": len(stats), "compared": len(compared), "kept": round(kept, 4)}
-    summary["tokens"] = sum(one["tokens"] for one in stats)
-    for key in ("kl", "agreement") if compared else ():
-        values = [one[key] for one in compared]
-        low, high = interval(values)
-        summary[key] = {"mean": round(fmean(values), 6), "low": round(low, 6), "high": round(high, 6)}
-    return summary
+    def describe(self, stats: Sequence[FidelityStats]) -> str:
+        """Means of the samples so far, in a few words."""
+        summary = self.summarize(stats)
+        if "kl" not in summary:
+            return "no tokens to compare so far"
+        words = [
+            f"{name} {summary[key]['mean']:.4f} [{summary[key]['low']:.4f}, {summary[key]['high']:.4f}]"
+            for name, key in (("KL", "kl"), ("agreement", "agreement"))
+        ]
+        return f"{', '.join(words)}, KV {100 * summary['kept']:.1f}%"

@@ -1,19 +1,21 @@
-"""What a line of a run's files says about a sample: what was predicted, and what was measured on the way.
+"""Lines of a run's files, one a sample: what was predicted, and the statistics of it.
 
-A kind names what is read of a line; what stands beside it is kept.
+A kind names what is read of a line; fields beside those are kept, but for other statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, TypedDict, get_type_hints
 
-from msgspec import Meta
+from msgspec import Meta, convert
 
 from squeeze.errors import InputError
+from squeeze.generation.stats import Classes, SampleStats
 from squeeze.storage.files import parse_jsonl
-from squeeze.storage.schema import Amount, Cosine, Count, Kind, Nats, Positive, PositiveAmount, Share
+from squeeze.storage.schema import Amount, Cosine, Count, Kind, Nats, Positive, Share
 
 
 class Prediction(TypedDict):
@@ -30,32 +32,35 @@ class PredictionByLength(Prediction):
     length: Amount
 
 
-class Stats(TypedDict):
-    """What `squeeze.generation` measures on a prompt; the last four on a squeezed cache, for each layer."""
+@dataclass(frozen=True)
+class FidelityStats:
+    """Distance of a squeezed cache from the full one on a prompt, see `squeeze.benchmarks.fidelity`.
 
-    prompt_tokens: Positive
-    new_tokens: Count
-    prefill_seconds: Amount
-    decode_seconds: Amount
-    kv_bytes: Amount
-    full_kv_bytes: PositiveAmount
-    state_bytes: Amount
-    peak_memory_bytes: Count
-    classes: NotRequired[Annotated[list[Literal[1, 2, 3]], Meta(min_length=1)]]
-    budgets: NotRequired[list[Count]]
-    notes: NotRequired[list[str]]
-    similarities: NotRequired[list[Cosine]]
-
-
-class FidelityStats(TypedDict):
-    """What `squeeze.benchmarks.fidelity` measures on a prompt; nothing was compared where `tokens` is 0."""
+    Args:
+        kl, agreement: means over the tokens that were compared; None where there were none.
+        tokens: that were compared.
+        kv_bytes, full_kv_bytes: held by the squeezed and by the full cache after the prefill.
+        notes: sentences that the user should see.
+    """
 
     kl: Nats | None
     agreement: Share | None
     tokens: Count
     kv_bytes: Amount
-    full_kv_bytes: PositiveAmount
+    full_kv_bytes: Positive
     notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The statistics as a line of a run's file has them."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class NoStats:
+    """A sample on which nothing is measured beside what is published."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {}
 
 
 class Times(TypedDict):
@@ -101,17 +106,6 @@ class Compared(TypedDict):
     kl: Nats | None
 
 
-class Sample(TypedDict):
-    """A finished sample of LongBench's, with whatever was measured on it."""
-
-    index: Count
-    pred: str
-    answers: Annotated[list[str], Meta(min_length=1)]
-    all_classes: list[str] | None
-    length: Count
-    stats: dict[str, Any]
-
-
 class PredictedSample(TypedDict):
     """A sample of LongBench's."""
 
@@ -120,7 +114,7 @@ class PredictedSample(TypedDict):
     answers: Annotated[list[str], Meta(min_length=1)]
     all_classes: list[str] | None
     length: Count
-    stats: Stats
+    stats: SampleStats
 
 
 class AnsweredSample(TypedDict):
@@ -129,7 +123,7 @@ class AnsweredSample(TypedDict):
     index: Count
     request: dict[str, Any]
     result: Completions
-    stats: Stats
+    stats: SampleStats
 
 
 class ComparedSample(TypedDict):
@@ -142,13 +136,14 @@ class ComparedSample(TypedDict):
     stats: FidelityStats
 
 
-class LayerStats(TypedDict):
-    """What is drawn of a prompt's layers; early versions did not keep the similarities."""
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of a prompt's layers that are drawn; early versions did not keep the similarities."""
 
     prompt_tokens: Positive
-    classes: Annotated[list[Literal[1, 2, 3]], Meta(min_length=1)]
+    classes: Classes
     budgets: list[Count]
-    similarities: NotRequired[list[Cosine]]
+    similarities: list[Cosine] = field(default_factory=list)
 
 
 class LayeredSample(TypedDict):
@@ -163,26 +158,29 @@ def published(kind: Any) -> tuple[str, ...]:
     return tuple(name for name in kind.__annotations__ if name not in ("index", "stats"))
 
 
-#: Samples that may have been measured layer by layer.
-LAYERED = (PredictedSample, AnsweredSample, LayeredSample)
-
-
 def read_samples(data: bytes, source: Path, kind: type[Kind]) -> list[Kind]:
-    """A file's samples; InputError, naming the line, where one is not of that kind, or is there twice."""
-    found: dict[int, Any] = {}
+    """A file's samples, their statistics in the class that the kind names.
+
+    Raises:
+        InputError: a line is not of that kind, or a sample is there twice; the message names the line.
+    """
+    measured = get_type_hints(kind)["stats"]
+    samples: dict[int, Any] = {}
     for number, row in parse_jsonl(data, source, kind):
         sample: Any = row
-        if sample["index"] in found:
+        if sample["index"] in samples:
             raise InputError(f"{source} line {number} has a sample twice, {sample['index']}: --overwrite starts anew")
-        found[sample["index"]] = row
-    return list(found.values())
+        samples[sample["index"]] = sample | {"stats": convert(sample["stats"], measured)}
+    return list(samples.values())
 
 
-def check_layers(samples: Sequence[Any], kind: type[Any], source: Path) -> None:
+def check_layers(samples: Sequence[Any], source: Path) -> None:
     """Raises InputError unless all samples were measured on as many layers, or none of them on any."""
-    if kind in LAYERED:
-        layers = {len(one["stats"].get(name, ())) for one in samples for name in ("classes", "budgets")}
-        layers |= {len(one["stats"]["similarities"]) for one in samples if "similarities" in one["stats"]}
-        if len(layers) > 1:
-            several = " and ".join(map(str, sorted(layers)[:2]))
-            raise InputError(f"{source} has samples of {several} layers: --overwrite starts anew")
+    layers: set[int] = set()
+    for stats in (sample["stats"] for sample in samples):
+        if isinstance(stats, SampleStats | LayerStats):
+            layers |= {len(stats.classes), len(stats.budgets)}
+            layers |= {len(stats.similarities)} if stats.similarities else set()
+    if len(layers) > 1:
+        several = " and ".join(map(str, sorted(layers)[:2]))
+        raise InputError(f"{source} has samples of {several} layers: --overwrite starts anew")

@@ -11,12 +11,10 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
+from squeeze.benchmarks.base import DataSet
 from squeeze.errors import InputError
 from squeeze.storage.files import parse_jsonl, read_bytes, read_json
 from squeeze.storage.schema import Amount, Count, Positive, check
-
-#: What `--pred` calls them: the prompts of HELM's two summarization scenarios.
-HELM_TASKS = {"xsum": "HELM's XSum", "cnndm": "HELM's CNN/DailyMail"}
 
 #: How many requests a run takes if it does not say, as published.
 SAMPLE_NUM = 300
@@ -60,14 +58,14 @@ class Decoding:
     @property
     def key(self) -> dict[str, Any]:
         """The settings that decide on a completion's text, as JSON would give them back."""
-        found = asdict(self) | {"stop": list(self.stop)}
-        found |= {"temperature": float(self.temperature), "top_p": float(self.top_p)}
-        del found["logprobs"]
-        return found
+        settings = asdict(self) | {"stop": list(self.stop)}
+        settings |= {"temperature": float(self.temperature), "top_p": float(self.top_p)}
+        del settings["logprobs"]
+        return settings
 
 
 class Asked(TypedDict):
-    """What is read of a request; `Decoding` knows the ranges."""
+    """Fields of a request that are read; `Decoding` knows the ranges."""
 
     prompt: str
     max_tokens: Count
@@ -85,7 +83,7 @@ class Line(TypedDict):
 
 
 class MadeBy(TypedDict):
-    """What of `squeeze.helm_requests`' note is read again when HELM scores."""
+    """Fields of `squeeze.helm_requests`' note that are read again when HELM scores."""
 
     requests_sha256: str
     scenario: str
@@ -103,35 +101,20 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Requests:
-    """A file of requests.
+class Requests(DataSet):
+    """A file of requests, `Request`; `made_by` is what `squeeze.helm_requests` noted beside it, None for another's."""
 
-    Args:
-        dataset: `xsum` or `cnndm`.
-        source: the file.
-        sha256: of the file.
-        made_by: what `squeeze.helm_requests` noted beside the file; None for one that it did not make.
-    """
-
-    dataset: str
-    rows: list[Request]
-    source: str
-    sha256: str
-    made_by: dict[str, Any] | None
-
-    def count(self, sample_num: int | None) -> int:
-        """How many requests a run takes that asked for `sample_num` of them, or for the published number."""
-        return min(sample_num or SAMPLE_NUM, len(self.rows))
+    made_by: dict[str, Any] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the results, for `Run.open`."""
+        """Settings that change the results: the file."""
         return {"requests_sha256": self.sha256}
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What `run.json` says about the requests."""
-        return {"source": self.source, "sha256": self.sha256, "rows": len(self.rows), "made_by": self.made_by}
+        """Facts for `run.json` on the requests."""
+        return super().origin | {"made_by": self.made_by}
 
 
 def read_requests(task: str, path: str | None) -> Requests:
@@ -189,17 +172,17 @@ def parse(raw: dict[str, Any], where: str) -> Request:
 
 
 def note_path(path: Path) -> Path:
-    """Where `squeeze.helm_requests` notes how it made a file of requests."""
+    """Path of the note in which `squeeze.helm_requests` says how it made a file of requests."""
     return path.with_suffix(".made_by.json")
 
 
 def _note(path: Path, digest: str) -> dict[str, Any] | None:
-    """How the file was made, if that note is about this very file."""
-    note = note_path(path)
-    found: Any = read_json(note, MadeBy) if note.is_file() else None
-    return found if found and found["requests_sha256"] == digest else None
+    """The note beside the file, if it is about this very file."""
+    beside = note_path(path)
+    note: Any = read_json(beside, MadeBy) if beside.is_file() else None
+    return note if note and note["requests_sha256"] == digest else None
 
 
 def key(prompt: str, decoding: Decoding) -> str:
-    """What tells a request from others: its prompt and the settings that decide on the text."""
+    """Identity of a request: its prompt and the settings that decide on the text, as JSON."""
     return json.dumps([prompt, decoding.key], ensure_ascii=False, sort_keys=True)

@@ -19,6 +19,7 @@ class Flag:
         read: text → value, a type of `argparse`; None for a switch.
         also: other spellings of the flag.
         choices: the words allowed; empty for any.
+        check: raises InputError for a value that is none, calling the flag what its second argument says.
         axis: its rank, from 1, among the keys of a sweep that may have several values; 0 where one value is the most.
         squeezed: whether the full cache has no use for it, so that a sweep's full runs go without.
         in_sweeps: whether a sweep's file may have it.
@@ -30,6 +31,7 @@ class Flag:
     read: Callable[[str], Any] | None
     also: tuple[str, ...] = ()
     choices: Sequence[str] = ()
+    check: Callable[[str, str], object] | None = None
     axis: int = 0
     squeezed: bool = False
     in_sweeps: bool = True

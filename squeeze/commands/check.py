@@ -65,12 +65,12 @@ def full_budget(architecture: str) -> str:
     import torch
 
     from squeeze import SqueezeConfig, squeezed
-    from squeeze.config import ALGORITHMS
+    from squeeze.evictors import EVICTORS
 
     model, tokens = tiny_model(architecture), torch.arange(3, 35)[None]
     with torch.no_grad():
         expected = model(tokens).logits[0, 19:]
-        for algorithm in ALGORITHMS:
+        for algorithm in EVICTORS.names:
             with squeezed(model, SqueezeConfig(algorithm, budgets=[32] * 4)) as run:
                 cache = run.cache(max_new_tokens=12)
                 logits = [model(tokens[:, :20], past_key_values=cache).logits[0, -1]]
@@ -85,7 +85,7 @@ def full_budget(architecture: str) -> str:
                 raise RuntimeError("generate does not use the squeezed cache as it should")
         if not torch.equal(model(tokens).logits[0, 19:], expected):
             raise RuntimeError("the model is not what it was after the patch was taken off")
-    return f"{', '.join(ALGORITHMS)} equal the unpatched model"
+    return f"{', '.join(EVICTORS.names)} equal the unpatched model"
 
 
 def own_budgets(architecture: str) -> str:
@@ -93,10 +93,10 @@ def own_budgets(architecture: str) -> str:
     import torch
 
     from squeeze import SqueezeConfig, squeezed
-    from squeeze.config import ALGORITHMS
+    from squeeze.evictors import EVICTORS
 
     model, tokens, budgets = tiny_model(architecture), torch.arange(3, 35)[None], [5, 17, 8, 11]
-    for algorithm in ALGORITHMS:
+    for algorithm in EVICTORS.names:
         with torch.no_grad(), squeezed(model, SqueezeConfig(algorithm, budgets=budgets)) as run:
             cache = run.cache(max_new_tokens=4)
             model(tokens, past_key_values=cache)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from squeeze.benchmarks import scores as sample_scores
+from squeeze.benchmarks.base import Benchmark
 from squeeze.benchmarks.longbench import layouts, scoring
-from squeeze.benchmarks.requests import HELM_TASKS
+from squeeze.benchmarks.registry import BENCHMARKS, owner
 from squeeze.cli.tables import table
 from squeeze.errors import InputError
 from squeeze.runs.flags import eval_parser, named_run
@@ -27,30 +29,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"--compare takes all runs behind it: give {args.folder} there, the first one first")
         compare([Path(run) for run in args.compare], args.datasets)
         return
-    if args.pred in HELM_TASKS:
-        raise InputError(f"{HELM_TASKS[args.pred]} is scored by HELM itself: sh script/helm.sh")
+    asked = BENCHMARKS.get(args.pred)
+    if asked is not None and asked.scorer is not None:
+        raise InputError(f"{asked.title} is scored by HELM itself: {asked.scorer}")
     place = find_folder(args)
-    task = "e" if args.pred == "e" else scoring.task_of(place)
-    run = layouts.find(place, args.datasets, task)
+    benchmark = asked if asked is not None and args.pred != "Long" else owner(place)
+    run = benchmark.find(place, args.datasets)
     details: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for dataset, path in run.files.items():
         try:
-            rows = run.rows(dataset, task)
+            rows = benchmark.predictions(path, dataset)
             check_count(path.parent, dataset, len(rows))
-            details[dataset] = scoring.score_rows(dataset, rows, task)
+            details[dataset] = benchmark.score(dataset, rows)
         except InputError as error:
             left_out[dataset] = str(error)
     if not details:
         raise InputError("; ".join(left_out.values()))
-    scores = {dataset: detail["buckets" if task == "e" else "score"] for dataset, detail in details.items()}
-    groups = scoring.group_scores({dataset: detail["score"] for dataset, detail in details.items()})
+    scores = {dataset: benchmark.result(detail) for dataset, detail in details.items()}
+    groups = benchmark.group_scores({dataset: detail["score"] for dataset, detail in details.items()})
     if run.folder is not None:
         with writing(run.folder / "result.json"):
             content = {"datasets": details, "groups": groups, "left_out": left_out}
             write_json(run.folder / "result_detail.json", content)
             write_json(run.folder / "result.json", scores)
-    print_scores(details, groups, task)
+    print_scores(details, groups, benchmark)
     if left_out:
         print(f"left out: {len(left_out)} of {len(left_out) + len(details)} data sets")
     if run.folder is not None:
@@ -61,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("; ".join(left_out.values()))
 
 
-def print_scores(details: dict[str, Any], groups: dict[str, float], task: str) -> None:
+def print_scores(details: dict[str, Any], groups: dict[str, float], benchmark: Benchmark) -> None:
     """The table of a run's scores, LongBench-E's by length, and the means of whole task groups."""
-    columns = (*SCORES, *scoring.BUCKETS) if task == "e" else SCORES
+    columns = (*SCORES, *benchmark.score_columns)
     lines = [
         {
             "data set": dataset,
@@ -99,7 +102,7 @@ def compare(places: list[Path], datasets: str | None) -> None:
     columns = ("data set", "samples", names[0], *(part for name in names[1:] for part in (name, f"{name} - run 1")))
     lines = []
     for dataset in common:
-        found = [one.rows(dataset) for one in runs]
+        found = [layouts.read(one.files[dataset], dataset) for one in runs]
         count = min(map(len, found))
         for run, rows in zip(runs[1:], found[1:], strict=True):
             for number in range(count):
@@ -107,10 +110,10 @@ def compare(places: list[Path], datasets: str | None) -> None:
                     where = f"{run.files[dataset]} line {number + 1}"
                     raise InputError(f"{where} answers another sample than {runs[0].files[dataset]}")
         scores = [scoring.sample_scores(dataset, rows[:count]) for rows in found]
-        line = {"data set": dataset, "samples": str(count), names[0]: f"{scoring.dataset_score(scores[0]):.2f}"}
+        line = {"data set": dataset, "samples": str(count), names[0]: f"{sample_scores.dataset_score(scores[0]):.2f}"}
         for name, one in zip(names[1:], scores[1:], strict=True):
-            mean, low, high = (100 * value for value in scoring.difference(scores[0], one))
-            line[name] = f"{scoring.dataset_score(one):.2f}"
+            mean, low, high = (100 * value for value in sample_scores.difference(scores[0], one))
+            line[name] = f"{sample_scores.dataset_score(one):.2f}"
             line[f"{name} - run 1"] = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
         lines.append(line)
         left = max(map(len, found)) - count

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from squeeze.ranks import ranks
-from squeeze.runs.execute import OpenJob, do, here
+from squeeze.runs.execute import OpenJob, execute, local_worker
 from squeeze.runs.flags import read_flags
 from squeeze.runs.jobs import prepare
 from squeeze.text import say
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for note in job.notes if process.first else ():
         say(f"note: {note}")
     jobs = [OpenJob(job, process)]
-    with here(jobs, process) as worker:
-        for done, index in do(jobs, worker):
+    with local_worker(jobs, process) as worker:
+        for done, index in execute(jobs, worker):
             if process.first:
                 print(done.report(index))

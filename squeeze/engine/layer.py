@@ -33,10 +33,14 @@ class SqueezeLayer(CacheLayerMixin):
             holds `min(seen, budget)` tokens, always in the first slots; the buffer is as long as the largest budget.
         scores: H2O's accumulated attention, float32, `(batch, kv_heads, slots)`; no elements for the other evictors.
         slot_positions: of the token in each slot, -1 where it is empty, int32, same shape as `scores`.
-        position, budget, lengths, rows: of the decode step under way, as `squeeze.engine.schedule` describes them.
-        longest: the most tokens that any sequence holds.
+        position: that the decode step under way gives each sequence's new token, int64, `(batch, 1)`.
+        budget: slots that each sequence owns, `(batch, 1)`.
+        lengths: tokens of each sequence after the step, `(batch, 1)`.
+        rows: where the step writes in `keys` and `values` seen as `(batch * kv_heads * slots, head_dim)`, int64,
+            `(batch, kv_heads)`; with scores only each buffer's first row, to which the evictor adds its slot.
+        longest: tokens of the sequence with the most, after the step.
         ragged: whether sequences hold different numbers of tokens.
-        kernel: how decoding attends, see `decode_kernel`.
+        kernel: of attention in decode steps, see `decode_kernel`.
     """
 
     keys: torch.Tensor
@@ -108,10 +112,9 @@ class SqueezeLayer(CacheLayerMixin):
             self.values[row][:, slots] = values[row][:, index]
 
     def past(self, row: int, seen: int, budget: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What is kept of one sequence's first `seen` tokens, in their order.
+        """Keys and values kept of one sequence's first `seen` tokens, `(kv_heads, kept, head_dim)`, in their order.
 
-        Returns:
-            keys and values `(kv_heads, kept, head_dim)`, and positions `(kept,)`.
+        Their positions, `(kept,)`, come third.
         """
         positions, slots = self.evictor.keep(seen, budget, self.scores)[0].sort()
         return self.keys[row][:, slots], self.values[row][:, slots], positions.to(self.keys.device)

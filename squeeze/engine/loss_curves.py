@@ -1,4 +1,4 @@
-"""What the output loses when one layer's cache is cut, measured on a prompt.
+"""Loss curves: how far the output moves when one layer's cache is cut, measured on a prompt.
 
 The prompt's last tokens stand for a question about what comes before. The prompt before them is prefilled once; then
 every layer in turn keeps more or less than the others, the last tokens are fed one by one, as if they were generated,

@@ -15,13 +15,15 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from squeeze.config import SqueezeConfig
+from squeeze.allocations.base import Allocation
+from squeeze.config import SqueezeConfig, as_config
 from squeeze.engine.compiling import compiled
 from squeeze.engine.decoder import decoder_forward
 from squeeze.engine.decoder_layer import after_attention, attention_forward, before_layer, block_forward, decode_block
 from squeeze.engine.generate import no_continuous_batching, prepare_cache
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.engine.unwrap import unwrap
+from squeeze.evictors import Evictor
 from squeeze.models.rope import LengthwiseRope, depends_on_length, forward_name
 
 #: Held while a model is patched, or put back: threads may want the same one.
@@ -29,18 +31,26 @@ _patching = threading.Lock()
 
 
 @contextmanager
-def squeezed(model: Any, config: SqueezeConfig) -> Iterator[SqueezedModel]:
+def squeezed(
+    model: Any,
+    config: SqueezeConfig | Evictor | str | None,
+    allocation: Allocation | str | None = None,
+    **options: Any,
+) -> Iterator[SqueezedModel]:
     """Give `model.generate` a per-layer KV budget inside the `with` block; afterwards the model is what it was.
 
     For inference: no gradient flows through attention on a squeezed cache. Threads may use the model at the same time:
     their forward passes take turns, and `run` tells of the last prefill of any of them.
 
-    >>> with squeezed(model, SqueezeConfig(algorithm="h2o", ini_size=0.2, kv_class3=0.1)) as run:
+    >>> with squeezed(model, H2O(), Squeeze(0.2, class3=0.1)) as run:
     ...     tokens = model.generate(**inputs, max_new_tokens=64)
     ...     print(run.budgets, run.kv_bytes)
 
     Args:
         model: of transformers, or what PEFT (adapters), torch.compile or DistributedDataParallel made of one.
+        config: an eviction method, None for the architecture's default; or a SqueezeConfig, which says everything.
+        allocation: what makes the budgets of the layers.
+        options: `attn`, `compile`, `prefill_chunk`, see SqueezeConfig.
     Raises:
         InputError: the model's architecture is not supported, or `config` does not fit the model.
         UntestedVersion: the installed transformers is not one that the patch was tested with.
@@ -48,6 +58,7 @@ def squeezed(model: Any, config: SqueezeConfig) -> Iterator[SqueezedModel]:
             cache cannot do (beams, assisted decoding, attention probabilities, a prompt fed in pieces), and a call
             that would make another cache of its own.
     """
+    config = as_config(config, allocation, **options)
     model = unwrap(model)
     undo = ExitStack()
     try:
@@ -64,7 +75,7 @@ def squeezed(model: Any, config: SqueezeConfig) -> Iterator[SqueezedModel]:
 
 
 def _patch(undo: ExitStack, model: PreTrainedModel, config: SqueezeConfig) -> SqueezedModel:
-    """Put everything in place that `undo` takes away again."""
+    """Put stand-ins and hooks on the model; `undo` takes them away again."""
     if "_prepare_cache_for_generation" in vars(model):
         raise ValueError("the model is squeezed already: leave the outer `with squeezed(...)` first")
     run = SqueezedModel(model, config)
@@ -101,9 +112,9 @@ def _replace(undo: ExitStack, owner: object, name: str, value: object) -> None:
 def _lengthwise(undo: ExitStack, rotary: nn.Module) -> LengthwiseRope:
     """Angles by each sequence's own length, as `squeeze.models.loading` gave them to the model, or from now on."""
     name = forward_name(rotary)
-    there = vars(rotary).get(name)
-    if isinstance(there, LengthwiseRope):
-        return there
-    made = LengthwiseRope(rotary)
-    _replace(undo, rotary, name, made)
-    return made
+    current = vars(rotary).get(name)
+    if isinstance(current, LengthwiseRope):
+        return current
+    lengthwise = LengthwiseRope(rotary)
+    _replace(undo, rotary, name, lengthwise)
+    return lengthwise

@@ -1,4 +1,4 @@
-"""A prefill: the forward pass over prompts while it is under way, what is kept of it, and what it has told."""
+"""A prefill: the pass over prompts while it is under way, what can be kept of it, and its result."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from squeeze.allocations.base import LossCurves
 from squeeze.devices import section
 from squeeze.engine.layer import SqueezeLayer
 from squeeze.importance import similarity
@@ -15,7 +16,7 @@ from squeeze.importance import similarity
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """What a prefill has told.
+    """The result of a prefill.
 
     Args:
         similarities: mean cosine similarity of each layer, `(batch, layers)` float32; None with explicit budgets.
@@ -93,7 +94,7 @@ class Prefill:
     chunk: int | None = None
     shared: bool = False
     kept: KeptPrefill | None = None
-    losses: list[np.ndarray] | None = None
+    losses: list[LossCurves] | None = None
     budgets: np.ndarray | None = None
     seen: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -125,7 +126,7 @@ class Prefill:
             self.stream = None
 
     def past(self, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
-        """What a layer keeps of earlier chunks, see `SqueezeLayer.past`, sequence by sequence; None of nothing."""
+        """Tokens that a layer keeps of earlier chunks, see `SqueezeLayer.past`, by sequence; None of none."""
         for row, seen in enumerate(self.seen):
             known = None if self.budgets is None or not seen else int(self.budgets[index, row])
             yield None if known is None else self.layers[index].past(row, seen, known)

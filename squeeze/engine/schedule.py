@@ -1,4 +1,4 @@
-"""What every layer must know about a decode step, worked out for all layers of a device at once.
+"""Slots, lengths and sinks of a decode step, worked out for all layers of a device at once.
 
 A decode step is many small operations, and calling them is what it costs at batch 1: slots and sinks, worked out
 layer by layer, would be most of them.

@@ -1,4 +1,4 @@
-"""A model and a configuration: what every prefill's budgets are, and prefills that several configurations share.
+"""A model and its configuration: the budgets of every prefill, and prefills that several configurations share.
 
 Of the model it knows its sizes, its embeddings and its RoPE; `patch.py` makes its forward passes tell of themselves.
 """
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from squeeze.allocations import curves
-from squeeze.allocations.formula import Budgets, allocate, classify
+from squeeze.allocations.base import Budgets, LossCurves, PromptFacts, check_budgets
 from squeeze.compatibility import check_transformers
 from squeeze.config import DEFAULT_ALGORITHM, SqueezeConfig
 from squeeze.devices import section
@@ -24,14 +23,13 @@ from squeeze.engine import loss_curves
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.prefill import KeptPrefill, Prefill, PrefillResult
 from squeeze.errors import InputError
-from squeeze.evictors import make_evictor
 from squeeze.models.folder_config import own_window
 from squeeze.models.rope import LengthwiseRope, depends_on_length
 from squeeze.numbers import whole_number
 
 
 class SqueezedModel:
-    """A model whose `generate` keeps a squeezed cache, and what the last prefill told.
+    """A model whose `generate` keeps a squeezed cache, and the result of its last prefill.
 
     Attributes:
         config: the configuration, its algorithm filled in.
@@ -43,8 +41,8 @@ class SqueezedModel:
             (`use`); what they give is the same as without.
         kept_prefill: the prefill that is kept, between two passes.
         under_way: the prefill under way; None between two passes, and in those that are no prefill.
-        last: what the last prefill told; `similarities`, `classes`, `budgets`, `kv_bytes`, `state_bytes`, `notes` and
-            `shared_seconds` read it.
+        last: the result of the last prefill; `similarities`, `classes`, `budgets`, `kv_bytes`, `state_bytes`, `notes`
+            and `shared_seconds` read it.
     """
 
     def __init__(self, model: PreTrainedModel, config: SqueezeConfig):
@@ -59,7 +57,7 @@ class SqueezedModel:
         self.under_way: Prefill | None = None
         self.last = PrefillResult()
 
-    # What the last prefill told: see `PrefillResult`.
+    # Of the last prefill: see `PrefillResult`.
     similarities = property(lambda self: self.last.similarities)
     classes = property(lambda self: self.last.classes)
     budgets = property(lambda self: self.last.budgets)
@@ -84,34 +82,25 @@ class SqueezedModel:
             raise InputError(
                 f"the model is of type {architecture}; supported are {', '.join(sorted(DEFAULT_ALGORITHM))}"
             )
-        layers = model.config.num_hidden_layers
-        if config.budgets is not None and len(config.budgets) != layers:
-            raise InputError(f"budgets must have one entry a layer: {layers}, got {len(config.budgets)}")
-        algorithm = config.algorithm or DEFAULT_ALGORITHM[architecture]
+        algorithm = config.algorithm_name or DEFAULT_ALGORITHM[architecture]
+        if config.algorithm is None:
+            config = replace(config, algorithm=algorithm)
         if config.compile != self.compiled:
             raise ValueError("compiling is decided on when the model is squeezed: leave the `with` block first")
-        evictor, window = make_evictor(algorithm, config.start_size), own_window(model.config)
-        if config.budgets is not None and min(config.budgets) < evictor.minimum_budget:
-            raise InputError(
-                f"budgets must be at least {evictor.minimum_budget} tokens for {algorithm}, "
-                f"got {min(config.budgets)} in layer {int(np.argmin(config.budgets))}"
-            )
+        evictor, window = config.evictor, own_window(model.config)
+        config.allocator.check(algorithm, evictor, model.config.num_hidden_layers)
         if window is not None and window < evictor.minimum_budget:
             raise InputError(
                 f"{algorithm} needs {evictor.minimum_budget} tokens a layer, and the model's own "
                 f"sliding window is {window}"
             )
-        if config.allocation == "calibrated":
-            if config.calibration is None:
-                raise InputError("the allocation calibrated needs loss curves: calibration=read_calibration(FILE)")
-            config.calibration.check(algorithm, config.start_size, layers)
         if evictor.sinks and depends_on_length(model.config):
             rope = model.config.rope_parameters["rope_type"]
-            raise InputError(f"streaming moves sink tokens by fixed angles; the model's RoPE is of type {rope}")
+            raise InputError(f"{algorithm} moves sink tokens by fixed angles; the model's RoPE is of type {rope}")
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
         with self.lock:  # nothing is changed by a configuration that is refused
-            self.config, self.evictor, self.window = replace(config, algorithm=algorithm), evictor, window
+            self.config, self.evictor, self.window = config, evictor, window
 
     def forget_prefill(self) -> None:
         """Let go of the prefill that is kept for other configurations."""
@@ -152,10 +141,8 @@ class SqueezedModel:
         """
         cache = self.cache(max_new_tokens)
         cache.begin(len(budgets), prefill.inputs.shape[1], None)
-        for layer, contents in zip(cache.layers, prefill.layers, strict=True):
-            layer.fill(
-                *(part.expand(len(budgets), -1, *part.shape[2:]) if part.numel() else part for part in contents)
-            )
+        for layer, parts in zip(cache.layers, prefill.layers, strict=True):
+            layer.fill(*(part.expand(len(budgets), -1, *part.shape[2:]) if part.numel() else part for part in parts))
         cache.compress(np.array(budgets).T)
         return cache
 
@@ -191,20 +178,19 @@ class SqueezedModel:
         prefill = Prefill(cache.layers, cache.prompt_lengths, cache.columns, self.window, config.attn)
         if cache.whole:
             return prefill
-        prefill.chunk, prefill.measured = config.prefill_chunk, config.budgets is None
+        prefill.chunk, prefill.measured = config.prefill_chunk, config.allocator.records_similarities
         if plain and self.share_prefills and inputs is not None and prefill.chunk is None:
             prefill.shared = True
-            kept, self.kept_prefill = self.kept_prefill, None  # let go of it before another one is made
-            if kept is not None and prefill.may_take_over(kept, inputs):
-                prefill.kept = kept
-            del kept
+            if self.kept_prefill is not None and prefill.may_take_over(self.kept_prefill, inputs):
+                prefill.kept = self.kept_prefill
+            self.kept_prefill = None  # let go of another one before this one is made
         prefill.losses = self._loss_curves(cache.prompt_lengths, inputs)
-        if not config.needs_similarities and not prefill.shared:
+        if config.allocator.needs != "similarities" and not prefill.shared:
             prefill.budgets = np.array([budgets.tokens for budgets in self._allocated(cache, prefill, None)]).T
         return prefill
 
     def _end_prefill(self, cache: SqueezeCache, prefill: Prefill) -> None:
-        """Turn what was measured into budgets, cut the cache to them if it is not yet, and publish what was told."""
+        """Turn what was measured into budgets, cut the cache to them if it is not yet, and publish the result."""
         similarities = prefill.mean_similarities()
         if similarities is not None and not np.isfinite(similarities).all():
             raise InputError(f"the model's hidden states are not finite in {self.model.dtype}: use another dtype")
@@ -238,39 +224,31 @@ class SqueezedModel:
                 for row, length in enumerate(cache.prompt_lengths)
             ]
 
-    def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[np.ndarray] | None:
-        """Curves for each sequence, as `curves.budgets` takes them, where budgets are made from them."""
-        if self.config.calibration is not None:
-            return [self.config.calibration.measurements(self.config.share)] * len(lengths)
-        if self.config.allocation != "measured":
+    def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[LossCurves] | None:
+        """Curves measured on each sequence, where the allocation needs them."""
+        allocation = self.config.allocator
+        if allocation.needs != "loss_curves":
             return None
         if inputs is None:
-            raise InputError("the allocation measured needs a prompt's token ids, and got embeddings")
+            raise InputError(f"the allocation {allocation} needs a prompt's token ids, and got embeddings")
         prompts = [row[-length:] for row, length in zip(inputs, lengths, strict=True)]
-        return [np.array(loss_curves.measure(self, prompt, [self.config.share])) for prompt in prompts]
+        losses = [np.array(loss_curves.measure(self, prompt, [self.config.share])) for prompt in prompts]
+        return [LossCurves(loss_curves.MULTIPLES, of_prompt) for of_prompt in losses]
 
     def _allocate(
-        self, losses: np.ndarray | None, similarities: np.ndarray | None, length: int, max_new_tokens: int
+        self, losses: LossCurves | None, similarities: np.ndarray | None, length: int, max_new_tokens: int
     ) -> Budgets:
-        cap = length + max_new_tokens
-        if self.window is not None:
-            cap = min(cap, self.window)
-        if self.config.budgets is not None:
-            return Budgets([min(tokens, cap) for tokens in self.config.budgets])
-        if similarities is None:  # not measured yet, and these budgets are the same whatever they will be
-            similarities = np.zeros(self.model.config.num_hidden_layers)
-        if losses is not None:
-            calibration, minimum = self.config.calibration, self.evictor.minimum_budget
-            multiples = loss_curves.MULTIPLES if calibration is None else calibration.multiples
-            found = curves.budgets(multiples, losses, self.config.share, length, cap, minimum)
-            return replace(found, classes=classify(similarities))
-        ini_size, kv_class3 = self.config.fractions
-        return allocate(
-            similarities,
-            allocation=self.config.allocation,
-            ini_size=ini_size,
-            kv_class3=kv_class3,
+        allocation = self.config.allocator
+        facts = PromptFacts(
+            layers=self.model.config.num_hidden_layers,
             length=length,
-            cap=cap,
+            cap=min(length + max_new_tokens, self.window or length + max_new_tokens),
             minimum=self.evictor.minimum_budget,
+            similarities=similarities if allocation.needs == "similarities" else None,
+            curves=losses,
         )
+        budgets = allocation.allocate(facts)
+        check_budgets(budgets, facts, allocation)
+        if similarities is None or budgets.classes is not None:
+            return budgets
+        return replace(budgets, classes=allocation.classify(similarities))

@@ -1,22 +1,32 @@
-"""The eviction methods: which tokens survive prefill, and which slot a new token takes. One file a method.
+"""The eviction methods, one file a method. Their names are known without importing torch."""
 
-All three have the same two methods. `keep` runs once per layer and sequence, after prefill; `slot` runs at every
-decode step for the whole batch. Both are pure functions of tensors: what a method needs to remember (positions and
-scores of the tokens it holds) belongs to the cache layer.
-"""
+from __future__ import annotations
 
-from squeeze.evictors.h2o import H2O
-from squeeze.evictors.sliding_window import SlidingWindow
-from squeeze.evictors.streaming import StreamingLLM
+from squeeze.evictors.base import Evictor
+from squeeze.numbers import whole_number
+from squeeze.registry import Registry
 
-Evictor = SlidingWindow | StreamingLLM | H2O
+EVICTORS: Registry[Evictor] = Registry(
+    "algorithm",
+    "squeeze.evictors",
+    Evictor,  # type: ignore[type-abstract]
+    {
+        "sliding_window": "squeeze.evictors.sliding_window:SlidingWindow",
+        "streaming": "squeeze.evictors.streaming:StreamingLLM",
+        "h2o": "squeeze.evictors.h2o:H2O",
+    },
+)
 
 
 def make_evictor(algorithm: str, start_size: int) -> Evictor:
-    """The evictor called `algorithm` on the command line; `start_size` sink tokens matter to StreamingLLM only."""
-    if algorithm == "streaming":
-        return StreamingLLM(start_size)
-    return SlidingWindow() if algorithm == "sliding_window" else H2O()
+    """The evictor that `algorithm` names; `start_size` sink tokens are for those that have the parameter `sinks`.
+
+    Raises:
+        InputError: there is none, or its parameters are wrong.
+    """
+    made = EVICTORS.find(algorithm).make({"sinks": start_size})
+    whole_number(f"minimum_budget of {algorithm}", made.minimum_budget, 1, "a whole number of tokens")
+    return made
 
 
-__all__ = ["H2O", "Evictor", "SlidingWindow", "StreamingLLM", "make_evictor"]
+__all__ = ["EVICTORS", "Evictor", "make_evictor"]

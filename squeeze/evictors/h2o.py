@@ -6,17 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
+from squeeze.evictors.base import Evictor
+
 
 @dataclass(frozen=True)
-class H2O:
+class H2O(Evictor):
     """Heavy-hitter oracle (section 4, algorithm 1), per KV head.
 
     Of a budget, `budget // 2` are the recent window (the new token counts) and the rest heavy hitters. Scores are
     attention probabilities accumulated over all queries so far, summed over the query heads of a KV head.
     """
 
+    name = "h2o"
     needs_scores = True
-    sinks = 0
     minimum_budget = 2
 
     def keep(self, length: int, budget: int, scores: torch.Tensor) -> torch.Tensor:

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from squeeze.evictors.base import Evictor
 from squeeze.evictors.ring import ring_keep, ring_slot
 
 
 @dataclass(frozen=True)
-class SlidingWindow:
+class SlidingWindow(Evictor):
     """Local attention as in Longformer (arXiv 2004.05150, section 3.1), the baseline of the SqueezeAttention paper."""
 
-    needs_scores = False
-    sinks = 0
-    minimum_budget = 1
+    name = "sliding_window"
+    fixed_slots = True
 
     def keep(self, length: int, budget: int, scores: torch.Tensor) -> torch.Tensor:
         """The last `budget` positions of a prompt of `length` tokens, in slot order: `(1, kept)`."""

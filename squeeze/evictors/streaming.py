@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from squeeze.evictors.base import Evictor
 from squeeze.evictors.ring import ring_keep, ring_slot
+from squeeze.numbers import whole_number
 
 
 @dataclass(frozen=True)
-class StreamingLLM:
+class StreamingLLM(Evictor):
     """Attention sinks and a rolling cache (section 3.2).
 
     The method measures distance inside the cache. Recent tokens have the right distance as they are; that of the
@@ -20,12 +22,12 @@ class StreamingLLM:
         sinks: tokens at the start of the sequence that are never evicted (`start_size`).
     """
 
+    name = "streaming"
+    fixed_slots = True
     sinks: int = 4
-    needs_scores = False
 
-    @property
-    def minimum_budget(self) -> int:
-        return self.sinks + 1
+    def __post_init__(self) -> None:
+        whole_number("sinks", self.sinks, 0, "a whole number of tokens")
 
     def keep(self, length: int, budget: int, scores: torch.Tensor) -> torch.Tensor:
         """The sinks and the last `budget - sinks` positions of a prompt, in slot order: `(1, kept)`."""

@@ -15,6 +15,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from squeeze.devices import now, peak_memory
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
+from squeeze.generation.stats import SampleStats
 from squeeze.generation.stopping import StopStrings
 from squeeze.models.folder_config import own_window, valid_ids
 
@@ -41,7 +42,7 @@ def generate(
     run: SqueezedModel | None,
     processors: LogitsProcessorList | None = None,
     stops: StopStrings | None = None,
-) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+) -> tuple[list[torch.Tensor], list[SampleStats]]:
     """Generate after a batch of prompts, padded on the left.
 
     Args:
@@ -51,16 +52,13 @@ def generate(
         processors: of the logits, such as those that sample.
         stops: what ends a row beside the model's own end.
     Returns:
-        The new tokens of each prompt, (new tokens,), up to and with the first that stops it, and what was measured on
-        each: `prompt_tokens`, `new_tokens`, `prefill_seconds`, `decode_seconds`, `kv_bytes` held after the prefill,
-        `full_kv_bytes` that the full cache of this prompt alone holds after it, `state_bytes`, `peak_memory_bytes`,
-        and for a squeezed cache `similarities`, `classes`, `budgets` and `notes`. Seconds and bytes held are shares of
-        the batch's.
+        The new tokens of each prompt, (new tokens,), up to and with the first that stops it, and its statistics, in
+        which seconds and bytes held are shares of the batch's.
     """
     tokens, mask = pad_left(model, prompts)
     device = tokens.device
     cache = None if run is not None else DynamicCache(config=model.config)
-    held = {"state_bytes": 0}
+    held = {"kv_bytes": 0, "state_bytes": 0}
 
     def measure_cache() -> None:
         if cache is not None:
@@ -82,22 +80,29 @@ def generate(
         held = {"kv_bytes": run.kv_bytes, "state_bytes": run.state_bytes}
     prefilled = first.time or end
     shared = run.shared_seconds if run is not None else 0.0
-    shares = {"prefill_seconds": prefilled - start + shared, "decode_seconds": end - prefilled} | held
     ends = stop_tokens(model, settings)
     outputs = [_until_stop(row, ends) for row in output]
     if stops is not None:
         outputs = [row[:end] for row, end in zip(outputs, stops.ends, strict=True)]
     stats = []
     for row, (prompt, new) in enumerate(zip(prompts, outputs, strict=True)):
-        one: dict[str, Any] = {"prompt_tokens": len(prompt), "new_tokens": len(new)}
-        one |= {name: value / len(prompts) for name, value in shares.items()}
-        one["full_kv_bytes"] = full_cache_bytes(model.config, len(prompt), model.dtype)
-        one["peak_memory_bytes"] = peak_memory(device)
+        layers: dict[str, Any] = {}
         if run is not None:
-            one["similarities"] = [round(float(value), 6) for value in np.asarray(run.similarities)[row]]
-            one["classes"] = np.asarray(run.classes)[row].tolist()
-            one["budgets"] = np.asarray(run.budgets)[row].tolist()
-            one["notes"] = run.notes[row]
+            layers["similarities"] = [round(float(value), 6) for value in np.asarray(run.similarities)[row]]
+            layers["classes"] = np.asarray(run.classes)[row].tolist()
+            layers["budgets"] = np.asarray(run.budgets)[row].tolist()
+            layers["notes"] = run.notes[row]
+        one = SampleStats(
+            prompt_tokens=len(prompt),
+            new_tokens=len(new),
+            prefill_seconds=(prefilled - start + shared) / len(prompts),
+            decode_seconds=(end - prefilled) / len(prompts),
+            kv_bytes=held["kv_bytes"] / len(prompts),
+            state_bytes=held["state_bytes"] / len(prompts),
+            full_kv_bytes=full_cache_bytes(model.config, len(prompt), model.dtype),
+            peak_memory_bytes=peak_memory(device),
+            **layers,
+        )
         stats.append(one)
     return outputs, stats
 
@@ -137,8 +142,8 @@ def stop_tokens(model: PreTrainedModel, settings: dict[str, Any]) -> torch.Tenso
 
 def _until_stop(tokens: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
     """Drop what `generate` pads a row with that stopped before the others of its batch."""
-    found = torch.isin(tokens, stops).nonzero()
-    return tokens[: int(found[0]) + 1] if len(found) else tokens
+    ends = torch.isin(tokens, stops).nonzero()
+    return tokens[: int(ends[0]) + 1] if len(ends) else tokens
 
 
 def _pad_token(model: PreTrainedModel) -> int:

@@ -43,16 +43,16 @@ def pieces(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor) -> list[str
 
     A token that ends inside a character adds nothing, and the one that completes it all of it.
     """
-    found: list[str] = []
+    texts: list[str] = []
     first, shown = 0, 0  # what follows is decoded from `first`, since a tokenizer may drop a blank at the start
     for count in range(1, len(tokens) + 1):
         text = decode(tokenizer, tokens[first:count])
         if text.endswith("\ufffd") and count < len(tokens):
-            found.append("")
+            texts.append("")
             continue
-        found.append(text[len(decode(tokenizer, tokens[first:shown])) :])
+        texts.append(text[len(decode(tokenizer, tokens[first:shown])) :])
         first, shown = shown, count
-    return found
+    return texts
 
 
 def cut(texts: list[str], stop: Sequence[str]) -> tuple[list[str], bool]:

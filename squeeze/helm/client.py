@@ -217,8 +217,8 @@ class SqueezeClient(CachingClient):
                 (one.text, list(zip(one.tokens, one.token_logprobs, strict=True)), one.finish_reason)
                 for one in choices
             ]
-            kept = 100 * stats["kv_bytes"] / stats["full_kv_bytes"]
-            hlog(f"{stats['prompt_tokens']} prompt tokens, {stats['new_tokens']} new ones, KV kept {kept:.1f}%")
+            kept = 100 * stats.kv_bytes / stats.full_kv_bytes
+            hlog(f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new ones, KV kept {kept:.1f}%")
         if request.echo_prompt:
             logprobs = completions.prompt_logprobs(model, tokens)
             echo = list(zip(pieces(tokenizer, tokens), logprobs, strict=True))

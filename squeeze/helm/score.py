@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from squeeze.benchmarks.requests import HELM_TASKS
+from squeeze.benchmarks.helm import HELM
 from squeeze.cli.arguments import Parser, as_path, path_text
 from squeeze.cli.tables import table
 from squeeze.errors import InputError
@@ -295,10 +295,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     FLAGS["sample_num"].add_to(parser, help="instances that HELM takes, for requests of unknown origin")
     args = parser.parse_args(argv)
     called = args.folders[0].parts[0] if args.folders and args.folders[0].parts else ""
-    args.pred = args.pred or next((task for task in HELM_TASKS if called == f"pred_{task}"), "xsum")
+    tasks = [benchmark.name for benchmark in HELM]
+    args.pred = args.pred or next((task for task in tasks if called == f"pred_{task}"), "xsum")
     spec = named_run(args, "pred")
-    if args.pred not in HELM_TASKS:
-        raise InputError(f"--pred must be {' or '.join(HELM_TASKS)} here, got {args.pred}: eval.py scores LongBench")
+    if args.pred not in tasks:
+        raise InputError(f"--pred must be {' or '.join(tasks)} here, got {args.pred}: eval.py scores LongBench")
     found = [read_run(folder, args) for folder in args.folders or find_folders(spec)]
     known = score(args.pred, found)
     for one in found:

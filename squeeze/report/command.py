@@ -12,11 +12,11 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from squeeze.bench.files import read_bench
-from squeeze.benchmarks.requests import HELM_TASKS
 from squeeze.cli.arguments import Parser, as_path
 from squeeze.cli.run import run_command
 from squeeze.cli.tables import table
 from squeeze.errors import InputError
+from squeeze.report import distance
 from squeeze.runs.inventory import COLUMNS, Entry, Inventory, describe, find
 from squeeze.storage.files import read_json
 from squeeze.text import say
@@ -109,11 +109,9 @@ def fidelity_line(entry: Entry) -> dict[str, str]:
     summary = entry.summary
     found = describe(entry.settings, summary) | {"dataset": entry.dataset, "model": entry.start["model"]["name"]}
     found |= {"samples": str(summary["samples"]), "KV kept": f"{100 * summary['kept']:.1f}%"}
-    found |= {"KL": "-", "95% interval": "-", "agreement": "-", "tokens": str(summary.get("tokens", "-"))}
+    found |= distance.cells(summary) | {"95% interval": "-", "tokens": str(summary.get("tokens", "-"))}
     if "kl" in summary:
-        kl = summary["kl"]
-        found |= {"KL": f"{kl['mean']:.4f}", "95% interval": f"{kl['low']:.4f}–{kl['high']:.4f}"}
-        found |= {"agreement": f"{100 * summary['agreement']['mean']:.1f}%"}
+        found["95% interval"] = f"{summary['kl']['low']:.4f}–{summary['kl']['high']:.4f}"
     return found
 
 
@@ -125,20 +123,22 @@ def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = N
     Raises:
         InputError: there is nothing that could be printed.
     """
-    lines, compared, benches = [], [], []
-    for entry in found.entries:
-        key = str(entry.folder), entry.dataset
-        if scores is not None and key not in scores:
-            continue
+    benches = []
+    entries = [one for one in found.entries if scores is None or (str(one.folder), one.dataset) in scores]
+    measured = distance.measured(entries, found.problems)
+    lines, compared = [], []
+    scales: dict[str, str] = {}
+    for number, entry in enumerate(entries):
         if entry.fidelity:
             compared.append(fidelity_line(entry))
-        else:
-            score = None if scores is None else scores[key]
-            try:
-                score = recorded_score(entry) if scores is None else score
-            except InputError as error:
-                found.problems.append(str(error))
-            lines.append(line(entry, score))
+            continue
+        score = None if scores is None else scores[str(entry.folder), entry.dataset]
+        try:
+            score = recorded_score(entry) if scores is None else score
+        except InputError as error:
+            found.problems.append(str(error))
+        lines.append(line(entry, score) | distance.cells_beside(entry, measured.get(number)))
+        scales.setdefault(entry.dataset, entry.benchmark.scale)
     for path in found.benches:
         try:
             benches.append((path, read_bench(path)["runs"]))
@@ -146,16 +146,25 @@ def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = N
             found.problems.append(str(error))
     if not lines and not compared and not benches:
         raise InputError("; ".join(found.problems))
-    for dataset in dict.fromkeys(one["dataset"] for one in lines):
+    for dataset, scale in scales.items():
         chosen = [one for one in lines if one["dataset"] == dataset]
-        scale = "ROUGE-1/2/L by HELM" if dataset in HELM_TASKS else "LongBench's score"
-        say(f"{dataset}: {scale}; KV is what is held after prefill, mean of the samples")
-        print(table(COLUMNS, sorted(chosen, key=lambda one: one["algorithm"] != "full cache")))
+        said = f"{dataset}: {scale}; KV is what is held after prefill, mean of the samples"
+        columns: Sequence[str] = COLUMNS
+        if any(one.entry.dataset == dataset for one in measured.values()):
+            said += "; KL in nats a token, and agreement of the likeliest token, are with the full cache"
+            columns = (*COLUMNS[:7], *distance.COLUMNS, *COLUMNS[7:])
+        say(said)
+        print(table(columns, sorted(chosen, key=lambda one: one["algorithm"] != "full cache")))
     for dataset in dict.fromkeys(one["dataset"] for one in compared):
         say(f"{dataset}: KL divergence from the full cache, nats a token, and agreement of the likeliest token")
         print(table(FIDELITY_COLUMNS, [one for one in compared if one["dataset"] == dataset]))
     for path, records in benches:
         print_bench(path, records)
+    together: dict[tuple[str, str], list[distance.Measured]] = {}
+    for one in measured.values():
+        together.setdefault((one.entry.start["model"]["name"], one.entry.dataset), []).append(one)
+    for (model, dataset), runs in together.items():
+        say(distance.sentence(model, dataset, runs))
 
 
 def print_bench(path: Path, records: Sequence[Any]) -> None:

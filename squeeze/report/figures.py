@@ -31,6 +31,8 @@ SERIES = {
     "calibrated": ("#D55E00", "v", "-"),
     "measured": ("#000000", "P", ":"),
 }
+#: Of allocations that are not built in, in the order of their names.
+OTHERS = [("#000000", marker, ":") for marker in "x+*1234"]
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS, LINES = "os^Dv<>P", ("-", "--", "-.", ":")
 FULL = "#666666"
@@ -135,7 +137,7 @@ def by_kept(
         width = max(ordered["kept"].max() - ordered["kept"].min(), 0.2)
         ordered["x"] = 100 * spread(ordered, 0.02 * width)
         for name, series in ordered.groupby("allocation", sort=False):
-            color, marker, style = SERIES.get(str(name), ("#000000", "x", ":"))
+            color, marker, style = SERIES.get(str(name), OTHERS[(names.index(name) - len(SERIES)) % len(OTHERS)])
             series = series.sort_values("x")
             joined = style if series["same"].all() and not series["kept"].round(2).duplicated().any() else "none"
             drawn = {"color": color, "marker": marker, "markersize": 5.5, "linestyle": joined, "linewidth": 1.2}

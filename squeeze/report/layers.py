@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -39,23 +40,23 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
     """
     path = folder / "samples" / f"{dataset}.jsonl"
     samples = read_samples(read_bytes(path), path, LayeredSample)
-    check_layers(samples, LayeredSample, path)
+    check_layers(samples, path)
     rows = []
     for sample in samples:
         stats = sample["stats"]
-        similarities = stats.get("similarities", [None] * len(stats["budgets"]))
-        for layer, (similarity, one, budget) in enumerate(
-            zip(similarities, stats["classes"], stats["budgets"], strict=True)
+        similarities: Sequence[float | None] = stats.similarities or [None] * len(stats.budgets)
+        for layer, (similarity, layer_class, budget) in enumerate(
+            zip(similarities, stats.classes, stats.budgets, strict=True)
         ):
-            row = {"prompt": sample["index"], "layer": layer, "similarity": similarity}
-            rows.append(row | {"layer_class": one, "budget": budget, "share": budget / stats["prompt_tokens"]})
+            row = {"prompt": sample["index"], "layer": layer, "similarity": similarity, "layer_class": layer_class}
+            rows.append(row | {"budget": budget, "share": budget / stats.prompt_tokens})
     found = pd.DataFrame(rows)
     found["similarity"] = found["similarity"].astype(float)
     return found
 
 
-def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibration:
-    """The loss curves that a run with the allocation `calibrated` was made from.
+def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibration | None:
+    """The loss curves that a run was made from, if it was made from a file of them.
 
     Args:
         folder: the run's.
@@ -63,8 +64,11 @@ def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibratio
     Raises:
         InputError: they are not there any more.
     """
+    sha256 = read_json(folder / "run.json", Manifest)["settings"].get("calibration")
+    if sha256 is None:
+        return None
     place = calibration.place(name, algorithm)
     found = calibration.read_calibration(place) if place.exists() else None
-    if found is None or found.sha256 != read_json(folder / "run.json", Manifest)["settings"].get("calibration"):
+    if found is None or found.sha256 != sha256:
         raise InputError(f"{folder} was made from loss curves that are not in {place} any more")
     return found

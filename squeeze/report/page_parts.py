@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from squeeze.benchmarks.requests import HELM_TASKS
-from squeeze.runs.spec import TASKS
+from squeeze.benchmarks.longbench.benchmark import LONGBENCH
+from squeeze.benchmarks.registry import titled
 from squeeze.text import fitted
 
 
@@ -97,10 +97,10 @@ class Names:
 
 
 def data_name(row: Any) -> str:
-    """A data set and, where it is not LongBench, its benchmark."""
-    return (
-        row.dataset if row.benchmark == "LongBench" or row.dataset in HELM_TASKS else f"{row.dataset}, {row.benchmark}"
-    )
+    """A data set and, where it is not LongBench, nor called as its benchmark is, its benchmark."""
+    benchmark = titled(row.benchmark)
+    known = benchmark is LONGBENCH or benchmark.name == row.dataset
+    return row.dataset if known else f"{row.dataset}, {row.benchmark}"
 
 
 def heading(row: Any, *more: str) -> str:
@@ -110,9 +110,10 @@ def heading(row: Any, *more: str) -> str:
 
 def label_of(row: Any) -> str:
     """What the axis of scores is called."""
-    return "ROUGE-2 by HELM, %" if row.dataset in HELM_TASKS else "score"
+    return titled(row.benchmark).score_label
 
 
 def panel_name(names: Names, kind: str, row: Any, *more: str) -> str:
     """The name of a panel's files."""
-    return names(kind, row.model, "e" if row.benchmark == TASKS["e"] else "", row.dataset, *more)
+    benchmark = "" if data_name(row) == row.dataset else titled(row.benchmark).name
+    return names(kind, row.model, benchmark, row.dataset, *more)

@@ -9,28 +9,20 @@ import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import pandas as pd
-from msgspec import Meta
 
+from squeeze.allocations import ALLOCATIONS
 from squeeze.bench.files import read_bench, speed
-from squeeze.benchmarks.longbench import scoring
-from squeeze.benchmarks.records import Answered, Compared
-from squeeze.benchmarks.requests import HELM_TASKS
-from squeeze.config import ALLOCATIONS
+from squeeze.benchmarks.records import Compared
+from squeeze.benchmarks.registry import BENCHMARKS, titled
 from squeeze.errors import InputError
 from squeeze.runs.folder import check_count
 from squeeze.runs.inventory import Entry, Inventory, describe
-from squeeze.runs.spec import TASKS
-from squeeze.storage.files import read_jsonl, read_object
-from squeeze.storage.schema import check
+from squeeze.storage.files import read_jsonl
 from squeeze.text import printable
 
-#: HELM's main metric of its summarization tasks, and the others that `script/helm.sh` writes, in percent.
-HELM_SCORE, HELM_SCORES = "ROUGE-2", ("ROUGE-1", "ROUGE-2", "ROUGE-L")
-Percent = Annotated[float, Meta(ge=0, le=100)]
-Rouge = TypedDict("Rouge", {"ROUGE-1": Percent, "ROUGE-2": Percent, "ROUGE-L": Percent})
 #: What runs must have in common to be compared.
 GROUP = ["model", "benchmark", "dataset"]
 WITHIN = (1, 3, 5)
@@ -38,7 +30,8 @@ COMMON = [*GROUP, "algorithm", "allocation", "ini_size", "KV_class3", "seed", "s
 RUN_COLUMNS = [
     *COMMON,
     *("score", "low", "high", "kept", "kv_bytes", "tokens_per_second", "layers_per_class"),
-    *(*scoring.BUCKETS, *HELM_SCORES, "device", "settings", "versions", "command", "data", "folder"),
+    *dict.fromkeys(column for benchmark in BENCHMARKS.values() for column in benchmark.score_columns),
+    *("device", "settings", "versions", "command", "data", "folder"),
 ]
 FIDELITY_COLUMNS = [
     *COMMON,
@@ -100,9 +93,9 @@ def read(found: Inventory) -> Results:
 
 def _sorted(frame: pd.DataFrame) -> pd.DataFrame:
     """Data sets together, of each the full cache first, whatever the order of the folders."""
-    order = {name: number for number, name in enumerate(("full", "uniform", *ALLOCATIONS))}
+    order = {name: number for number, name in enumerate(("full", *ALLOCATIONS.names))}
     rank = frame["allocation"].map(order)
-    columns = [*GROUP, "algorithm", "rank", "ini_size", "KV_class3", "seed", "folder"]
+    columns = [*GROUP, "algorithm", "rank", "allocation", "ini_size", "KV_class3", "seed", "folder"]
     return frame.assign(rank=rank).sort_values(columns).drop(columns="rank").reset_index(drop=True)
 
 
@@ -111,11 +104,10 @@ def _common(entry: Entry) -> dict[str, Any]:
     settings, summary, start = entry.settings, entry.summary, entry.start
     named = describe(settings, summary)
     full = settings["cache"] == "full"
-    task = entry.dataset if entry.dataset in HELM_TASKS else scoring.task_of(entry.folder)
     versions = start.get("versions", {})
     return {
         "model": start["model"]["name"],
-        "benchmark": TASKS[task],
+        "benchmark": entry.benchmark.title,
         "dataset": entry.dataset,
         "algorithm": "-" if full else named["algorithm"],
         "allocation": "full" if full else named["allocation"],
@@ -136,24 +128,10 @@ def _common(entry: Entry) -> dict[str, Any]:
 
 def _run(entry: Entry) -> dict[str, Any]:
     """A row of `Results.runs`; InputError if the predictions are damaged."""
-    path = entry.folder / f"{entry.dataset}.jsonl"
     row = _common(entry) | {key: entry.summary[key] for key in ("kv_bytes", "tokens_per_second")}
-    if entry.dataset in HELM_TASKS:
-        check_count(entry.folder, entry.dataset, len(read_jsonl(path, Answered)))
-        if entry.unscored:
-            return row
-        result = entry.folder / "result.json"
-        said = read_object(result).get(entry.dataset)
-        try:
-            rouge: dict[str, Any] = {**check(said, Rouge, f"{result}: {entry.dataset}")}
-        except InputError as error:
-            raise InputError(f"{error}: sh script/helm.sh scores it") from None
-        return row | {name: rouge[name] for name in HELM_SCORES} | {"score": rouge[HELM_SCORE]}
-    task = scoring.task_of(entry.folder)
-    found = scoring.score_file(path, task, rouge=False)
-    check_count(entry.folder, entry.dataset, found["samples"])
-    low, high = found["interval"]
-    return row | {"score": found["score"], "low": low, "high": high} | found.get("buckets", {})
+    count, scores = entry.benchmark.read_scores(entry.folder, entry.dataset)
+    check_count(entry.folder, entry.dataset, count)
+    return row | scores
 
 
 def _fidelity(entry: Entry) -> dict[str, Any]:
@@ -267,7 +245,7 @@ def sensitivity(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown_score(row: dict[Hashable, Any]) -> Any:
-    """What a table of text shows of a row of `Results.runs`: its score, LongBench-E's by length, HELM's ROUGE by name.
+    """What a table of text shows of a row of `Results.runs`: its score, or several by name, such as LongBench-E's.
 
     None where there is none.
     """
@@ -275,10 +253,8 @@ def shown_score(row: dict[Hashable, Any]) -> Any:
     def pick(*names: str) -> dict[str, float | None]:
         return {name: None if pd.isna(row[name]) else float(row[name]) for name in names}
 
-    score = pick("score")["score"]
-    if score is not None and row["benchmark"] == TASKS["e"]:
-        return pick(*scoring.BUCKETS)
-    return pick(*HELM_SCORES) if score is not None and row["dataset"] in HELM_TASKS else score
+    score, columns = pick("score")["score"], titled(str(row["benchmark"])).score_columns
+    return pick(*columns) if score is not None and columns else score
 
 
 def to_csv(frame: pd.DataFrame) -> str:

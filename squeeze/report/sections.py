@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from squeeze.allocations.calibration import Calibration
 from squeeze.errors import InputError
 from squeeze.numbers import parse_fraction
 from squeeze.report import captions, figures, layer_figures, results
@@ -134,11 +135,13 @@ def layers(found: Results, names: Names, problems: list[str]) -> Section | None:
             budgets.append(
                 Plot(panel_name(names, "budgets", run, run.allocation), figure, captions.budgets(measured, run))
             )
-            if run.allocation == "calibrated":
-                try:
-                    budgets.append(losses(run, names))
-                except InputError as error:
-                    made.notes.append(str(error))
+            try:
+                curves = curves_of(Path(run.folder), run.model, run.algorithm)
+            except InputError as error:
+                made.notes.append(str(error))
+                continue
+            if curves is not None:
+                budgets.append(losses(run, curves, names))
         if budgets and not mapped:
             made.notes.append(captions.no_similarities(group.iloc[0]))
         made.plots += budgets
@@ -146,9 +149,8 @@ def layers(found: Results, names: Names, problems: list[str]) -> Section | None:
     return made if made.plots else None
 
 
-def losses(run: Any, names: Names) -> Plot:
-    """The loss curves that a calibrated run was made from; InputError where they are not there any more."""
-    curves = curves_of(Path(run.folder), run.model, run.algorithm)
+def losses(run: Any, curves: Calibration, names: Names) -> Plot:
+    """The loss curves that a calibrated run was made from."""
     first = curves.first(parse_fraction("ini_size", run.ini_size))
     measured, share = curves.relative(first), curves.shares[first]
     multiples = [float(one) for one in curves.multiples]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from squeeze.benchmarks.predict import Work
 from squeeze.devices import unless_out_of_memory
 from squeeze.errors import InputError
 from squeeze.ranks import Ranks
@@ -46,14 +45,14 @@ class Point:
     """A run's part of the work on one data set.
 
     Args:
-        samples: what is there of it.
-        work: does a batch.
+        samples: those that are finished, and those that are missing.
+        run_batch: indices of a batch to a finished sample of each.
         describe: turns the `stats` of all samples so far into a few words for the progress bar.
     """
 
     samples: Samples
-    work: Work
-    describe: Callable[[Sequence[dict[str, Any]]], str]
+    run_batch: Callable[[list[int]], list[dict[str, Any]]]
+    describe: Callable[[Sequence[Any]], str]
 
 
 def run_batches(
@@ -63,7 +62,7 @@ def run_batches(
     ranks: Ranks,
     bar: tqdm,
 ) -> int:
-    """Do the samples that are missing, batch by batch for all points, and append each as soon as it is there.
+    """Run the samples that are missing, batch by batch for all points, and append each as soon as it is finished.
 
     A batch that does not fit into memory is halved, and so are those after it.
 
@@ -77,7 +76,7 @@ def run_batches(
         InputError: a single prompt does not fit into memory.
     """
     queue = share(prompts, batch_size, ranks)
-    noted = [any(record["stats"].get("notes") for record in point.samples.records) for point in points]
+    noted = [any(record["stats"].notes for record in point.samples.records) for point in points]
     while queue:
         batch = queue.pop(0)
         todo = [index for index, point in enumerate(points) if set(batch) & set(point.samples.missing)]
@@ -88,7 +87,7 @@ def run_batches(
             continue
         for index in todo:
             point, missing = points[index], set(points[index].samples.missing)
-            fresh = unless_out_of_memory(partial(point.work, batch))
+            fresh = unless_out_of_memory(partial(point.run_batch, batch))
             if fresh is None:
                 if len(batch) == 1:
                     tokens = len(prompts[batch[0]].tokens)
@@ -99,11 +98,11 @@ def run_batches(
                 break
             point.samples.append(fresh)
             for record in fresh:
-                if record["stats"].get("notes") and not noted[index]:
+                notes = record["stats"].notes
+                if notes and not noted[index]:
                     noted[index] = True
                     where = f"{point.samples.folder}: " if len(points) > 1 else ""
-                    said = "; ".join(record["stats"]["notes"])
-                    bar.write(printable(f"note, {where}from sample {record['index']} on: {said}"))
+                    bar.write(printable(f"note, {where}from sample {record['index']} on: {'; '.join(notes)}"))
             bar.set_postfix_str(point.describe([record["stats"] for record in point.samples.records]))
             bar.update(len(missing & set(batch)))
     return batch_size
@@ -122,5 +121,5 @@ def progress_bar(points: Sequence[Point], prompts: Sequence[Prompt], batch_size:
 
 def share(prompts: Sequence[Prompt], batch_size: int, ranks: Ranks) -> list[list[int]]:
     """The batches that are this process's."""
-    lengths, kinds = [len(one.tokens) for one in prompts], [one.kind for one in prompts]
+    lengths, kinds = [len(prompt.tokens) for prompt in prompts], [prompt.kind for prompt in prompts]
     return batches(lengths, batch_size, kinds)[ranks.rank :: ranks.world]

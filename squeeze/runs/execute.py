@@ -1,56 +1,33 @@
-"""Runs of `pred.py`, done: one, or several that share a model and prompts."""
+"""Execute prepared runs: one, or several that share a loaded model and prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from squeeze.benchmarks import records
-from squeeze.benchmarks.longbench.data import Data
-from squeeze.benchmarks.requests import HELM_TASKS, Requests
+from squeeze.benchmarks.base import Measure, Workload
 from squeeze.ranks import Ranks
 from squeeze.runs.folder import Run
 from squeeze.runs.jobs import Job
 from squeeze.runs.samples import Samples
-from squeeze.runs.spec import RunSpec
 from squeeze.text import printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from squeeze.benchmarks.predict import Work
     from squeeze.engine.squeezed_model import SqueezedModel
-    from squeeze.generation.generate import Prompt
+    from squeeze.runs.batching import Point
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What is done with a prompt.
+def measure_of(job: Job) -> Measure[Any]:
+    """What a job computes on its prompts: the benchmark's answers, or their distance from the full cache."""
+    if not job.spec.fidelity:
+        return job.benchmark
+    from squeeze.benchmarks.fidelity import Fidelity
 
-    Args:
-        sample: the kind of what is there of a sample when it is done, see `squeeze.benchmarks.records`.
-        work: makes the work on a run's batches.
-        summarize, describe: what was measured, for `run.json` and in a few words.
-    """
-
-    sample: type[Any]
-    work: Callable[..., Work]
-    summarize: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
-    describe: Callable[[Sequence[dict[str, Any]]], str]
-
-
-def kind_of(spec: RunSpec) -> Kind:
-    """What a run wants to be done."""
-    from squeeze.benchmarks import completions, fidelity, predict
-    from squeeze.runs import stats
-
-    if spec.fidelity:
-        return Kind(records.ComparedSample, fidelity.Comparison().measure, fidelity.summarize, fidelity.describe)
-    if spec.pred in HELM_TASKS:
-        return Kind(records.AnsweredSample, completions.answer, stats.summarize, stats.progress)
-    return Kind(records.PredictedSample, predict.predict, stats.summarize, stats.progress)
+    return Fidelity()
 
 
 class OpenJob:
@@ -62,27 +39,27 @@ class OpenJob:
 
     def __init__(self, job: Job, process: Ranks) -> None:
         self.job = job
-        self.kind = kind_of(job.spec)
-        self.run = Run(job.folder, job.settings, job.info, job.spec.overwrite, self.kind.sample, process)
+        self.measure = measure_of(job)
+        self.run = Run(job.folder, job.settings, job.info, job.spec.overwrite, self.measure.sample, process)
         self.samples: list[Samples] = [
-            self.run.open(one.dataset, job.settings_of(one), one.count(job.spec.sample_num)) for one in job.data
+            self.run.open(data.dataset, job.settings_of(data), job.count(data)) for data in job.data
         ]
 
     @property
     def missing(self) -> int:
         """Samples that are still to be run."""
-        return sum(len(one.missing) for one in self.samples)
+        return sum(len(samples.missing) for samples in self.samples)
 
     def finish(self, index: int) -> None:
         """Publish a data set whose samples are all there."""
         data = self.job.data[index]
-        self.run.finish(self.samples[index], self.kind.summarize, **self.job.facts_of(data))
+        self.run.finish(self.samples[index], self.measure.summarize, **self.job.facts_of(data))
 
     def report(self, index: int) -> str:
-        """What a data set has come to, in a line or two."""
+        """A line or two on what a data set has come to."""
         samples = self.samples[index]
-        found = [record["stats"] for record in samples.records]
-        text = f"{printable(samples.published)}: {len(found)} samples, {self.kind.describe(found)}"
+        stats = [record["stats"] for record in samples.records]
+        text = f"{printable(samples.published)}: {len(stats)} samples, {self.measure.describe(stats)}"
         summary = self.run.manifest["datasets"][samples.dataset]
         if "layers_per_class" in summary:
             text += "\n  layers in class 1, 2, 3: " + ", ".join(f"{n:g}" for n in summary["layers_per_class"])
@@ -90,7 +67,7 @@ class OpenJob:
 
 
 @dataclass(frozen=True)
-class Engine:
+class LoadedModel:
     """A loaded model; `squeezed` is what all squeezed jobs run on, one configuration after the other."""
 
     model: Any
@@ -98,12 +75,12 @@ class Engine:
     squeezed: SqueezedModel | None
 
 
-#: Does what is missing of one data set, given by its number; the batch size at the end.
+#: Runs what jobs miss of one data set, given by its number; the batch size at the end.
 Worker = Callable[[Sequence[OpenJob], int], int]
 
 
-def do(jobs: Sequence[OpenJob], worker: Worker) -> Iterator[tuple[OpenJob, int]]:
-    """Do what jobs on one model and the same data miss.
+def execute(jobs: Sequence[OpenJob], worker: Worker) -> Iterator[tuple[OpenJob, int]]:
+    """Run what is missing of jobs on one model and the same data.
 
     Yields:
         Each job with the number of the data set that it has just finished.
@@ -111,23 +88,23 @@ def do(jobs: Sequence[OpenJob], worker: Worker) -> Iterator[tuple[OpenJob, int]]
         InputError: a folder cannot be written, or a prompt does not fit into memory.
     """
     with ExitStack() as stack:
-        for one in jobs:
-            stack.enter_context(one.run)
+        for job in jobs:
+            stack.enter_context(job.run)
         for index in range(len(jobs[0].job.data)):
-            for one in jobs:
-                one.run.start(one.samples[index])
-            todo = [one for one in jobs if one.samples[index].missing]
-            if todo:
-                batch_size = worker(todo, index)
-                for one in todo:
-                    one.run.note(one.samples[index], batch_size=batch_size)
-            for one in jobs:
-                one.finish(index)
-                yield one, index
+            for job in jobs:
+                job.run.start(job.samples[index])
+            unfinished = [job for job in jobs if job.samples[index].missing]
+            if unfinished:
+                batch_size = worker(jobs, index)  # all of them: what is compared together stays together
+                for job in unfinished:
+                    job.run.note(job.samples[index], batch_size=batch_size)
+            for job in jobs:
+                job.finish(index)
+                yield job, index
 
 
 @contextmanager
-def here(jobs: Sequence[OpenJob], process: Ranks, bar: tqdm | None = None) -> Iterator[Worker]:
+def local_worker(jobs: Sequence[OpenJob], process: Ranks, bar: tqdm | None = None) -> Iterator[Worker]:
     """A worker in this process, with the model that the jobs share; prompts that several miss are prefilled once.
 
     Args:
@@ -135,24 +112,23 @@ def here(jobs: Sequence[OpenJob], process: Ranks, bar: tqdm | None = None) -> It
         bar: to move on; None: one for each data set.
     """
     with ExitStack() as stack:
-        engine = None
-        if process.share(any(one.missing for one in jobs)):
-            engine = stack.enter_context(load([one.job for one in jobs]))
+        loaded = None
+        if process.share(any(job.missing for job in jobs)):
+            loaded = stack.enter_context(load([job.job for job in jobs]))
 
-        def work(todo: Sequence[OpenJob], index: int) -> int:
-            assert engine is not None, "nothing was missing when the folders were read"
-            return work_on([(one.job, one.samples[index]) for one in todo], index, engine, process, bar)
+        def work(jobs: Sequence[OpenJob], index: int) -> int:
+            assert loaded is not None, "nothing was missing when the folders were read"
+            return work_on([(job.job, job.samples[index]) for job in jobs], index, loaded, process, bar)
 
         yield work
 
 
 @contextmanager
-def load(jobs: Sequence[Job]) -> Iterator[Engine]:
+def load(jobs: Sequence[Job]) -> Iterator[LoadedModel]:
     """Load the model of some jobs, squeezed where one of them wants it; afterwards it is let go."""
     import torch
 
     from squeeze import squeezed
-    from squeeze.benchmarks.longbench import prompts
     from squeeze.models import loading
 
     job, spec = jobs[0], jobs[0].spec
@@ -160,54 +136,60 @@ def load(jobs: Sequence[Job]) -> Iterator[Engine]:
     model, tokenizer = loading.load(
         job.model_folder, job.device, job.dtype, spec.attn, spec.allow_pickle, spec.device_map
     )
-    if spec.chat:
-        prompts.check_chat_template(tokenizer, job.source.name)
-    configs = [one.config for one in jobs if one.config is not None]
+    job.benchmark.check_tokenizer(tokenizer, job.options)
+    configs = [job.config for job in jobs if job.config is not None]
     with squeezed(model, configs[0]) if configs else nullcontext() as run:
         if run is not None:
             run.share_prefills = len(configs) > 1
-        yield Engine(model, tokenizer, run)
+        yield LoadedModel(model, tokenizer, run)
 
 
 def work_on(
-    jobs: Sequence[tuple[Job, Samples]], index: int, engine: Engine, process: Ranks, bar: tqdm | None = None
+    jobs: Sequence[tuple[Job, Samples]], index: int, loaded: LoadedModel, process: Ranks, bar: tqdm | None = None
 ) -> int:
     """Run what jobs miss of one data set.
 
     Args:
         jobs: each with its samples of that data set.
         index: the data set's number.
-        process: which share of the batches is run here.
+        process: the share of the batches that is run.
         bar: to move on; None: one of its own.
     Returns:
         The batch size at the end.
     """
-    from squeeze.benchmarks import predict
-    from squeeze.runs.batching import Point, progress_bar, run_batches
+    from squeeze.runs.batching import progress_bar, run_batches
 
-    # Those that prefill in the same way one after the other: only one prefill is kept.
-    jobs = sorted(jobs, key=lambda one: one[0].config is not None and one[0].config.algorithm == "h2o")
-    options, data = jobs[0][0].options, jobs[0][0].data[index]
-    prompts = predict.encode(engine.tokenizer, data, max(samples.total for _, samples in jobs), options, process)
-    points: list[Point] = []
-    kinds: dict[bool, Kind] = {}
-    for job, samples in jobs:
-        kind = kinds.setdefault(job.spec.fidelity, kind_of(job.spec))  # one, since comparisons share what they can
-        points.append(Point(samples, _work(job, kind, data, prompts, engine), kind.describe))
+    # Those that prefill alike one after the other: only one prefill is kept.
+    jobs = sorted(jobs, key=lambda pair: pair[0].config is not None and pair[0].config.evictor.needs_scores)
+    first = jobs[0][0]
+    data, options = first.data[index], first.options
+    total = max(samples.total for _, samples in jobs)
+    prompts = first.benchmark.encode(loaded.tokenizer, data, total, options, process)
+    workload = Workload(loaded.model, loaded.tokenizer, data, prompts, loaded.squeezed, options)
+    measures: dict[bool, Measure[Any]] = {}  # comparisons share what they can
+    points = [
+        _point(job, samples, measures.setdefault(job.spec.fidelity, measure_of(job)), workload)
+        for job, samples in jobs
+    ]
     if bar is not None:
         return run_batches(points, prompts, options.batch_size, process, bar)
     with progress_bar(points, prompts, options.batch_size, process) as own:
         return run_batches(points, prompts, options.batch_size, process, own)
 
 
-def _work(job: Job, kind: Kind, data: Data | Requests, prompts: Sequence[Prompt], engine: Engine) -> Work:
-    """A job's work on its batches, with the squeezed model in the job's configuration while it is done."""
-    config, run = job.config, engine.squeezed if job.config is not None else None
-    work = kind.work(engine.model, engine.tokenizer, data, prompts, run, job.options)
+def _point(job: Job, samples: Samples, measure: Measure[Any], workload: Workload) -> Point:
+    """A job's part of the work, with the squeezed model in the job's configuration while a batch is run."""
+    from squeeze.runs.batching import Point
 
-    def configured(batch: list[int]) -> list[dict[str, Any]]:
-        if engine.squeezed is not None:
-            engine.squeezed.use(config) if config is not None else engine.squeezed.forget_prefill()
-        return work(batch)
+    config, squeezed = job.config, workload.squeezed
+    own = replace(workload, squeezed=squeezed if config is not None else None)
+    if config is not None and squeezed is not None:
+        squeezed.use(config)
+    measure.join(own)
 
-    return configured
+    def run_batch(batch: list[int]) -> list[dict[str, Any]]:
+        if squeezed is not None:
+            squeezed.use(config) if config is not None else squeezed.forget_prefill()
+        return measure.run_batch(own, batch)
+
+    return Point(samples, run_batch, measure.describe)

@@ -14,14 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from squeeze.benchmarks.records import Sample
+from squeeze.allocations import ALLOCATIONS, DEFAULT
+from squeeze.benchmarks.records import PredictedSample
 from squeeze.config import DEFAULT_ALGORITHM, SqueezeConfig
 from squeeze.errors import InputError
+from squeeze.evictors import EVICTORS
 from squeeze.ranks import ALONE, Ranks
 from squeeze.runs.manifest import Begun, Counted
 from squeeze.runs.samples import Samples
 from squeeze.storage.files import Open, lock, read_bytes, read_json, remove, write_json, writing
 from squeeze.storage.paths import in_checkout
+from squeeze.text import file_name
 
 RESULTS = ("result.json", "result_detail.json")
 #: What a data set can be called: a manifest may come from anywhere, and its names become those of files.
@@ -42,23 +45,24 @@ def run_folder(task: str, name: str, config: SqueezeConfig | None, model_type: s
         seed: 42 has no level of its own.
     """
     folder = Path(f"pred_{task}") / name
-    if config is not None and config.algorithm not in (None, DEFAULT_ALGORITHM[model_type]):
-        folder /= str(config.algorithm)
-    if config is not None and config.allocation != "squeeze":
-        folder /= config.allocation
+    if config is not None and config.algorithm_name not in (None, DEFAULT_ALGORITHM[model_type]):
+        folder /= file_name(str(config.algorithm_name))
+    if config is not None and config.allocation_name != DEFAULT:
+        folder /= file_name(config.allocation_name)
     if seed != 42:
         folder /= f"seed-{seed}"
     if config is None:
         return folder / "full"
     folder /= f"{float(config.share):g}"
-    return folder if config.kv_class3 is None else folder / f"{float(100 * config.fractions[1]):g}"
+    return folder if "KV_class3" not in config.sizes else folder / f"{float(100 * config.fractions[1]):g}"
 
 
 def cache_settings(config: SqueezeConfig | None) -> dict[str, Any]:
     """The settings of the cache that change results, for `Run`."""
     if config is None:
         return {"cache": "full"}
-    settings: dict[str, Any] = {"cache": "squeezed", "algorithm": config.algorithm, "allocation": config.allocation}
+    algorithm, allocation = config.algorithm_name, config.allocation_name
+    settings: dict[str, Any] = {"cache": "squeezed", "algorithm": algorithm, "allocation": allocation}
     settings |= config.sizes
     if config.calibration is not None:
         settings["calibration"] = config.calibration.sha256
@@ -66,7 +70,11 @@ def cache_settings(config: SqueezeConfig | None) -> dict[str, Any]:
         settings["compile"] = True
     if config.prefill_chunk is not None:
         settings["prefill_chunk"] = config.prefill_chunk
-    return settings | ({"start_size": config.start_size} if config.algorithm == "streaming" else {})
+    settings |= ALLOCATIONS.record(allocation, config.allocator)
+    if algorithm is None:
+        return settings
+    settings |= EVICTORS.record(algorithm, config.evictor)
+    return settings | ({"start_size": config.evictor.sinks} if config.evictor.has("sinks") else {})
 
 
 def versions() -> dict[str, str | None]:
@@ -92,7 +100,7 @@ class Run:
         settings: everything that changes results, the same for all data sets.
         info: how this process was started and on what; `run.json` lists every start of a data set.
         overwrite: drop the samples that are there, all of them if they were made with other settings.
-        kind: of a sample, see `squeeze.benchmarks.records`.
+        kind: of a sample, see `squeeze.benchmarks.base.Measure`.
         ranks: this process among those of the run: only the first reads and locks the folder, and writes `run.json`.
     Raises:
         InputError: the folder holds a run with other settings.
@@ -104,7 +112,7 @@ class Run:
         settings: dict[str, Any],
         info: dict[str, Any],
         overwrite: bool = False,
-        kind: type[Any] = Sample,
+        kind: type[Any] = PredictedSample,
         ranks: Ranks = ALONE,
     ) -> None:
         self.ranks = ranks
@@ -261,9 +269,7 @@ class Run:
                 samples.begin()
             self.manifest["datasets"][samples.dataset]["starts"][-1] |= found
 
-    def finish(
-        self, samples: Samples, summarize: Callable[[Sequence[dict[str, Any]]], dict[str, Any]], **more: Any
-    ) -> None:
+    def finish(self, samples: Samples, summarize: Callable[[Sequence[Any]], dict[str, Any]], **more: Any) -> None:
         """Write the published file of a data set whose samples are all there; every process of the run calls this.
 
         Args:

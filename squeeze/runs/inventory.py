@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from squeeze.benchmarks.requests import HELM_TASKS
-from squeeze.config import BY_LOSS
+from squeeze.benchmarks.base import Benchmark
+from squeeze.benchmarks.registry import owner
 from squeeze.errors import InputError
 from squeeze.runs.manifest import Manifest, check_settings, check_summary
 from squeeze.storage.files import read_json
@@ -49,11 +49,17 @@ class Entry:
         return self.summary["starts"][-1]
 
     @property
+    def benchmark(self) -> Benchmark:
+        """The benchmark whose data set it is."""
+        return owner(self.folder, self.dataset)
+
+    @property
     def unscored(self) -> str | None:
-        """The command that scores it, for HELM's tasks, which only HELM scores; None where there is a score."""
-        if self.dataset not in HELM_TASKS or self.fidelity or (self.folder / "result.json").exists():
+        """The command that scores it, where that is a benchmark's own; None where there is a score, or needs none."""
+        scorer = self.benchmark.scorer
+        if scorer is None or self.fidelity or (self.folder / "result.json").exists():
             return None
-        return f"sh script/helm.sh {self.folder}"
+        return f"{scorer} {self.folder}"
 
 
 @dataclass
@@ -130,8 +136,8 @@ def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str
     if settings["cache"] == "full":
         return dict.fromkeys(COLUMNS, "-") | {"algorithm": "full cache"}
     uniform = settings["ini_size"] == settings.get("KV_class3")
-    # Budgets from loss curves do not follow from classes.
-    layers = [] if settings["allocation"] in BY_LOSS else summary.get("layers_per_class", [])
+    # Without KV_class3 budgets do not follow from classes.
+    layers = summary.get("layers_per_class", []) if "KV_class3" in settings else []
     return {
         "algorithm": settings["algorithm"],
         "allocation": "uniform" if uniform else settings["allocation"],

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from squeeze.benchmarks.longbench.data import Data, dataset_names, load_data
-from squeeze.benchmarks.longbench.prompts import chat_format, chat_note, chat_settings
-from squeeze.benchmarks.requests import HELM_TASKS, Requests, read_requests
+from squeeze.benchmarks.base import Benchmark, DataSet, Options
+from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.config import SqueezeConfig
 from squeeze.errors import InputError
 from squeeze.models import sources
@@ -20,8 +19,6 @@ from squeeze.runs.spec import MODEL_MISSING, RunSpec
 
 if TYPE_CHECKING:
     import torch
-
-    from squeeze.benchmarks.predict import Options
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Job:
         notes: sentences for the user.
         folder: the run's own.
         settings, info: for `squeeze.runs.folder.Run`.
-        options: of making and running prompts.
+        options: what prompts are made and run with.
     """
 
     spec: RunSpec
@@ -45,7 +42,7 @@ class Job:
     model_folder: Path
     device: torch.device
     dtype: torch.dtype
-    data: Sequence[Data | Requests]
+    data: Sequence[DataSet]
     notes: tuple[str, ...]
     folder: Path
     settings: dict[str, Any]
@@ -53,22 +50,27 @@ class Job:
     options: Options
 
     @property
+    def benchmark(self) -> Benchmark:
+        """The benchmark of the data."""
+        return BENCHMARKS[self.spec.pred]
+
+    @property
     def model_key(self) -> tuple[Any, ...]:
         """What jobs must have in common to share a loaded model."""
         spec = self.spec
         return self.model_folder, self.device, self.dtype, spec.attn, spec.allow_pickle, spec.device_map, spec.chat
 
-    def settings_of(self, data: Data | Requests) -> dict[str, Any]:
+    def settings_of(self, data: DataSet) -> dict[str, Any]:
         """What changes the results of one data set, for `Run.open`."""
-        if isinstance(data, Requests):
-            return data.settings
-        return data.settings | chat_settings(data.dataset, self.source.name, self.spec.chat)
+        return self.benchmark.settings(data, self.options)
 
-    def facts_of(self, data: Data | Requests) -> dict[str, Any]:
+    def facts_of(self, data: DataSet) -> dict[str, Any]:
         """What `run.json` says about one data set beside that."""
-        if isinstance(data, Requests):
-            return {"data": data.origin}
-        return {"data": data.origin, "chat_format": chat_format(data.dataset, self.source.name, self.spec.chat)}
+        return self.benchmark.facts(data, self.options)
+
+    def count(self, data: DataSet) -> int:
+        """Samples of one data set."""
+        return self.benchmark.count(data, self.spec.sample_num)
 
 
 def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
@@ -85,27 +87,23 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
     if spec.model is None:
         raise InputError(MODEL_MISSING)
     spec.config()
-    helm = spec.pred in HELM_TASKS
-    datasets = [] if helm else dataset_names("samsum" if spec.datasets is None else spec.datasets, spec.pred)
+    benchmark = BENCHMARKS[spec.pred]
+    datasets = benchmark.datasets(spec.datasets)
     read(sources.resolve, spec.model, spec.model_path)  # a wrong name is said before data are looked for
 
     # torch and transformers take seconds to import: --help and what is wrong with the flags should not wait for them.
     import torch
 
     from squeeze import devices
-    from squeeze.benchmarks import predict
 
     device = devices.pick_device(spec.device, process.local)
     dtype = devices.pick_dtype(spec.dtype, device)
-    data: list[Data | Requests] = [read(load_data, dataset, spec.data_dir, spec.pred) for dataset in datasets]
-    if helm:
-        data = [read(read_requests, spec.pred, spec.requests)]
+    location = getattr(spec, benchmark.location)
+    data: list[DataSet] = [read(benchmark.read, dataset, location) for dataset in datasets]
     model = resolve(spec, read)
     name, model_type = model.source.name, model.described.model_type
-    max_length, note = model.described.max_position_embeddings, None
-    if not helm:
-        max_length, note = sources.prompt_limit(model.source, max_length)
-    said = chat_note(datasets, name, model.folder, spec.chat)
+    max_length, note = benchmark.prompt_limit(model.source, model.described.max_position_embeddings)
+    said = benchmark.note(datasets, name, model.folder, spec.chat)
     settings = {"model": model.identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"attn": "sdpa" if spec.attn == "auto" else spec.attn, "seed": spec.seed}
     settings |= cache_settings(model.config)
@@ -129,7 +127,7 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
             "processes": process.world,
             "versions": read(versions),
         },
-        options=predict.Options(
+        options=Options(
             max_length=max_length,
             model_name=name,
             chat=spec.chat,

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
+from squeeze.allocations import ALLOCATIONS
 from squeeze.benchmarks.requests import MadeBy
-from squeeze.config import ALGORITHMS, ALLOCATIONS, BY_LOSS
+from squeeze.evictors import EVICTORS
 from squeeze.storage.schema import Amount, Count, Nats, Positive, Share, check
 
 Size = Annotated[float, Meta(ge=1e-9, le=1)]
@@ -53,13 +54,37 @@ class FullSettings(TypedDict):
     calibration: NotRequired[str]
 
 
-class LossSettings(FullSettings):
-    algorithm: Annotated[str, Meta(pattern=f"^({'|'.join(ALGORITHMS)})\\Z")]
-    allocation: Annotated[str, Meta(pattern=f"^({'|'.join(ALLOCATIONS)})\\Z")]
+class Algorithm(TypedDict):
+    algorithm: Annotated[str, Meta(pattern=f"^({'|'.join(EVICTORS.names)})\\Z")]
+
+
+class OwnAlgorithm(TypedDict):
+    """One that is not built in."""
+
+    algorithm: str
+    algorithm_parameters: dict[str, Any]
+
+
+class Allocation(TypedDict):
+    allocation: Annotated[str, Meta(pattern=f"^({'|'.join(ALLOCATIONS.names)})\\Z")]
+
+
+class OwnAllocation(TypedDict):
+    """One that is not built in."""
+
+    allocation: str
+    allocation_parameters: dict[str, Any]
+
+
+class Sizes(TypedDict):
     ini_size: Size
+    KV_class3: NotRequired[Size]
 
 
-class ClassSettings(LossSettings):
+class ClassSizes(TypedDict):
+    """Of allocations that cannot do without `KV_class3`."""
+
+    ini_size: Size
     KV_class3: Size
 
 
@@ -151,7 +176,11 @@ def check_settings(settings: dict[str, Any], path: Path) -> None:
     where = f"{path}: settings"
     check(settings, FullSettings, where)
     if settings["cache"] == "squeezed":
-        check(settings, LossSettings if settings.get("allocation") in BY_LOSS else ClassSettings, where)
+        check(settings, OwnAlgorithm if "algorithm_parameters" in settings else Algorithm, where)
+        own = "allocation_parameters" in settings
+        check(settings, OwnAllocation if own else Allocation, where)
+        classes = not own and "class3" in ALLOCATIONS.find(settings["allocation"]).required
+        check(settings, ClassSizes if classes else Sizes, where)
 
 
 def check_summary(summary: dict[str, Any], fidelity: bool, path: Path, dataset: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -75,17 +76,18 @@ def with_curves(config: SqueezeConfig | None, name: str, model: dict[str, Any]) 
     Raises:
         InputError: there are none, or they are another model's.
     """
-    if config is None or config.allocation != "calibrated":
+    if config is None or not config.allocator.has("calibration"):
         return config
-    assert config.algorithm is not None
-    path = calibration.place(name, config.algorithm)
+    algorithm = config.algorithm_name
+    assert algorithm is not None
+    path = calibration.place(name, algorithm)
     if not path.exists():
         raise InputError(
-            f"{path} is not there, from which the allocation calibrated makes budgets: "
-            f"python -m squeeze.calibrate --model {name} --algorithm {config.algorithm}"
+            f"{path} is not there, from which the allocation {config.allocation} makes budgets: "
+            f"python -m squeeze.calibrate --model {name} --algorithm {shlex.quote(algorithm)}"
         )
     found = calibration.read_calibration(path)
-    found.check(config.algorithm, config.start_size, found.losses.shape[2], model)
+    found.check(algorithm, config.evictor, found.losses.shape[2], model)
     return dataclasses.replace(config, calibration=found)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from squeeze.benchmarks.records import Sample, check_layers, published, read_samples
+from squeeze.benchmarks.records import PredictedSample, check_layers, published, read_samples
 from squeeze.storage.files import Open, check_place, read_bytes, remove, sweep, to_jsonl, write_whole, writing
 
 #: Seconds after which finished samples are forced to the disk, so that a power cut costs no more.
@@ -25,7 +25,7 @@ class Samples:
     """The finished samples of one data set, in the order of their index.
 
     Args:
-        kind: of a sample, see `benchmarks.records`: `index`, what is published of it, and `stats`, what was measured.
+        kind: of a sample, see `squeeze.benchmarks.base.Measure`.
         writer: which of several processes this one is, the first being ""; only that one merges and publishes.
 
     Attributes:
@@ -40,7 +40,7 @@ class Samples:
         dataset: str,
         settings: dict[str, Any],
         total: int,
-        kind: type[Any] = Sample,
+        kind: type[Any] = PredictedSample,
         writer: str = "",
     ) -> None:
         self.folder = folder
@@ -84,18 +84,18 @@ class Samples:
         Raises:
             InputError: a file is not what was written into it.
         """
-        found: dict[int, Any] = {}
+        samples: dict[int, Any] = {}
         own = 0
         for source in [*self.partials, self.finished]:
             whole = _whole_lines(source)
             rows = read_samples(whole, source, self.kind) if whole else []
             # What was cut short while files were put together leaves a sample in two of them, the same in both.
-            found = {row["index"]: row for row in rows} | found
+            samples = {row["index"]: row for row in rows} | samples
             own = len(rows) if source == self.partial else own
-        check_layers(list(found.values()), self.kind, self.partials[0] if self.partials else self.finished)
-        self.records = [found[index] for index in sorted(found)]
-        self.missing = [index for index in range(self.total) if index not in found]
-        self._gathered = own == len(found) and not _torn(self.partial)
+        check_layers(list(samples.values()), self.partials[0] if self.partials else self.finished)
+        self.records = [samples[index] for index in sorted(samples)]
+        self.missing = [index for index in range(self.total) if index not in samples]
+        self._gathered = own == len(samples) and not _torn(self.partial)
 
     def check(self) -> None:
         """Raises OSError if anything but a regular file is in the place of a file that is written, or a link in that
@@ -107,7 +107,7 @@ class Samples:
     def reopen(self) -> None:
         """Put what `read` found into one partial file, whatever it was in, and take back what was published."""
         if not self._gathered:
-            write_whole(self.partial, to_jsonl(self.records))
+            write_whole(self.partial, _lines(self.records))
         for path in (*(one for one in self.partials if one != self.partial), self.published, self.finished):
             remove(path)
 
@@ -126,7 +126,7 @@ class Samples:
             writing(self.partial, "; earlier samples are kept"),
             Open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file,
         ):
-            file.write(to_jsonl(fresh).encode("utf-8"))
+            file.write(_lines(fresh).encode("utf-8"))
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 file.sync()
                 self._synced = time.monotonic()
@@ -140,7 +140,7 @@ class Samples:
         fields = published(self.kind)
         write_whole(self.published, to_jsonl([{key: row[key] for key in fields} for row in self.records]))
         self.finished.parent.mkdir(exist_ok=True)
-        write_whole(self.finished, to_jsonl(self.records))
+        write_whole(self.finished, _lines(self.records))
         for path in self.partials:
             remove(path)
 
@@ -153,6 +153,11 @@ class Samples:
         """Remove what was left of writing its files when a process was killed."""
         for path in self.files:
             sweep(path)
+
+
+def _lines(records: Sequence[dict[str, Any]]) -> str:
+    """Samples as lines of a file."""
+    return to_jsonl([record | {"stats": record["stats"].to_json()} for record in records])
 
 
 def _whole_lines(path: Path) -> bytes:

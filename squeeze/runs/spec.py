@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from squeeze.benchmarks.requests import HELM_TASKS
+from squeeze.allocations import ALLOCATIONS, DEFAULT
+from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.cli.arguments import path_text, real, whole
 from squeeze.cli.fields import flag, flags_of
-from squeeze.config import ALGORITHMS, ALLOCATIONS, DEFAULT_ALGORITHM, DTYPES, SqueezeConfig
+from squeeze.config import DEFAULT_ALGORITHM, DTYPES, SqueezeConfig
 from squeeze.errors import InputError
+from squeeze.evictors import EVICTORS
 from squeeze.numbers import MOST_SEED
 from squeeze.text import shortened
 
-TASKS = {"Long": "LongBench", "e": "LongBench-E", **HELM_TASKS}
 MODEL_ARCHS = ("Mistral", "llama", "no_change")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
@@ -62,7 +63,7 @@ class RunSpec:
     algorithm: str | None = flag(
         None,
         "which tokens stay: sliding_window (default for Mistral), streaming (StreamingLLM, default for llama) or h2o",
-        choices=ALGORITHMS,
+        check=EVICTORS.check,
         axis=4,
         squeezed=True,
     )
@@ -72,7 +73,7 @@ class RunSpec:
         "log scale), paper (the published formula to the letter, which can lose part of the total); or calibrated, "
         "without --KV_class3, from the loss curves that python -m squeeze.calibrate measures once; or measured, the "
         "same from curves of each prompt's own last tokens, for studies: it costs several prefills",
-        choices=ALLOCATIONS,
+        check=ALLOCATIONS.check,
         axis=5,
         squeezed=True,
     )
@@ -192,9 +193,9 @@ class RunSpec:
 
     def check(self) -> None:
         """Raises InputError where a word is none of those allowed, or flags do not go together."""
-        if self.pred not in TASKS:
-            tasks = " or ".join(f"{task} ({name})" for task, name in TASKS.items())
-            raise InputError(f"--pred must be {tasks}, got {shortened(self.pred)}")
+        if self.pred not in BENCHMARKS:
+            names = " or ".join(f"{benchmark.name} ({benchmark.title})" for benchmark in BENCHMARKS.values())
+            raise InputError(f"--pred must be {names}, got {shortened(self.pred)}")
         if self.model_arch is not None and self.model_arch not in MODEL_ARCHS:
             raise InputError(f"--model_arch must be one of {', '.join(MODEL_ARCHS)}, got {shortened(self.model_arch)}")
         if self.device_map is not None:
@@ -206,23 +207,21 @@ class RunSpec:
             value = getattr(self, name)
             if known.choices and value is not None and value not in known.choices:
                 raise InputError(f"--{name} must be one of {', '.join(known.choices)}, got {shortened(value)}")
+            if known.check is not None and value is not None:
+                known.check(value, f"--{name}")
         if self.top_p < 1 and self.temperature == 0:
             raise InputError("--top_p is for sampling: give --temperature as well")
         if self.fidelity and self.temperature > 0:
             raise InputError("--fidelity compares greedy answers: leave --temperature out")
-        self._check_task()
+        self._check_benchmark()
 
-    def _check_task(self) -> None:
-        """Raises InputError for flags that are another benchmark's: HELM's requests say how they are run."""
-        if self.pred not in HELM_TASKS:
-            if self.requests is not None:
-                raise InputError(f"--requests is for --pred {' or '.join(HELM_TASKS)}")
-            return
-        for name in ("datasets", "data_dir", "chat", "temperature", "top_p"):
-            if getattr(self, name) != FLAGS[name].default:
-                raise InputError(
-                    f"--{name} is for LongBench: with --pred {self.pred} the requests say what is run and how"
-                )
+    def _check_benchmark(self) -> None:
+        """Raises InputError for flags that are another benchmark's."""
+        benchmark = BENCHMARKS[self.pred]
+        for name in dict.fromkeys(name for other in BENCHMARKS.values() for name in other.flags):
+            if name not in benchmark.flags and getattr(self, name) != FLAGS[name].default:
+                takers = [other.name for other in BENCHMARKS.values() if name in other.flags]
+                raise InputError(benchmark.refusal(name, takers))
 
     def config(self, model_type: str | None = None) -> SqueezeConfig | None:
         """What the flags ask of the cache; None for the full cache.
@@ -244,7 +243,7 @@ class RunSpec:
             algorithm=algorithm,
             ini_size=self.ini_size,
             kv_class3=self.KV_class3,
-            allocation="squeeze" if self.allocation is None else self.allocation,
+            allocation=DEFAULT if self.allocation is None else self.allocation,
             start_size=self.start_size,
             attn=self.attn,
             compile=self.compile,

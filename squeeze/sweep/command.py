@@ -15,7 +15,7 @@ from squeeze.cli.arguments import Parser, real, user_path, whole
 from squeeze.cli.run import run_command
 from squeeze.errors import InputError
 from squeeze.ranks import ALONE
-from squeeze.runs.execute import OpenJob, Worker, do, here
+from squeeze.runs.execute import OpenJob, Worker, execute, local_worker
 from squeeze.runs.jobs import Job, prepare_all
 from squeeze.runs.spec import RunSpec
 from squeeze.sweep.grid import read_grid
@@ -73,7 +73,7 @@ class Local:
         return prepare_all(checking(runs, "reading the grid"))
 
     def worker(self, group: Sequence[OpenJob], bar: tqdm) -> AbstractContextManager[Worker]:
-        return here(group, ALONE, bar)
+        return local_worker(group, ALONE, bar)
 
 
 def checking(items: Sequence[Item], doing: str) -> Iterable[Item]:
@@ -187,7 +187,7 @@ def run(groups: Sequence[Sequence[OpenJob]], engine: Engine) -> list[str]:
         for group in groups:
             try:
                 with engine.worker(group, bar) as worker:
-                    for one, index in do(group, worker):
+                    for one, index in execute(group, worker):
                         bar.write(one.report(index))
                         done += 1
                         bar.set_description(f"{done}/{len(samples)} points")

@@ -29,7 +29,7 @@ class Total:
         prompt_tokens: of those samples.
         prefilled: those tokens where prompts that runs share are counted once.
         new_tokens: the most that can come out.
-        measured: tokens to run for loss curves, of the allocation `measured`.
+        measured: tokens to run for loss curves, of allocations that need them on every prompt.
         prefill_bytes: the most keys and values that a prefill holds.
     """
 
@@ -64,7 +64,6 @@ def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
 
 def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
     """The lines of runs on one model and the same data; what they come to is added to `total`."""
-    from squeeze.benchmarks import predict
     from squeeze.models import loading
     from squeeze.models.folder_config import model_config
 
@@ -72,7 +71,8 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
     lines = []
     tokenizer, config = loading.load_tokenizer(job.model_folder), model_config(job.model_folder)
     for index, data in enumerate(job.data):
-        prompts = predict.encode(tokenizer, data, max(one.samples[index].total for one in group), job.options)
+        total_rows = max(one.samples[index].total for one in group)
+        prompts = job.benchmark.encode(tokenizer, data, total_rows, job.options)
         shared: dict[Any, set[int]] = {}
         for one in group:
             samples = one.samples[index]
@@ -100,7 +100,7 @@ def _prefills(job: Job) -> list[Any]:
     """The ways in which a run prefills a prompt; runs share those that are equal."""
     if job.config is None:
         return [job.folder]  # transformers' own, which is not shared
-    squeezed: Any = ("squeezed", job.config.algorithm == "h2o", job.config.attn)
+    squeezed: Any = ("squeezed", job.config.evictor.needs_scores, job.config.attn)
     if job.config.prefill_chunk is not None:
         squeezed = "in chunks", job.folder  # what a chunk attends to depends on the budgets
     return [squeezed, job.folder] if job.spec.fidelity else [squeezed]
@@ -110,7 +110,7 @@ def _measuring(job: Job, config: PretrainedConfig, lengths: Sequence[int]) -> in
     """Tokens that are run for the loss curves of prompts of these lengths."""
     from squeeze.engine import loss_curves
 
-    if job.config is None or job.config.allocation != "measured":
+    if job.config is None or job.config.allocator.needs != "loss_curves":
         return 0
     return sum(loss_curves.cost(length, 1, config.num_hidden_layers) for length in lengths)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
+from squeeze.allocations import ALLOCATIONS, DEFAULT
 from squeeze.cli.arguments import check_text
-from squeeze.config import BY_LOSS
 from squeeze.errors import InputError
 from squeeze.numbers import MOST_DIGITS, parse_fraction
 from squeeze.runs.spec import FLAGS, SQUEEZED, RunSpec
@@ -195,11 +195,11 @@ def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[
                     some = base | ({"algorithm": algorithm} if algorithm else {})
                     for ini_size in sizes:
                         yield some | {"ini_size": ini_size, "KV_class3": ini_size}
-                        for allocation in values.get("allocation") or ["squeeze"]:
-                            if allocation in BY_LOSS:
+                        for allocation in values.get("allocation") or [DEFAULT]:
+                            if "class3" not in ALLOCATIONS.find(allocation).fields:
                                 yield some | {"allocation": allocation, "ini_size": ini_size}
                                 continue
-                            more = {"allocation": allocation} if allocation != "squeeze" else {}
+                            more = {"allocation": allocation} if allocation != DEFAULT else {}
                             for text in values.get("KV_class3") or []:
                                 kv_class3 = class3(text, ini_size)
                                 larger = Fraction(kv_class3) - Fraction(ini_size)

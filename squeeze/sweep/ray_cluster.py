@@ -20,7 +20,7 @@ from squeeze import threads
 from squeeze.compatibility import install
 from squeeze.errors import InputError
 from squeeze.ranks import Ranks
-from squeeze.runs.execute import OpenJob, Worker, kind_of, load, work_on
+from squeeze.runs.execute import OpenJob, Worker, load, measure_of, work_on
 from squeeze.runs.jobs import Job, prepare_all
 from squeeze.runs.samples import Samples
 from squeeze.runs.spec import RunSpec
@@ -86,26 +86,26 @@ class Cluster:
     def worker(self, group: Sequence[OpenJob], bar: tqdm) -> Iterator[Worker]:
         """Does runs on one model and the same data in as many tasks as fit on the cluster at once."""
 
-        def work(todo: Sequence[OpenJob], index: int) -> int:
-            batch_size = todo[0].job.options.batch_size
-            for one in todo:  # before others write
-                one.run.begin(one.samples[index])
-            most = max(one.samples[index].total for one in todo)
-            shards = min(self.workers, -(-most // batch_size))
+        def work(jobs: Sequence[OpenJob], index: int) -> int:
+            for one in jobs:  # before others write
+                if one.samples[index].missing:
+                    one.run.begin(one.samples[index])
+            most = max(one.samples[index].total for one in jobs)
+            shards = min(self.workers, -(-most // jobs[0].job.options.batch_size))
             # Where there are fewer batches than workers, the runs are divided as well.
-            parts = min(len(todo), max(1, self.workers // shards))
+            parts = min(len(jobs), max(1, self.workers // shards))
             tasks = [
                 self._submit(
                     run_share,
                     os.getcwd(),
-                    [(one.job.spec, one.job.settings) for one in todo[part::parts]],
+                    [(one.job.spec, one.job.settings) for one in jobs[part::parts]],
                     index,
                     Ranks(shard, shards),
                 )
                 for part in range(parts)
                 for shard in range(shards)
             ]
-            return min(self._results(tasks, [one.samples[index] for one in todo], bar))
+            return min(self._results(tasks, [one.samples[index] for one in jobs], bar))
 
         yield work
 
@@ -172,8 +172,8 @@ def run_share(folder: str, runs: Sequence[tuple[RunSpec, dict[str, Any]]], index
         data = job.data[index]
         # A name that no other attempt has: a line that was torn when a worker died is never added to.
         writer = f"{share.rank + 1}-{platform.node()}-{os.getpid()}"
-        count = data.count(job.spec.sample_num)
-        samples = Samples(job.folder, data.dataset, job.settings_of(data), count, kind_of(job.spec).sample, writer)
+        kind = measure_of(job).sample
+        samples = Samples(job.folder, data.dataset, job.settings_of(data), job.count(data), kind, writer)
         samples.read()
         jobs.append((job, samples))
     return work_on(jobs, index, _loaded([job for job, _ in jobs]), share, tqdm(disable=True))

@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-from squeeze.allocations.formula import allocate, classify, formula
+from squeeze import Paper, PromptFacts, Squeeze, SqueezeLog
+from squeeze.allocations.classes import classify, formula
+
+ALLOCATIONS = {"squeeze": Squeeze, "squeeze-log": SqueezeLog, "paper": Paper}
 
 similarities = st.lists(st.floats(-1, 1, allow_nan=False), min_size=1, max_size=40)
 fractions = st.integers(1, 1000).map(lambda n: Fraction(n, 1000))
@@ -23,15 +26,8 @@ SMOLLM2 = np.array([
 
 
 def run(values, allocation="squeeze", ini="0.2", class3="0.1", length=1000, cap=1064, minimum=2):
-    return allocate(
-        np.array(values),
-        allocation=allocation,
-        ini_size=Fraction(ini),
-        kv_class3=Fraction(class3),
-        length=length,
-        cap=cap,
-        minimum=minimum,
-    )
+    facts = PromptFacts(len(values), length, cap, minimum, None if values[0] is None else np.array(values))
+    return ALLOCATIONS[allocation](ini, class3).allocate(facts)
 
 
 @settings(max_examples=400, deadline=None)
@@ -82,7 +78,7 @@ def test_equal_fractions_are_uniform(values, ini, length):
 )
 def test_equal_fractions_need_no_similarities(values, allocation, ini, length, cap, minimum):
     """A bounded prefill asks for budgets before any similarity is known."""
-    measured, unknown = (run(v, allocation, ini, ini, length, cap, minimum) for v in (values, np.zeros(len(values))))
+    measured, unknown = (run(v, allocation, ini, ini, length, cap, minimum) for v in (values, [None] * len(values)))
     assert (measured.tokens, measured.notes) == (unknown.tokens, unknown.notes)
 
 

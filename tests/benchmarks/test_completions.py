@@ -49,7 +49,7 @@ def test_greedy_completions_are_the_models_and_so_are_their_log_probabilities(ti
         assert "".join(completion.tokens) == completion.text
         assert completion.token_logprobs == pytest.approx(logprobs, abs=1e-4)
         assert completion.finish_reason == "length"
-        assert measured["new_tokens"] == len(completion.tokens) == 12
+        assert measured.new_tokens == len(completion.tokens) == 12
         for step, top in enumerate(completion.top_logprobs):
             assert max(top.values()) == pytest.approx(logprobs[step], abs=1e-4)
             assert top[tiny[1].decode([new[step]])] == max(top.values())
@@ -101,7 +101,7 @@ def test_a_stop_string_is_cut_exactly_and_only_its_own_row_ends(tiny, config):
         kept = len(completion.tokens)
         assert completion.token_logprobs == pytest.approx(whole.token_logprobs[:kept], abs=1e-4)
         assert len(completion.top_logprobs) == kept
-        assert (measured["new_tokens"] < 16) == (stop in text and text.index(stop) + 3 < len(text) - 2)
+        assert (measured.new_tokens < 16) == (stop in text and text.index(stop) + 3 < len(text) - 2)
     assert found[1][0].finish_reason == "stop"
 
 

@@ -3,15 +3,19 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model
+from test_calibrate import save_curves
 from tiny import save_rows, save_tiny
 
 import pred
 from squeeze import InputError, SqueezeConfig, squeezed
+from squeeze.allocations.calibration import read_calibration
 from squeeze.benchmarks import fidelity
 from squeeze.benchmarks.longbench.data import generation_lengths
+from squeeze.benchmarks.records import FidelityStats
 from squeeze.report import command as report
 
 PROMPTS = [torch.arange(3, 40), torch.arange(20, 90), torch.arange(5, 70)]
@@ -20,7 +24,9 @@ SETTINGS = {"max_new_tokens": 9, "eos_token_id": [198]}
 
 def measured(model, prompts, settings, run):
     """What is found on a batch."""
-    return fidelity.compare(model, prompts, fidelity.answer(model, prompts, settings), run, settings["max_new_tokens"])
+    full = fidelity.answer(model, prompts, settings)
+    [found] = fidelity.compare(model, prompts, full, run, [run.config], settings["max_new_tokens"])
+    return [{key: one[key] for key in ("kl", "agreement", "tokens")} for one in found]
 
 
 def slow(model, prompt, run, steps):
@@ -56,6 +62,69 @@ def test_a_batch_is_compared_as_a_slow_loop_does(algorithm):
             assert one["agreement"] == sum(same) / len(same)
 
 
+@pytest.fixture
+def configs(tmp_path):
+    """`configs(algorithm)`: every allocation, at two sizes."""
+
+    def make(algorithm):
+        losses = np.random.default_rng(1).random((2, 2, 5, 2)).tolist()
+        start_size = 4 if algorithm == "streaming" else None
+        path = save_curves(tmp_path / "curves.json", algorithm=algorithm, start_size=start_size, loss=losses)
+        by_class = [("squeeze", "0.3"), ("squeeze", "0.1"), ("squeeze-log", "0.1"), ("paper", "0.1")]
+        return [
+            *(SqueezeConfig(algorithm, "0.3", kv_class3, allocation) for allocation, kv_class3 in by_class),
+            SqueezeConfig(algorithm, "0.3", allocation="calibrated", calibration=read_calibration(path)),
+            SqueezeConfig(algorithm, "0.3", allocation="measured"),
+            SqueezeConfig(algorithm, "0.6", "0.2"),
+        ]
+
+    return make
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("algorithm", "window"), [("sliding_window", None), ("streaming", None), ("h2o", None), ("h2o", 90)]
+)
+def test_configurations_together_are_compared_as_a_slow_loop_does(algorithm, window, configs):
+    model = random_model("mistral", sliding_window=window)
+    prompt = torch.randint(3, 199, (210,), generator=torch.Generator().manual_seed(2))
+    some, steps = configs(algorithm), SETTINGS["max_new_tokens"]
+    full = fidelity.answer(model, [prompt], SETTINGS)
+    with squeezed(model, some[0]) as run:
+        run.share_prefills = True
+        together = fidelity.compare(model, [prompt], full, run, some, steps)
+        run.share_prefills = False
+        for [one], config in zip(together, some, strict=True):
+            [[alone]] = fidelity.compare(model, [prompt], full, run, [config], steps)
+            assert one["kl"] == pytest.approx(alone.pop("kl"), rel=1e-5, abs=1e-5)
+            assert {key: one[key] for key in alone} == alone, "agreement, tokens, KV bytes and notes"
+            kl, same = slow(model, prompt, run, steps)
+            assert one["tokens"] == len(kl) > 3 and one["agreement"] == sum(same) / len(same)
+            assert one["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-4, abs=1e-5)
+        assert len({one["kl"] for [one] in together}) > 3, "their budgets differ"
+
+
+@torch.inference_mode()
+def test_what_does_not_fit_into_memory_together_is_compared_in_parts(configs, monkeypatch):
+    model, original, tried = random_model("llama"), fidelity._compare, []
+
+    def short(*args):
+        tried.append(len(args[4]))
+        if tried[-1] > 2:
+            raise MemoryError
+        return original(*args)
+
+    prompt = torch.randint(3, 199, (210,), generator=torch.Generator().manual_seed(2))
+    full = fidelity.answer(model, [prompt], SETTINGS)
+    with squeezed(model, configs("h2o")[0]) as run:
+        run.share_prefills = True
+        whole = fidelity.compare(model, [prompt], full, run, configs("h2o"), 9)
+        monkeypatch.setattr(fidelity, "_compare", short)
+        parts = fidelity.compare(model, [prompt], full, run, configs("h2o"), 9)
+    assert tried == [7, 3, 1, 2, 4, 2, 2]
+    assert [one["kl"] for [one] in parts] == pytest.approx([one["kl"] for [one] in whole], rel=1e-5)
+
+
 def test_the_whole_cache_agrees_with_itself():
     model = random_model("mistral")
     with squeezed(model, SqueezeConfig(budgets=[999] * 5)) as run:
@@ -76,15 +145,15 @@ def test_an_answer_ends_at_its_stop_token():
 
 
 def test_summary_with_and_without_tokens():
-    stats = {"kv_bytes": 20, "full_kv_bytes": 100}
-    nothing = stats | {"kl": None, "agreement": None, "tokens": 0}
-    some = [stats | {"kl": kl, "agreement": 1 - kl, "tokens": 4} for kl in (0.1, 0.3)]
-    found = fidelity.summarize([nothing, *some])
+    measure, held = fidelity.Fidelity(), {"kv_bytes": 20.0, "full_kv_bytes": 100, "notes": []}
+    nothing = FidelityStats(None, None, 0, **held)
+    some = [FidelityStats(kl, 1 - kl, 4, **held) for kl in (0.1, 0.3)]
+    found = measure.summarize([nothing, *some])
     assert (found["samples"], found["compared"], found["kept"], found["tokens"]) == (3, 2, 0.2, 8)
     assert found["kl"] == {"mean": 0.2, "low": 0.1, "high": 0.3}
-    assert fidelity.describe([nothing, *some]).startswith("KL 0.2000 [0.1000, 0.3000], agreement 0.8000")
-    assert "kl" not in fidelity.summarize([nothing])
-    assert fidelity.describe([nothing]) == "no tokens to compare so far"
+    assert measure.describe([nothing, *some]).startswith("KL 0.2000 [0.1000, 0.3000], agreement 0.8000")
+    assert "kl" not in measure.summarize([nothing])
+    assert measure.describe([nothing]) == "no tokens to compare so far"
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

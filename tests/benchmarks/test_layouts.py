@@ -227,6 +227,6 @@ def test_layouts_agree():
     lines("a/qmsum.jsonl")
     kvcache("b/qmsum/H2O.json")
     mini("c/MiniLongBench_qmsum.json")
-    found = [layouts.find(Path(one)).rows("qmsum") for one in ("a", "b", "b/H2O", "c")]
+    found = [layouts.read(layouts.find(Path(one)).files["qmsum"], "qmsum") for one in ("a", "b", "b/H2O", "c")]
     scores = [scoring.sample_scores("qmsum", rows) for rows in found]
     assert scores == [scores[0]] * 4 and scores[0][0] == pytest.approx(2 / 3)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import zipfile
 
+import huggingface_hub
 import pytest
 from tiny import LISTS, save_rows
 
@@ -18,6 +19,7 @@ from squeeze.benchmarks.longbench.data import (
     load_data,
     prompt_formats,
 )
+from squeeze.benchmarks.registry import BENCHMARKS
 
 #: For each data set: LongBench's generation length, and the start of the SHA-256 of its prompt, filled in with
 #: `<CONTEXT>` and `<INPUT>`.
@@ -85,7 +87,7 @@ def test_local_rows(tmp_path):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert data.origin == {"source": str(path), "revision": None, "sha256": digest, "rows": 2}
     assert data.settings["data_sha256"] == digest
-    assert (data.count(None), data.count(1), data.count(9)) == (2, 1, 2)
+    assert [BENCHMARKS["Long"].count(data, wanted) for wanted in (None, 1, 9)] == [2, 1, 2]
 
 
 ROW = {"context": "c", "input": "i", **LISTS}
@@ -133,8 +135,8 @@ def test_rows_from_the_hub_are_read_from_its_zip(tmp_path, monkeypatch):
     archive.parent.mkdir()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("data/samsum.jsonl", json.dumps(ROW) + "\n")
-    monkeypatch.setattr(longbench, "try_to_load_from_cache", lambda **file: None)
-    monkeypatch.setattr(longbench, "hf_hub_download", lambda **file: str(archive))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda **file: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda **file: str(archive))
     data = load_data("samsum", None)
     assert data.rows == [ROW]
     assert (data.source, data.revision) == ("THUDM/LongBench/data/samsum.jsonl", "f00d")
@@ -162,7 +164,7 @@ def whole_archive(path, rows):
 
 
 def test_download_checks_every_row(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(longbench, "try_to_load_from_cache", lambda **file: str(tmp_path / "data.zip"))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda **file: str(tmp_path / "data.zip"))
     whole_archive(tmp_path / "data.zip", {"samsum_e": 7})
     download.main(["download"])
     shown = capsys.readouterr().out
@@ -184,6 +186,6 @@ def test_demo_rows_are_of_every_data_set():
 
 
 def test_without_network_and_local_data_it_says_how_to_get_them(monkeypatch):
-    monkeypatch.setattr(longbench, "try_to_load_from_cache", lambda **file: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda **file: None)
     with pytest.raises(InputError, match=r"--data_dir FOLDER .*--data_dir data/longbench has"):
         load_data("samsum", None)

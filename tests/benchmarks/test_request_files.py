@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from squeeze.benchmarks.helm import HELM
 from squeeze.benchmarks.requests import key, parse, read_requests
 from squeeze.errors import InputError
 
@@ -19,7 +20,7 @@ def test_the_published_layout(tmp_path):
     found = request.decoding
     assert (found.max_tokens, found.temperature, found.top_p, found.n, found.stop) == (64, 0.3, 1, 1, ("###",))
     assert data.made_by is None
-    assert data.count(None) == data.count(5) == 1
+    assert HELM[0].count(data, None) == HELM[0].count(data, 5) == 1
 
 
 def test_requests_that_decode_alike_have_one_key():

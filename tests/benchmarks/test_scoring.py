@@ -10,15 +10,13 @@ from squeeze.benchmarks.longbench.data import prompt_formats
 from squeeze.benchmarks.longbench.scoring import (
     GROUPS,
     bucket_scores,
-    dataset_score,
-    difference,
     group_scores,
-    interval,
     means,
     read_predictions,
     rouge_details,
     sample_scores,
 )
+from squeeze.benchmarks.scores import dataset_score, difference, interval
 
 
 def score(dataset, prediction, *answers, classes=None):

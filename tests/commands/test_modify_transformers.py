@@ -4,7 +4,7 @@ import pytest
 
 import modify_transformers
 from squeeze import compatibility
-from squeeze.allocations.formula import Budgets
+from squeeze.allocations.base import Budgets
 from squeeze.engine import decoder_layer as layer
 from squeeze.engine import patch
 

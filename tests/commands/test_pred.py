@@ -13,10 +13,10 @@ from tiny import LISTS, save_rows, save_tiny, tiny_tokenizer
 import eval
 import pred
 from squeeze import InputError, SqueezeConfig, squeezed
-from squeeze.benchmarks import predict as predict_module
 from squeeze.benchmarks.longbench.data import build_prompt, generation_lengths
 from squeeze.benchmarks.longbench.prompts import encode_prompt
 from squeeze.cli.run import run_command
+from squeeze.generation import generate as generation
 from squeeze.generation.generate import full_cache_bytes, generate
 from squeeze.models import loading
 from squeeze.models.loading import load
@@ -158,7 +158,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(place, monkeypatch, ca
     predict(*SQUEEZE)
     folder = Path("pred_Long/tiny/0.3/12.6")
     expected = (folder / "samsum.jsonl").read_bytes()
-    sizes, real = [], predict_module.generate
+    sizes, real = [], generation.generate
 
     def small_memory(model, prompts, *rest):
         sizes.append(len(prompts))
@@ -166,7 +166,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(place, monkeypatch, ca
             raise error
         return real(model, prompts, *rest)
 
-    monkeypatch.setattr(predict_module, "generate", small_memory)
+    monkeypatch.setattr(generation, "generate", small_memory)
     limit, error = 2, torch.OutOfMemoryError("CUDA out of memory")
     predict(*SQUEEZE, "--batch_size", "5", "--overwrite")
     assert (folder / "samsum.jsonl").read_bytes() == expected
@@ -244,8 +244,8 @@ def test_a_stop_token_comes_second_at_the_earliest(place):
     assert generate(model, prompts, settings | {"min_new_tokens": 1}, None)[0][0].tolist() == [1, 0]
     [output], [stats] = generate(model, prompts, settings, None)
     assert output.tolist() == [0]
-    assert stats["new_tokens"] == 1
-    assert stats["prompt_tokens"] == 3
+    assert stats.new_tokens == 1
+    assert stats.prompt_tokens == 3
 
 
 @pytest.mark.parametrize("squeeze", [False, True])
@@ -262,7 +262,7 @@ def test_a_prompt_that_stops_early_ends_at_its_stop_token(place, squeeze):
         outputs, stats = generate(model, prompts, settings | {"eos_token_id": [stop]}, run)
     expected = [row[: row.index(stop) + 1] if stop in row else row for row in whole]
     assert [output.tolist() for output in outputs] == expected
-    assert [one["new_tokens"] for one in stats] == [len(row) for row in expected]
+    assert [one.new_tokens for one in stats] == [len(row) for row in expected]
     assert min(map(len, expected)) < max(map(len, expected))
 
 
@@ -271,7 +271,7 @@ def test_full_cache_bytes_are_those_of_the_models_own_window(place):
     assert full_cache_bytes(model.config, 10, model.dtype) == 2 * 5 * 2 * 8 * 10 * 2
     _, [stats] = generate(model, [torch.arange(3, 43)], {"max_new_tokens": 4, "do_sample": False}, None)
     per_token = 2 * 5 * 2 * 8 * 2
-    assert stats["kv_bytes"] == stats["full_kv_bytes"] == 15 * per_token, "what the next token may look back at"
+    assert stats.kv_bytes == stats.full_kv_bytes == 15 * per_token, "what the next token may look back at"
 
 
 def test_long_prompts_are_cut_to_the_models_positions(place, capsys):
@@ -297,9 +297,9 @@ def test_what_is_measured_is_the_engines(place):
     prompts = [torch.arange(5, 45)]
     with squeezed(model, SqueezeConfig(ini_size="0.5", kv_class3="0.2")) as run:
         _, [stats] = generate(model, prompts, {"max_new_tokens": 4, "do_sample": False}, run)
-        assert stats["budgets"] == run.budgets[0].tolist()
-        assert stats["kv_bytes"] == run.kv_bytes
-    assert sum(stats["budgets"]) == 100
+        assert stats.budgets == run.budgets[0].tolist()
+        assert stats.kv_bytes == run.kv_bytes
+    assert sum(stats.budgets) == 100
 
 
 def test_compiled_decoding_is_a_setting_of_the_run(place):

@@ -10,7 +10,9 @@ from tqdm import tqdm
 
 import pred
 from squeeze import InputError
-from squeeze.benchmarks import predict
+from squeeze.benchmarks import encoding
+from squeeze.benchmarks.base import Options
+from squeeze.benchmarks.longbench import benchmark
 from squeeze.benchmarks.longbench.data import generation_lengths, load_data
 
 INST = "[INST]{prompt}[/INST]"
@@ -73,16 +75,16 @@ def test_samples_of_another_format_are_not_mixed(capsys):
 
 
 def test_long_texts_are_tokenized_under_a_bar_and_only_those_that_are_asked_for(monkeypatch, capsys):
-    monkeypatch.setattr(predict, "tqdm", partial(tqdm, disable=False))
+    monkeypatch.setattr(encoding, "tqdm", partial(tqdm, disable=False))
     save_rows(Path("data"), count=3)
     tokenizer, data, seen = tiny_tokenizer(), load_data("samsum", "data"), []
-    how = predict.Options(max_length=10_000, model_name="M")
-    quiet = predict.encode(tokenizer, data, 2, how)
+    options = Options(max_length=10_000, model_name="M")
+    quiet = benchmark.LONGBENCH.encode(tokenizer, data, 2, options)
     assert "tokenizing" not in capsys.readouterr().err
-    monkeypatch.setattr(predict, "LONG_TEXT", 10)
+    monkeypatch.setattr(encoding, "LONG_TEXT", 10)
     monkeypatch.setattr(
-        predict, "build_prompt", lambda dataset, row: seen.append(row) or f"{len(seen)} {row['context']}"
+        benchmark, "build_prompt", lambda dataset, row: seen.append(row) or f"{len(seen)} {row['context']}"
     )
-    said = predict.encode(tokenizer, data, 2, how)
+    said = benchmark.LONGBENCH.encode(tokenizer, data, 2, options)
     assert "samsum: tokenizing:   0%" in capsys.readouterr().err, "before the first one, which may take minutes"
     assert seen == data.rows[:2] and len(said) == len(quiet) == 2

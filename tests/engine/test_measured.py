@@ -59,6 +59,24 @@ def test_a_prefill_that_is_shared_is_still_there_after_measuring():
         assert run.kept_prefill is kept and run.shared_seconds > 0
 
 
+def test_curves_are_measured_before_the_prefill_begins(monkeypatch):
+    """No pass runs inside another, and a kept prefill that does not serve is let go of before there is a new one."""
+    model, original, passes = random_model("llama"), loss_curves.measure, []
+    with squeezed(model, SqueezeConfig("h2o", "0.3", "0.1")) as run, torch.no_grad():
+        run.share_prefills = True
+        model(PROMPT[None, 20:], past_key_values=run.cache(4))
+        run.use(SqueezeConfig("h2o", "0.3", allocation="measured"))
+
+        def measure(*given):
+            passes.append((run.under_way, run.kept_prefill))
+            return original(*given)
+
+        monkeypatch.setattr(loss_curves, "measure", measure)
+        model(PROMPT[None], past_key_values=run.cache(4))
+        assert passes == [(None, None)]
+        assert run.kept_prefill.inputs.equal(PROMPT[None]) and run.shared_seconds == 0
+
+
 def test_curves_of_a_model_with_a_window_of_its_own():
     """The full cache sees no more than the window, and no layer is given more."""
     model = random_model("mistral", sliding_window=70)

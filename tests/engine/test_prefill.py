@@ -1,6 +1,7 @@
 """Prefills whose budgets are known, whole or in chunks: what they hold at their peak, and what they give."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -120,6 +121,85 @@ def test_a_prefill_that_broke_off_can_be_done_again():
         handle.remove()
         assert model(ids, attention_mask=mask, past_key_values=cache).logits.equal(expected)
         assert run.similarities.shape == (3, 5)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(
+    ("algorithm", "sizes"),
+    [("h2o", {"ini_size": "0.3", "kv_class3": "0.1"}), ("streaming", UNIFORM | {"prefill_chunk": 64})],
+    ids=["measured", "chunks"],
+)
+def test_a_prefill_that_failed_leaves_nothing_behind(algorithm, sizes, share):
+    """Not its state, not its tensors, not what it was about to tell: even where the cache and the model live on."""
+    model, (ids, mask) = random_model("llama"), BATCH
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    with squeezed(model, SqueezeConfig(algorithm, **sizes)) as run, torch.no_grad():
+        run.share_prefills = share
+        expected = model(**inputs, past_key_values=run.cache(4)).logits
+        told, similarities = run.last, run.similarities
+        cache, left = run.cache(4), []
+
+        def fail(norm, args):
+            prefill = run.under_way
+            chunked = "prefill_chunk" in sizes
+            if len(prefill.similarities) == (3 if chunked else 1):
+                tensors = [prefill.stream, args[0], *cache.layers[0].contents, *prefill.similarities[-1]]
+                left.extend(weakref.ref(one) for one in (prefill, *tensors, cache.layers[0]))
+                raise KeyboardInterrupt
+
+        handle = model.model.layers[2].post_attention_layernorm.register_forward_pre_hook(fail, prepend=True)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids.flip(1)[:1, :250], past_key_values=cache)
+        handle.remove()
+        gc.collect()
+        assert len(left) >= 9 and [one() for one in left] == [None] * len(left)
+        assert run.under_way is None and run.last is told
+        if share and "prefill_chunk" not in sizes:
+            assert run.kept_prefill is None
+        assert model(**inputs, past_key_values=cache).logits.equal(expected)
+        assert (run.similarities == similarities).all() and run.shared_seconds == 0
+
+
+def test_a_prefill_to_fork_from_tells_nothing_and_lets_go_of_the_kept_one_first():
+    model, ids = random_model("llama"), BATCH[0][:1]
+    config = SqueezeConfig("h2o", "0.3", "0.1")
+    with squeezed(model, config) as run, torch.no_grad():
+        run.share_prefills = True
+        model(ids, past_key_values=run.cache(4))
+        told, kept, alive = run.last, weakref.ref(run.kept_prefill), []
+        handle = model.model.layers[0].register_forward_pre_hook(lambda *_: alive.append(kept()))
+        prefill = run.prefill(ids)
+        handle.remove()
+        assert alive == [None]
+        assert run.last is told and run.config == config and run.kept_prefill is None
+        cache = run.fork(prefill, [[5, 100, 290, 310, 500], [400] * 5], max_new_tokens=3)
+        assert cache.budgets.T.tolist() == [[5, 100, 290, 310, 500], [400] * 5]
+        logits = model(ids[:, :1].expand(2, 1), past_key_values=cache).logits
+        for row, budgets in enumerate(cache.budgets.T.tolist()):
+            run.use(SqueezeConfig("h2o", budgets=budgets))
+            alone = run.cache(3)
+            model(ids, past_key_values=alone)
+            torch.testing.assert_close(model(ids[:, :1], past_key_values=alone).logits[0], logits[row])
+
+
+def test_explicit_budgets_and_measured_similarities_share_what_they_can():
+    """A prefill without similarities is not taken over where they are needed; one with them tells none unasked."""
+    model, ids = random_model("llama"), BATCH[0][:1]
+    explicit, measured = SqueezeConfig("h2o", **EXPLICIT), SqueezeConfig("h2o", "0.3", "0.1")
+    with squeezed(model, measured) as run, torch.no_grad():
+        model(ids, past_key_values=run.cache(4))
+        expected = run.similarities, run.budgets
+        run.share_prefills = True
+        for config, shared in ((explicit, False), (measured, False), (explicit, True), (measured, True)):
+            run.use(config)
+            model(ids, past_key_values=run.cache(4))
+            assert (run.shared_seconds > 0) == shared
+            if config is measured:
+                assert all(
+                    (one == other).all() for one, other in zip((run.similarities, run.budgets), expected, strict=True)
+                )
+            else:
+                assert run.similarities is None and run.classes is None
 
 
 def settings_of(tokens):

@@ -1,5 +1,7 @@
 """What people put round a model: threads, PEFT, autocast, torch.compile."""
 
+import copy
+import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -181,6 +183,17 @@ def test_a_model_that_its_user_compiled(how):
         cache = run.cache(1)
         assert torch.equal(wrapped(IDS, past_key_values=cache).logits[:, -1].argmax(-1), expected[:, 60])
         assert cache.compressed
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_squeezed_model_is_not_copied(copied):
+    model = random_model("llama")
+    with (
+        squeezed(model, SqueezeConfig("h2o", "0.3", "0.1")),
+        pytest.raises(ValueError, match=r"leave the `with squeezed\(\.\.\.\)` block first"),
+    ):
+        copied(model)
+    assert torch.equal(copy.deepcopy(model)(IDS).logits, model(IDS).logits)
 
 
 def test_threads_that_each_squeeze_one_model_are_let_in_one_by_one(monkeypatch):

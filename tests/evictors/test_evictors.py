@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from squeeze.evictors import H2O, SlidingWindow, StreamingLLM, make_evictor
+from squeeze import H2O, SlidingWindow, StreamingLLM
+from squeeze.evictors import make_evictor
 
 NONE = torch.empty(0)
 

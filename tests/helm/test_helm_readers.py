@@ -10,14 +10,13 @@ from helm.common.request import Request
 from made_runs import make_helm
 from test_readers import LAYERS, MEASURED, manifest, samples_of
 
-from squeeze.benchmarks.records import AnsweredSample
+from squeeze.benchmarks.helm import HELM
 from squeeze.benchmarks.requests import key, read_requests
 from squeeze.helm import requests as helm_requests
 from squeeze.helm import score as helm_score
 from squeeze.helm.client import ReplayClient
 from squeeze.helm.files import ScenarioState
 from squeeze.helm.plugin import ArticlesScenario
-from squeeze.runs import stats
 from squeeze.storage.files import read_json, to_jsonl
 
 ASKED = {"prompt": "Hi", "max_tokens": 8, "temperature": 0.3, "stop": ["#"], "n": 1, "best_of": 1, "random": "1"}
@@ -36,7 +35,7 @@ COLUMNS = dict.fromkeys(("model", "algorithm", "allocation", "ini_size", "KV_cla
 
 def answered_samples():
     one = {"request": ASKED, "result": RESULT, "stats": MEASURED | LAYERS}
-    return samples_of(AnsweredSample, stats.summarize, stats.progress, [one])
+    return samples_of(HELM[0], [one])
 
 
 def helm_run():

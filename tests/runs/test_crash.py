@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[2]
 STUB = """
 import sys, time
 from pathlib import Path
-from squeeze.runs import Run
+from squeeze.generation.stats import SampleStats
+from squeeze.runs.folder import Run
 folder, total, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-row = {"answers": ["a"], "all_classes": None, "length": 1, "stats": {}}
+row = {"answers": ["a"], "all_classes": None, "length": 1, "stats": SampleStats(9, 2, 0.5, 0.5, 10.0, 0.0, 10, 9)}
 record = lambda i: {"index": i, "pred": f"é {i} " * 2000, **row}
 with Run(folder, {"model": "M"}, {}) as run:
     samples = run.open("samsum", {}, total)

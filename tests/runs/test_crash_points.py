@@ -5,17 +5,18 @@ import importlib
 import json
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
 
 import crash_points
 import pytest
 import torch
 from crash_points import contents, copy, points, run, run_pair, tell
-from made_runs import make_run
+from made_runs import make_run, measured
 from tiny import save_rows, save_tiny
 
 from squeeze import calibrate, ranks
-from squeeze.benchmarks import predict
+from squeeze.benchmarks.base import Measure
+from squeeze.benchmarks.longbench.benchmark import LongBench
+from squeeze.benchmarks.records import NoStats, PredictedSample
 from squeeze.commands import pred
 from squeeze.generation import generate
 from squeeze.helm import environment as helm_env
@@ -62,29 +63,27 @@ class Prepared:
 
 @contextmanager
 def no_model(_):
-    yield execute.Engine(None, None, None)
+    yield execute.LoadedModel(None, None, None)
 
 
-class Answered(TypedDict):
-    """A sample on which nothing was measured that a schema knows."""
+class Answers(Measure):
+    """Does nothing, but for telling that it was done."""
 
-    index: int
-    pred: str
-    answers: list[str]
-    all_classes: None
-    length: int
-    stats: dict[str, Any]
+    sample = PredictedSample
 
+    def run_batch(self, workload, batch):
+        samples = []
+        for index in batch:
+            tell(done=(workload.data.dataset, index))
+            row = {"pred": f"é {index} " * 40, "answers": ["a"], "all_classes": None, "length": index}
+            samples.append({"index": index, **row, "stats": measured(index)})
+        return samples
 
-def answer(model, tokenizer, data, prompts, squeezed, how):
-    """Work that does nothing, but for telling that it was done."""
+    def summarize(self, stats):
+        return {"samples": len(stats)}
 
-    def one(index):
-        tell(done=(data.dataset, index))
-        row = {"pred": f"é {index} " * 40, "answers": ["a"], "all_classes": None, "length": index}
-        return {"index": index, **row, "stats": {"tokens": index}}
-
-    return lambda batch: [one(index) for index in batch]
+    def describe(self, stats):
+        return ""
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +100,9 @@ def files(tmp_path_factory):
 def place(files, tmp_path, monkeypatch):
     """Where commands are run, which compute nothing; one folder for what is there before, one that is worked in."""
     prompts = [generate.Prompt(torch.zeros(20 - index, dtype=torch.long), {}) for index in range(4)]
-    kind = execute.Kind(Answered, answer, lambda stats: {"samples": len(stats)}, lambda stats: "")
     monkeypatch.setattr(execute, "load", no_model)
-    monkeypatch.setattr(execute, "kind_of", lambda args: kind)
-    monkeypatch.setattr(predict, "encode", lambda tokenizer, data, total, *_: prompts[:total])
+    monkeypatch.setattr(execute, "measure_of", lambda job: Answers())
+    monkeypatch.setattr(LongBench, "encode", lambda self, tokenizer, data, total, *_: prompts[:total])
     monkeypatch.setattr(jobs, "versions", dict)
     monkeypatch.setattr(calibrate, "versions", dict)
     monkeypatch.setattr(paths, "home", lambda: tmp_path / "now")
@@ -328,12 +326,12 @@ def test_calibrate(place, monkeypatch):
             tell(done=("curves", index))
             losses = [[[0.5] * 5] * 7] * len(shares)
             made = {"dataset": rows[index][0].dataset, "row": rows[index][1], "prompt_tokens": 9}
-            samples.append([{"index": index, **made, "loss": losses, "stats": {}}])
+            samples.append([{"index": index, **made, "loss": losses, "stats": NoStats()}])
 
     monkeypatch.setattr(calibrate, "measure", measure)
     flags = [*COMMON, "--algorithm", "h2o", "--datasets", "samsum", "--sample_num", "3"]
     folder = Path("calibration/tiny/h2o")
-    calibrate.job_of(calibrate.parser().parse_args(flags))
+    calibrate.prepare(calibrate.spec_of(calibrate.parser().parse_args(flags)))
     interrupt_everywhere(place, lambda: calibrate.calibrate(flags), check=truth(folder, "curves", total=3))
 
 

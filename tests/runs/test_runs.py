@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_runs import measured
 
 from squeeze import InputError, SqueezeConfig
 from squeeze.benchmarks.records import PredictedSample
@@ -60,7 +61,7 @@ def sample(index):
 
 
 def record(index):
-    return {"index": index, **sample(index), "stats": {"seconds": index}}
+    return {"index": index, **sample(index), "stats": measured(index)}
 
 
 def go_on(folder, total, stop=None, **flags):
@@ -106,7 +107,7 @@ def test_a_run_cut_at_any_byte_gives_the_same_file(tmp_path_factory, data):
     assert samples.complete
     expected = "".join(json.dumps(sample(index), ensure_ascii=False) + "\n" for index in range(total))
     assert (folder / "samsum.jsonl").read_bytes() == expected.encode()
-    assert [record["stats"]["seconds"] for record in samples.records] == list(range(total))
+    assert [record["stats"].decode_seconds for record in samples.records] == list(range(total))
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
@@ -208,10 +209,10 @@ def test_a_damaged_sample_is_named(tmp_path, change, said):
 
 def test_samples_of_other_layers_are_refused(tmp_path):
     layers = {"classes": [1, 3], "budgets": [9, 5], "notes": []}
-    measured = dict.fromkeys(("prompt_tokens", "new_tokens", "prefill_seconds", "decode_seconds"), 1)
-    measured |= dict.fromkeys(("kv_bytes", "full_kv_bytes", "state_bytes", "peak_memory_bytes"), 1)
+    numbers = dict.fromkeys(("prompt_tokens", "new_tokens", "prefill_seconds", "decode_seconds"), 1)
+    numbers |= dict.fromkeys(("kv_bytes", "full_kv_bytes", "state_bytes", "peak_memory_bytes"), 1)
     for other in ({}, {"classes": [1], "budgets": [9], "notes": []}, layers | {"budgets": [9]}):
-        rows = [record(0) | {"stats": measured | layers}, record(1) | {"stats": measured | other}]
+        rows = [record(0) | {"stats": numbers | layers}, record(1) | {"stats": numbers | other}]
         (tmp_path / "samsum.partial.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         samples = Samples(tmp_path, "samsum", {}, 2, PredictedSample)
         with pytest.raises(InputError, match=r"samsum\.partial\.jsonl has samples of [01] and 2 layers"):

@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 from made_runs import make_bench, make_fidelity, make_helm, make_run
 
-from squeeze import InputError, calibrate
+from squeeze import H2O, InputError, calibrate
 from squeeze.allocations import calibration, curves
-from squeeze.benchmarks import fidelity
+from squeeze.benchmarks.fidelity import Fidelity
 from squeeze.benchmarks.longbench import data as longbench
-from squeeze.benchmarks.longbench.scoring import score_file
-from squeeze.benchmarks.records import ComparedSample, PredictedSample
+from squeeze.benchmarks.longbench.benchmark import LONGBENCH
+from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.models import sources
 from squeeze.report import command as report
 from squeeze.report import results
 from squeeze.report.files import check_folder
 from squeeze.report.layers import parse_layers
 from squeeze.runs import inventory as inventories
-from squeeze.runs import stats
 from squeeze.runs.folder import Run
 from squeeze.runs.samples import Samples
 from squeeze.storage.files import to_jsonl
@@ -54,7 +53,7 @@ def squeezed_run():
     folder = make_run(Path("runs/full"), samples=2, ini_size=0.4, KV_class3=0.2)
 
     def use(path):
-        score_file(path.with_name("samsum.jsonl"), "Long", rouge=False)
+        LONGBENCH.read_scores(folder, "samsum")
         show()
 
     return folder / "run.json", [manifest(folder)], use
@@ -91,15 +90,15 @@ def helm_scores():
     return folder / "result.json", [{"xsum": {"ROUGE-1": 3.0, "ROUGE-2": 2, "ROUGE-L": 1.0}}], lambda path: show()
 
 
-def samples_of(kind, summarize, describe, records, name="samsum.partial.jsonl"):
+def samples_of(measure, records, name="samsum.partial.jsonl"):
     """A file of samples, which a run reads when it goes on, sums up and publishes."""
 
     def use(path):
-        samples = Samples(Path("run"), "samsum", {}, 2, kind)
+        samples = Samples(Path("run"), "samsum", {}, 2, measure.sample)
         samples.read()
         found = [record["stats"] for record in samples.records]
         if found:
-            (json.dumps(summarize(found), allow_nan=False), describe(found))
+            (json.dumps(measure.summarize(found), allow_nan=False), measure.describe(found))
         samples.reopen()
         samples.publish()
 
@@ -108,22 +107,22 @@ def samples_of(kind, summarize, describe, records, name="samsum.partial.jsonl"):
 
 
 def full_samples():
-    return samples_of(PredictedSample, stats.summarize, stats.progress, [{**PREDICTION, "stats": MEASURED}] * 2)
+    return samples_of(LONGBENCH, [{**PREDICTION, "stats": MEASURED}] * 2)
 
 
 def squeezed_samples():
     one = {**PREDICTION, "stats": MEASURED | LAYERS}
-    return samples_of(PredictedSample, stats.summarize, stats.progress, [one] * 2, "samples/samsum.jsonl")
+    return samples_of(LONGBENCH, [one] * 2, "samples/samsum.jsonl")
 
 
 def compared_samples():
     one = {**COMPARED, "stats": COMPARED | {"kv_bytes": 3.5, "full_kv_bytes": 10, "notes": []}}
-    return samples_of(ComparedSample, fidelity.summarize, fidelity.describe, [one] * 2)
+    return samples_of(Fidelity(), [one] * 2)
 
 
 def measured_samples():
     one = {"dataset": "a", "row": 0, "prompt_tokens": 9, "loss": CURVES["loss"][0], "stats": {}}
-    path, records, _ = samples_of(None, None, None, [one] * 2)
+    path, records, _ = samples_of(None, [one] * 2)
 
     def use(path):
         samples = Samples(Path("run"), "samsum", {}, 2, calibrate.MeasuredSample)
@@ -146,7 +145,8 @@ def layers():
 
 def predictions(dataset, task):
     def use(path):
-        json.dumps(score_file(path, task), allow_nan=False)
+        benchmark = BENCHMARKS[task]
+        json.dumps(benchmark.score(dataset, benchmark.predictions(path, dataset)), allow_nan=False)
 
     return Path(f"{dataset}.jsonl"), [PREDICTION] * 2, use
 
@@ -166,7 +166,7 @@ def loss_curves():
     def use(path):
         found = calibration.read_calibration(path)
         found.relative(0)
-        found.check("h2o", 4, found.losses.shape[2])
+        found.check("h2o", H2O(), found.losses.shape[2])
         share = found.shares[0]
         curves.budgets(found.multiples, found.measurements(share), share, 500, 508, 2)
 

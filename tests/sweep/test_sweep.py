@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny import save_rows, save_tiny
 
 import pred
 from squeeze import InputError, SqueezeConfig, squeezed
+from squeeze.benchmarks import fidelity
 from squeeze.benchmarks.longbench.data import generation_lengths
 from squeeze.cli.run import run_command
 from squeeze.engine import attention
@@ -99,6 +101,26 @@ def test_prompts_are_prefilled_once_for_all_that_share_them(place, monkeypatch):
     assert calls.count(True) == calls.count(False) == layers * batches
     stats = [samples(f"pred_Long/tiny/{point}/samples/samsum.jsonl")[0]["stats"] for point in ("0.3/30", "0.3/12")]
     assert all(one["prefill_seconds"] > 0 for one in stats), "a run that took a prefill over says what it cost"
+
+
+def test_comparisons_that_go_on_give_what_they_would_have_given(place, monkeypatch):
+    """Prompts one at a time: what shares a prefill and an evictor is compared together, also where most is there."""
+    calls, original = [], fidelity.compare
+    monkeypatch.setattr(fidelity, "compare", lambda *args: calls.append(len(args[4])) or original(*args))
+    grid = ["grid.yaml", "batch_size=1", "datasets=qasper", "fidelity=true"]
+    sweep.sweep(grid)
+    assert calls == [2] * 3 * 2, "uniform and squeezed, for each prompt and evictor"
+    whole = published()
+    shutil.rmtree("pred_Long/tiny/h2o/0.3/12")
+    half = Path("pred_Long/tiny/0.3/30/fidelity")
+    lines = (half / "samples/qasper.jsonl").read_text().splitlines(keepends=True)
+    shutil.rmtree(half / "samples")
+    (half / "qasper.jsonl").unlink()
+    (half / "qasper.partial.jsonl").write_text(lines[1])
+    calls.clear()
+    sweep.sweep(grid)
+    assert calls == [2] * (3 + 2)
+    assert published() == whole
 
 
 def test_runs_that_are_there_are_not_run_again(place, monkeypatch, capsys):

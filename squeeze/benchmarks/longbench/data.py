@@ -18,13 +18,11 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, NotRequired, TypedDict
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 from msgspec import Meta
 
+from squeeze.benchmarks.base import DataSet
 from squeeze.benchmarks.records import Prediction
 from squeeze.errors import InputError
-from squeeze.models.sources import quiet_hub
 from squeeze.storage.files import parse_jsonl, read_bytes, read_json
 from squeeze.storage.paths import config_file, shipped
 from squeeze.storage.schema import Count, Positive
@@ -63,26 +61,26 @@ def prompt_formats() -> dict[str, str]:
         InputError: the file has been edited, and a prompt asks for something else.
     """
     path = config_file("dataset2prompt.json")
-    found = read_json(path, dict[str, str])
-    for dataset, text in found.items():
+    formats = read_json(path, dict[str, str])
+    for dataset, text in formats.items():
         try:
             asked = [one for one in Formatter().parse(text) if one[1] is not None]
         except ValueError as error:
             raise InputError(f"{path}: {dataset} cannot be filled in: {error}") from None
-        for _, name, how, conversion in asked:
-            if name not in ("context", "input") or how or conversion:
+        for _, name, layout, conversion in asked:
+            if name not in ("context", "input") or layout or conversion:
                 raise InputError(f"{path}: {dataset} asks for {{{name}}}: there are {{context}} and {{input}} only")
-    return found
+    return formats
 
 
 @cache
 def generation_lengths() -> dict[str, int]:
     """The most tokens to generate for each of the 21 data sets."""
     path = config_file("dataset2maxlen.json")
-    found = read_json(path, dict[str, Positive])
-    for dataset in prompt_formats().keys() - found.keys():
+    lengths = read_json(path, dict[str, Positive])
+    for dataset in prompt_formats().keys() - lengths.keys():
         raise InputError(f"{path} has no field {dataset}")
-    return found
+    return lengths
 
 
 def dataset_names(text: str, task: str = "Long") -> list[str]:
@@ -108,30 +106,14 @@ def dataset_names(text: str, task: str = "Long") -> list[str]:
 
 
 @dataclass(frozen=True)
-class Data:
-    """One data set's rows, and which rows they are.
+class Data(DataSet):
+    """One data set's rows, `Row`, from a local file, or from the Hub at a `revision`."""
 
-    Args:
-        dataset: its name.
-        rows: LongBench's rows, in order.
-        source: the file, or the Hub's data set.
-        revision: the Hub's revision, None for a local file.
-        sha256: of the JSON Lines file.
-    """
-
-    dataset: str
-    rows: list[Row]
-    source: str
-    revision: str | None
-    sha256: str
-
-    def count(self, sample_num: int | None) -> int:
-        """How many rows a run takes that asked for `sample_num` of them, or for all."""
-        return min(sample_num or len(self.rows), len(self.rows))
+    revision: str | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the results, for `Run.open`."""
+        """Settings that change the results: the rows, the prompt and the length of the answer."""
         return {
             "data_sha256": self.sha256,
             "prompt_format": prompt_formats()[self.dataset],
@@ -140,7 +122,7 @@ class Data:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What `run.json` says about the rows."""
+        """Facts for `run.json` on the rows."""
         return {"source": self.source, "revision": self.revision, "sha256": self.sha256, "rows": len(self.rows)}
 
 
@@ -158,7 +140,7 @@ def load_data(dataset: str, data_dir: str | None, task: str = "Long") -> Data:
     for number, row in parse_jsonl(content, source, Row):
         _check_row(row, dataset, f"{source} line {number}")
         rows.append(row)
-    return Data(dataset, rows, source, revision, hashlib.sha256(content).hexdigest())
+    return Data(dataset, rows, source, hashlib.sha256(content).hexdigest(), revision)
 
 
 def _local_file(name: str, data_dir: str) -> tuple[bytes, str, None]:
@@ -170,6 +152,12 @@ def _local_file(name: str, data_dir: str) -> tuple[bytes, str, None]:
 
 
 def _hub_file(name: str) -> tuple[bytes, str, str | None]:
+    # A fifth of a second to import, of which --help knows nothing.
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from squeeze.models.sources import quiet_hub
+
     file: dict[str, Any] = {"repo_id": HUB_DATASET, "filename": "data.zip", "repo_type": "dataset"}
     try:
         with quiet_hub():

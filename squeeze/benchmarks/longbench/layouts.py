@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from squeeze.benchmarks.longbench.data import check_lists, dataset_names
-from squeeze.benchmarks.longbench.scoring import dataset_of, read_predictions
+from squeeze.benchmarks.longbench.metrics import METRICS
+from squeeze.benchmarks.longbench.scoring import read_predictions
+from squeeze.benchmarks.prediction_files import PredictionFiles, dataset_of, in_folder
 from squeeze.benchmarks.records import Prediction
 from squeeze.errors import InputError
 from squeeze.storage.files import read_bytes
@@ -36,7 +37,7 @@ MOST_NAMED = 8
 
 
 class Gold(msgspec.Struct):
-    """What MiniLongBench holds of a row of a data set with classes."""
+    """The part of a row that MiniLongBench keeps where its data set has classes."""
 
     answers: list[str]
     all_classes: list[str] | None = None
@@ -49,43 +50,29 @@ class Answer(msgspec.Struct):
     gold: Gold | list[str]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The files of a run.
+def read(path: Path, dataset: str, task: str = "Long") -> list[Any]:
+    """The predictions of a data set, `squeeze.benchmarks.records.Prediction`; of `e` with the rows' lengths.
 
-    Args:
-        name: what the user called it.
-        files: of each data set.
-        folder: the run's, for `result.json`; None where that is not to be written: into other tools' layouts, whose
-            own programs read every file there, and for single files.
+    Raises:
+        InputError: the file is not whole, or is no prediction file of the data set.
     """
-
-    name: str
-    files: dict[str, Path]
-    folder: Path | None = None
-
-    def rows(self, dataset: str, task: str = "Long") -> list[Any]:
-        """The predictions of a data set, `squeeze.benchmarks.records.Prediction`; of `e` with the rows' lengths.
-
-        Raises:
-            InputError: the file is not whole, or is no prediction file.
-        """
-        path = self.files[dataset]
-        document = _document(path) if path.suffix == ".json" else None
-        if document is None:
-            return read_predictions(path, task, dataset)
-        rows: list[Prediction] = []
-        for number, one in document.items():
-            gold = one.gold if isinstance(one.gold, Gold) else Gold(one.gold)
-            said = {"pred": one.prediction, "answers": gold.answers, "all_classes": gold.all_classes}
-            row = check(said, Prediction, f"{path} answer {number}")
-            check_lists(row, dataset, f"{path} answer {number}")
-            rows.append(row)
-        if task == "e":
-            raise InputError(f"{path} has no field length, as files of MiniLongBench have none")
-        if not rows:
-            raise InputError(f"{path} has no rows")
-        return rows
+    if dataset not in METRICS:
+        raise InputError(f"{path} is named after none of the data sets")
+    document = _document(path) if path.suffix == ".json" else None
+    if document is None:
+        return read_predictions(path, task, dataset)
+    rows: list[Prediction] = []
+    for number, answer in document.items():
+        gold = answer.gold if isinstance(answer.gold, Gold) else Gold(answer.gold)
+        said = {"pred": answer.prediction, "answers": gold.answers, "all_classes": gold.all_classes}
+        row = check(said, Prediction, f"{path} answer {number}")
+        check_lists(row, dataset, f"{path} answer {number}")
+        rows.append(row)
+    if task == "e":
+        raise InputError(f"{path} has no field length, as files of MiniLongBench have none")
+    if not rows:
+        raise InputError(f"{path} has no rows")
+    return rows
 
 
 def _document(path: Path) -> dict[str, Answer] | None:
@@ -100,11 +87,11 @@ def _document(path: Path) -> dict[str, Answer] | None:
     return decode(data, dict[str, Answer], path)
 
 
-def find(place: Path, datasets: str | None = None, task: str = "Long") -> Layout:
+def find(run: Path, datasets: str | None = None, task: str = "Long") -> PredictionFiles:
     """The prediction files of a run.
 
     Args:
-        place: a folder, a file, or a method of KVCache-Factory in its folder.
+        run: a folder, a file, or a method of KVCache-Factory in its folder.
         datasets: which of them, as `--datasets` says it; None: those that are there.
         task: `Long`, or `e`, which has fewer data sets.
     Raises:
@@ -112,22 +99,19 @@ def find(place: Path, datasets: str | None = None, task: str = "Long") -> Layout
     """
     known = dataset_names("all", task)
     wanted = dataset_names(datasets, task) if datasets not in (None, "all") else None
-    if place.is_file():
-        found = Layout(str(place), {_dataset_of_file(place, known): place})
-    elif place.is_dir() and any(place.glob("*.jsonl")):
-        found = Layout(str(place), _lines(place, wanted, known), place)
-    elif place.is_dir():
-        found = Layout(str(place), _documents(place, known) or _only_method(place, known))
+    if run.is_file():
+        predictions = PredictionFiles(str(run), {_dataset_of_file(run, known): run})
+    elif run.is_dir() and any(run.glob("*.jsonl")):
+        predictions = in_folder(run, wanted, known)
+    elif run.is_dir():
+        predictions = PredictionFiles(str(run), _documents(run, known) or _only_method(run, known))
     else:
-        method = place.name.removesuffix(".json")
-        files = _methods(place.parent, known).get(method, {})
+        method = run.name.removesuffix(".json")
+        files = _methods(run.parent, known).get(method, {})
         if not files:
-            raise InputError(f"the folder {place} is not there")
-        found = Layout(str(place), files)
-    missing = [dataset for dataset in wanted or () if dataset not in found.files]
-    if missing:
-        raise InputError(f"{place} has no {missing[0]}.jsonl: there are predictions of {', '.join(found.files)}")
-    return Layout(found.name, {one: found.files[one] for one in wanted or known if one in found.files}, found.folder)
+            raise InputError(f"the folder {run} is not there")
+        predictions = PredictionFiles(str(run), files)
+    return predictions.only(wanted, known)
 
 
 def _dataset_of_file(path: Path, known: Sequence[str]) -> str:
@@ -145,41 +129,27 @@ def _without_prefix(name: str) -> str:
     return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
 
 
-def _lines(folder: Path, wanted: Sequence[str] | None, known: Sequence[str]) -> dict[str, Path]:
-    """The files of LongBench's own layout; unfinished ones are an error unless `wanted` leaves them out."""
-    partial = sorted(folder.glob("*.partial*.jsonl"))
-    finished = {dataset_of(path): path for path in sorted(folder.glob("*.jsonl")) if path not in partial}
-    for path in partial:
-        if wanted is None or dataset_of(path) in wanted:
-            count = read_bytes(path).count(b"\n")
-            raise InputError(f"{path} is half-written, {count} samples so far: start pred.py again to go on")
-    for dataset, path in finished.items():
-        if wanted is None and dataset not in known:
-            raise InputError(f"{path} is named after none of the data sets: {', '.join(known)}")
-    return finished
-
-
 def _documents(folder: Path, known: Sequence[str]) -> dict[str, Path]:
     """The files of MiniLongBench's layout."""
-    found: dict[str, Path] = {}
+    documents: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json")):
         dataset = _without_prefix(path.stem)
         if dataset in known and path.name not in RESULTS:
-            if dataset in found:
-                raise InputError(f"{found[dataset]} and {path.name} are both of {dataset}: give one of them")
-            found[dataset] = path
-    return found
+            if dataset in documents:
+                raise InputError(f"{documents[dataset]} and {path.name} are both of {dataset}: give one of them")
+            documents[dataset] = path
+    return documents
 
 
 def _methods(folder: Path, known: Sequence[str]) -> dict[str, dict[str, Path]]:
     """Method → data set → file, of KVCache-Factory's layout; of one data set where the folder is one's."""
-    places = [folder] if folder.absolute().name in known else [folder / dataset for dataset in known]
-    found: dict[str, dict[str, Path]] = {}
-    for place in places:
-        for path in sorted(place.glob("*.json")):
+    folders = [folder] if folder.absolute().name in known else [folder / dataset for dataset in known]
+    methods: dict[str, dict[str, Path]] = {}
+    for subfolder in folders:
+        for path in sorted(subfolder.glob("*.json")):
             if path.name not in RESULTS and path.is_file():
-                found.setdefault(path.stem, {})[place.absolute().name] = path
-    return found
+                methods.setdefault(path.stem, {})[subfolder.absolute().name] = path
+    return methods
 
 
 def _only_method(folder: Path, known: Sequence[str]) -> dict[str, Path]:

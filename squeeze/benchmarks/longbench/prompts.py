@@ -94,21 +94,21 @@ def _by_spelling(model_name: str) -> Family | None:
 
 
 def chat_format(dataset: str, model_name: str, chat: bool) -> str | None:
-    """What a prompt of a data set is put into, as `run.json` says it; None for a prompt that stays as it is.
+    """Chat format of a data set's prompts, as `run.json` says it; None for prompts that stay as they are.
 
     Args:
         chat: the tokenizer's own template was asked for.
     """
     if dataset in NO_CHAT:
         return None
-    found = family(model_name)
-    return OWN_TEMPLATE if chat else found.chat if found else None
+    known = family(model_name)
+    return OWN_TEMPLATE if chat else known.chat if known else None
 
 
 def chat_settings(dataset: str, model_name: str, chat: bool) -> dict[str, str]:
-    """What changes a data set's results and is in no other setting: a format that LongBench's runner would not use."""
-    found = chat_format(dataset, model_name, chat)
-    return {"chat_format": found} if found and not chat and not _by_name(model_name) else {}
+    """Settings of a data set that no other setting implies: a chat format that LongBench's runner would not use."""
+    asked = chat_format(dataset, model_name, chat)
+    return {"chat_format": asked} if asked and not chat and not _by_name(model_name) else {}
 
 
 def chat_note(datasets: Sequence[str], model_name: str, folder: Path, chat: bool) -> str | None:
@@ -123,16 +123,16 @@ def chat_note(datasets: Sequence[str], model_name: str, folder: Path, chat: bool
     if chat or not concerned:
         return None
     where = f"prompts of {', '.join(concerned)}"
-    found = family(model_name)
-    if found:
-        shown = found.chat.replace("\n", "\\n")
-        return f"{where} are put into LongBench's chat format for {' and '.join(found.names)}: {shown}"
+    known = family(model_name)
+    if known:
+        shown = known.chat.replace("\n", "\\n")
+        return f"{where} are put into LongBench's chat format for {' and '.join(known.names)}: {shown}"
     template = has_chat_template(folder)
     if template or CHAT_WORDS.search(model_name.lower()):
-        way = "--chat uses its tokenizer's own chat template" if template else "its tokenizer has no chat template"
+        remedy = "--chat uses its tokenizer's own chat template" if template else "its tokenizer has no chat template"
         return (
             f"{model_name} looks like a chat model, and {where} are put to it without a chat format, since LongBench "
-            f"has none for that name: {way}"
+            f"has none for that name: {remedy}"
         )
     return None
 
@@ -146,9 +146,9 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def clean(answer: str, model_name: str) -> str:
-    """What LongBench's runner keeps of a model's answer."""
-    found = family(model_name)
-    return found.clean(answer) if found else answer
+    """The part of a model's answer that LongBench's runner keeps."""
+    known = family(model_name)
+    return known.clean(answer) if known else answer
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:
@@ -190,17 +190,17 @@ def encode_prompt(
         prompt = first + tokenizer.decode(tokens[-half:], skip_special_tokens=True)
     special = True
     if dataset not in NO_CHAT:
-        found = family(model_name)
+        known = family(model_name)
         if chat:
             prompt = in_template(tokenizer, [{"role": "user", "content": prompt}])
             special = False  # the template has written them
-        elif found:
-            prompt = found.chat.replace("{prompt}", prompt)
+        elif known:
+            prompt = known.chat.replace("{prompt}", prompt)
     return tokenizer(prompt, truncation=False, add_special_tokens=special, return_tensors="pt").input_ids[0]
 
 
 def generation_settings(tokenizer: PreTrainedTokenizerBase, dataset: str) -> dict[str, Any]:
-    """What LongBench passes to `generate`: greedy, and for samsum a stop at a newline that is not the first token."""
+    """LongBench's settings for `generate`: greedy, and for samsum a stop at a newline that is not the first token."""
     settings: dict[str, Any] = {"max_new_tokens": generation_lengths()[dataset], "num_beams": 1, "do_sample": False}
     if dataset == "samsum":
         newline = tokenizer.encode("\n", add_special_tokens=False)[-1:]

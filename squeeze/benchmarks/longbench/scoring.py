@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from squeeze.benchmarks.longbench.data import check_lists
 from squeeze.benchmarks.longbench.metrics import METRICS, rouge_l
+from squeeze.benchmarks.prediction_files import dataset_of
 from squeeze.benchmarks.records import Prediction, PredictionByLength
-from squeeze.errors import InputError
+from squeeze.benchmarks.scores import dataset_score, scored
 from squeeze.storage.files import read_jsonl
 
 ROUGE_VARIANTS = ("rouge1", "rouge2", "rougeL")
@@ -33,7 +31,6 @@ GROUPS = {
 
 #: LongBench-E's buckets, by a row's length: below 4,000, below 8,000, and the rest.
 BUCKETS = ("0-4k", "4-8k", "8k+")
-CONFIDENCE, RESAMPLES = 0.95, 10_000
 
 
 def read_predictions(path: Path, task: str = "Long", dataset: str | None = None) -> list[Any]:
@@ -54,49 +51,23 @@ def read_predictions(path: Path, task: str = "Long", dataset: str | None = None)
     return [row for _, row in rows]
 
 
-def dataset_of(path: Path) -> str:
-    """The data set whose rows or predictions a file holds, by its name."""
-    return path.name.split(".")[0]
-
-
-def task_of(folder: Path) -> str:
-    """The benchmark whose predictions a folder holds, by its path: `e` is LongBench-E, which is scored by length."""
-    return "e" if "pred_e" in folder.absolute().parts else "Long"
-
-
-def score_file(path: Path, task: str, rouge: bool = True) -> dict[str, Any]:
+def score_rows(dataset: str, rows: Sequence[Any], task: str, rouge: bool = True) -> dict[str, Any]:
     """One data set's part of `result_detail.json`: its score, and every sample's, in percent.
 
     Args:
-        path: the prediction file.
+        rows: `squeeze.benchmarks.records.Prediction`.
         task: `Long`, or `e` for the score of each range of lengths as well.
         rouge: also ROUGE-1, 2 and L by `rouge-score`, which take longer than all the rest.
-    Raises:
-        InputError: the file is not whole, or is no prediction file.
     """
-    dataset = dataset_of(path)
-    if dataset not in METRICS:
-        raise InputError(f"{path} is named after none of the data sets")
-    rows = read_predictions(path, task)
-    return score_rows(dataset, rows, task, rouge)
-
-
-def score_rows(dataset: str, rows: Sequence[Any], task: str, rouge: bool = True) -> dict[str, Any]:
-    """What `score_file` gives, for predictions that were read from anywhere."""
     each = sample_scores(dataset, rows)
-    low, high = interval(each)
+    detail = scored(each)
+    per_sample = detail.pop("per_sample")
     details = rouge_details(dataset, rows) if rouge else [{} for _ in rows]
-    found: dict[str, Any] = {
-        "score": dataset_score(each),
-        "samples": len(rows),
-        "interval": [round(100 * low, 2), round(100 * high, 2)],
-    }
     if task == "e":
-        found["buckets"] = bucket_scores(rows, each)
+        detail["buckets"] = bucket_scores(rows, each)
     if details[0]:
-        found["rouge_score"] = means(details)
-    found["per_sample"] = [{"score": round(100 * one, 2), **more} for one, more in zip(each, details, strict=True)]
-    return found
+        detail["rouge_score"] = means(details)
+    return detail | {"per_sample": [score | more for score, more in zip(per_sample, details, strict=True)]}
 
 
 def scored_text(dataset: str, prediction: str) -> str:
@@ -113,58 +84,24 @@ def sample_scores(dataset: str, rows: Sequence[dict[str, Any]]) -> list[float]:
     ]
 
 
-def dataset_score(scores: Sequence[float]) -> float:
-    """LongBench's number for a data set: the mean in percent, rounded to two decimals."""
-    return round(100 * sum(scores) / len(scores), 2)
-
-
 def bucket_scores(rows: Sequence[dict[str, Any]], scores: Sequence[float]) -> dict[str, float | None]:
     """LongBench-E's three numbers for a data set; None where no row is of that length."""
-    found: dict[str, list[float]] = {bucket: [] for bucket in BUCKETS}
+    buckets: dict[str, list[float]] = {bucket: [] for bucket in BUCKETS}
     for row, score in zip(rows, scores, strict=True):
-        found[BUCKETS[(row["length"] >= 4000) + (row["length"] >= 8000)]].append(score)
-    return {bucket: dataset_score(values) if values else None for bucket, values in found.items()}
+        buckets[BUCKETS[(row["length"] >= 4000) + (row["length"] >= 8000)]].append(score)
+    return {bucket: dataset_score(values) if values else None for bucket, values in buckets.items()}
 
 
 def group_scores(scores: Mapping[str, float]) -> dict[str, float]:
     """The mean of each task group that is whole, and `all` where every data set of LongBench is there."""
-    found = {
-        group: round(fmean(scores[one] for one in members), 2)
+    groups = {
+        group: round(fmean(scores[member] for member in members), 2)
         for group, members in GROUPS.items()
-        if all(one in scores for one in members)
+        if all(member in scores for member in members)
     }
-    if len(found) == len(GROUPS):
-        found["all"] = round(fmean(scores[one] for members in GROUPS.values() for one in members), 2)
-    return found
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% bootstrap interval (percentiles) of the mean of `values`; the same for the same values."""
-    from scipy.stats import bootstrap  # half a second to import, of which --help knows nothing
-
-    if len(set(values)) == 1:
-        return values[0], values[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = bootstrap(
-            (np.asarray(values, dtype=float),),
-            np.mean,
-            n_resamples=RESAMPLES,
-            batch=1000,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-    return float(found.low), float(found.high)
-
-
-def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of `second - first`, sample by sample, and its 95% bootstrap interval: (mean, low, high).
-
-    Both runs answered the same samples, so the difference is resampled in pairs.
-    """
-    differences = [b - a for a, b in zip(first, second, strict=True)]
-    return (fmean(differences), *interval(differences))
+    if len(groups) == len(GROUPS):
+        groups["all"] = round(fmean(scores[member] for members in GROUPS.values() for member in members), 2)
+    return groups
 
 
 def rouge_details(dataset: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:

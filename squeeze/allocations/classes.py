@@ -1,0 +1,55 @@
+"""From layer similarities to classes, and from classes to shares of tokens.
+
+SqueezeAttention (arXiv 2404.04793, section 4.2 and algorithm 1): cluster the layers into three classes by how much
+their self-attention changes the residual stream, cut class 3 (which changes it least) and give what that frees to
+the other layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+CLASS_3 = 3
+
+
+def classify(similarities: np.ndarray, log_scale: bool = False) -> list[int]:
+    """Sort layers into three classes by KMeans: class 1 has the lowest similarities, class 3 the highest.
+
+    Args:
+        similarities: `(layers,)` mean cosine similarity of each layer.
+        log_scale: cluster `-log(max(1 - similarity, 1e-7))` instead (`squeeze-log`): it keeps the order and spreads
+            the values that crowd near 1.
+    Returns:
+        a class per layer. Two distinct values are classes 1 and 3; a single one makes every layer class 3.
+    Raises:
+        ValueError: a similarity is not finite.
+    """
+    from sklearn.cluster import KMeans  # takes a second, which `--help` and checking flags should not
+
+    values = np.asarray(similarities, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"similarities must be finite, got {values.tolist()}")
+    if log_scale:
+        values = -np.log(np.maximum(1 - values, 1e-7))
+    centres, labels = values, np.arange(len(values))
+    if len(np.unique(values)) >= 3:
+        kmeans = KMeans(n_clusters=3, n_init=10, random_state=0).fit(values[:, None])
+        centres, labels = kmeans.cluster_centers_[:, 0], kmeans.labels_
+    ordered = np.unique(centres[labels]).tolist()  # the centres that have a layer, lowest first
+    names = {1: [CLASS_3], 2: [1, CLASS_3], 3: [1, 2, CLASS_3]}[len(ordered)]
+    return [names[ordered.index(centres[label])] for label in labels]
+
+
+def formula(classes: Sequence[int], ini_size: Fraction, kv_class3: Fraction, length: int) -> list[Fraction]:
+    """The published formula, exactly: class 3 gets `kv_class3 * length`, the other layers share what that frees.
+
+    With all layers in one class there is nothing to move, and every layer gets `ini_size * length` (uniform).
+    """
+    count, count3 = len(classes), sum(c == CLASS_3 for c in classes)
+    if count3 in (0, count):
+        return [ini_size * length] * count
+    other = (count * ini_size - count3 * kv_class3) / (count - count3)
+    return [(kv_class3 if c == CLASS_3 else other) * length for c in classes]

@@ -1,0 +1,53 @@
+"""SqueezeAttention with its total kept to the token (arXiv 2404.04793, section 4.2 and algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from squeeze.allocations.base import Allocation, Budgets, Needs, PromptFacts
+from squeeze.allocations.classes import CLASS_3, formula
+from squeeze.allocations.totals import conserve
+from squeeze.errors import InputError
+from squeeze.numbers import parse_fraction, shown
+
+
+@dataclass(frozen=True)
+class Squeeze(Allocation):
+    """The published classes and formula; what a cap leaves over goes to class 3, so that no token is lost.
+
+    Args:
+        ini_size: budget of every layer before squeezing, as a fraction of the prompt, in (0, 1].
+        class3: budget of the layers in class 3, as a fraction of the prompt, in (0, `ini_size`] (`KV_class3`); equal
+            to `ini_size`, budgets are uniform and need no similarities.
+    Raises:
+        InputError: a size is out of its range.
+    """
+
+    name = "squeeze"
+    ini_size: Fraction
+    class3: Fraction
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        class3 = parse_fraction("KV_class3", self.class3)
+        if not 0 < class3 <= self.ini_size:
+            raise InputError(
+                f"KV_class3 must be in (0, ini_size = {float(self.ini_size):g}], got {shown(self.class3)}"
+            )
+        object.__setattr__(self, "class3", class3)
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        return "nothing" if self.class3 == self.ini_size else "similarities"
+
+    def allocate(self, facts: PromptFacts) -> Budgets:
+        """Budgets whose sum is `floor(layers * ini_size * length)`, unless a note says why they cannot be."""
+        classes = None if facts.similarities is None else self.classify(facts.similarities)
+        shares = self.shares(classes or [CLASS_3] * facts.layers, facts)
+        takers = [layer for layer, one in enumerate(classes or []) if one == CLASS_3]
+        return conserve(shares, facts, takers, classes)
+
+    def shares(self, classes: list[int], facts: PromptFacts) -> list[Fraction]:
+        """Tokens of each layer before bounds and rounding."""
+        return formula(classes, self.ini_size, self.class3, facts.length)
