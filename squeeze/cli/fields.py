@@ -74,6 +74,11 @@ def flag(default: Any, help: str, read: Callable[[str], Any] | None = str, **mor
     return field(default=default, metadata={"help": help, "read": read, **more})
 
 
+def switch(help: str, **more: Any) -> Any:
+    """A dataclass's field that is off or, with the flag given, on."""
+    return flag(False, help, None, **more)
+
+
 def flags_of(described: type[Any]) -> dict[str, Flag]:
     """The flags of a dataclass by their names, in the fields' order."""
     return {one.name: Flag(one.name, one.default, **one.metadata) for one in fields(described) if one.metadata}

@@ -21,10 +21,9 @@ from squeeze.cli.arguments import Parser, path_text
 from squeeze.compatibility import install
 from squeeze.errors import InputError
 from squeeze.models import sources
-from squeeze.models.model_config import ModelConfig
 from squeeze.runs.flags import named_run
 from squeeze.runs.folder import run_folder
-from squeeze.runs.resolve import reader, resolve
+from squeeze.runs.resolve import Model, reader, resolve
 from squeeze.runs.spec import CACHE, FLAGS, MODEL_MISSING, RunSpec
 from squeeze.storage.files import Open, read_bytes, write_whole, writing
 from squeeze.storage.paths import ROOT
@@ -65,21 +64,16 @@ def engine(run: Path) -> str:
     return "_".join(run.parts[1:])
 
 
-def find_model(model: str, model_path: str | None) -> tuple[Path, ModelConfig]:
-    """The folder and config of a model whose tokenizer is there.
+def find_model(spec: RunSpec) -> Model:
+    """A run's model, whose tokenizer is there; its weights need not be.
 
     Raises:
-        InputError: there is no such model, or it has no tokenizer.
+        InputError: there is no such model, it has no tokenizer, or a size is out of its range.
     """
-    folder = sources.fetch(sources.resolve(model, model_path), weights=False)
-    check_tokenizer(folder)
-    return folder, sources.read_config(folder)
-
-
-def check_tokenizer(folder: Path) -> None:
-    """Raises InputError if a model's folder has no tokenizer."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(f"the model folder {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})")
+    model = resolve(spec, reader(), weights=False)
+    if not any((model.folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"the model folder {model.folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})")
+    return model
 
 
 def write_environment(folder: Path, deployments: Sequence[Deployment]) -> None:
@@ -186,10 +180,9 @@ def live(spec: RunSpec) -> Deployment:
     Raises:
         InputError: there is no such model, it has no tokenizer, or a size is out of its range.
     """
-    found = resolve(spec, reader(), weights=False)
-    check_tokenizer(found.folder)
-    name, squeeze = found.source.name, found.config
-    run = run_folder("live", name, squeeze, found.described.model_type, spec.seed)
+    model = find_model(spec)
+    name, squeeze = model.source.name, model.config
+    run = run_folder("live", name, squeeze, model.described.model_type, spec.seed)
     cache: dict[str, Any] = {}
     if squeeze is not None:
         cache = {"ini_size": spec.ini_size, "KV_class3": spec.KV_class3, "algorithm": squeeze.algorithm}
@@ -203,9 +196,9 @@ def live(spec: RunSpec) -> Deployment:
         name=f"squeeze/{engine(run)}",
         description=description,
         client="SqueezeClient",
-        args={"model": str(found.folder), **cache, **rest},
-        folder=found.folder,
-        positions=found.described.max_position_embeddings,
+        args={"model": str(model.folder), **cache, **rest},
+        folder=model.folder,
+        positions=model.described.max_position_embeddings,
     )
 
 

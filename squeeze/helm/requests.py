@@ -24,7 +24,7 @@ from squeeze.errors import InputError
 from squeeze.helm.environment import ENVIRONMENT, OUTPUT, Deployment, find_model, helm, write_environment
 from squeeze.helm.files import HelmRequest, RequestState, ScenarioState
 from squeeze.models import sources
-from squeeze.runs.spec import FLAGS
+from squeeze.runs.spec import FLAGS, RunSpec
 from squeeze.storage.files import Open, lock, read_json, to_jsonl, write_json, write_whole, writing
 from squeeze.text import say, shortened
 
@@ -186,8 +186,9 @@ def write_requests(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     if out.exists() and not note_path(out).exists() and not args.overwrite:
         raise InputError(f"{out} is there and was not made by this command: --overwrite replaces it")
     name = sources.run_name(args.model)
-    folder, config = find_model(args.model, args.model_path)
-    states = dry_run(entry, folder, config.max_position_embeddings, args.sample_num)
+    model = find_model(RunSpec(model=args.model, model_path=args.model_path))
+    positions = model.described.max_position_embeddings
+    states = dry_run(entry, model.folder, positions, args.sample_num)
     text = to_jsonl([{"request": published(state["request"]) | {"model": name}} for state in states])
     shots = [state["num_train_instances"] for state in states]
     note = {
@@ -195,7 +196,7 @@ def write_requests(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         "run_entry": entry,
         "max_eval_instances": args.sample_num,
         "model": name,
-        "positions": config.max_position_embeddings,
+        "positions": positions,
         "requests": len(states),
         "with_fewer_examples": sum(count < max(shots) for count in shots),
         "truncated": sum(bool(state.get("prompt_truncated")) for state in states),

@@ -94,10 +94,10 @@ def read_run(folder: Path, args: argparse.Namespace) -> Predictions:
             f"with pred.py --sample_num {want}, or make fewer requests with squeeze.helm_requests --sample_num {have}"
         )
     start = summary["starts"][-1]
-    model, config = find_model(start["flags"]["model"], start["flags"].get("model_path"))
+    model = find_model(RunSpec(model=start["flags"]["model"], model_path=start["flags"].get("model_path")))
     columns = describe(settings, summary)
     columns |= {"model": start["model"]["name"], "KV kept": f"{100 * summary['kept']:.1f}%"}
-    return Predictions(folder, file, entry, sample_num, model, config.max_position_embeddings, columns)
+    return Predictions(folder, file, entry, sample_num, model.folder, model.described.max_position_embeddings, columns)
 
 
 def _summary(folder: Path, task: str) -> tuple[dict[str, Any], Any] | None:

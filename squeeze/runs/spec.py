@@ -11,7 +11,7 @@ from typing import Any
 from squeeze.allocations import ALLOCATIONS, DEFAULT
 from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.cli.arguments import path_text, real, whole
-from squeeze.cli.fields import flag, flags_of
+from squeeze.cli.fields import flag, flags_of, switch
 from squeeze.config import DEFAULT_ALGORITHM, DTYPES, SqueezeConfig
 from squeeze.errors import InputError
 from squeeze.evictors import EVICTORS
@@ -26,8 +26,9 @@ MODEL_MISSING = "--model is missing: a name in config/model2path.json, a local f
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run of `pred.py`; each field's help says what it is. Sizes are text, so that 0.03 is 3/100 and not the nearest
-    binary number.
+    """A run of `pred.py`; each field's help says what it is.
+
+    Sizes that flags and sweeps give are text, so that 0.03 is 3/100 and not the nearest binary number.
 
     Args:
         command: the command line that asked for the run, for the record; it is no flag and makes no other run.
@@ -41,17 +42,11 @@ class RunSpec:
     )
     model_path: str | None = flag(None, "where --model lies, in place of what config/model2path.json says", path_text)
     model_arch: str | None = flag(
-        None,
-        "Mistral or llama: must be the model's own architecture, which is the default; no_change: full cache",
+        None, "Mistral or llama: must be the model's own architecture, which is the default; no_change: full cache"
     )
-    enable_squeeze: bool = flag(
-        False, "bound the KV cache (default: the full cache, the baseline)", None, in_sweeps=False
-    )
+    enable_squeeze: bool = switch("bound the KV cache (default: the full cache, the baseline)", in_sweeps=False)
     ini_size: str | float | None = flag(
-        None,
-        "budget of every layer before squeezing, as a fraction of the prompt, (0, 1]",
-        axis=6,
-        squeezed=True,
+        None, "budget of every layer before squeezing, as a fraction of the prompt, (0, 1]", axis=6, squeezed=True
     )
     KV_class3: str | float | None = flag(
         None,
@@ -106,9 +101,7 @@ class RunSpec:
     )
     batch_size: int = flag(1, "prompts to run together, alike in length (default: 1)", whole(1))
     data_dir: str | None = flag(
-        None,
-        "folder with <dataset>.jsonl files in LongBench's format (default: LongBench from the Hub)",
-        path_text,
+        None, "folder with <dataset>.jsonl files in LongBench's format (default: LongBench from the Hub)", path_text
     )
     requests: str | None = flag(
         None,
@@ -127,11 +120,9 @@ class RunSpec:
         "h2o needs the probabilities and always computes them in blocks",
         choices=ATTENTIONS,
     )
-    compile: bool = flag(
-        False,
+    compile: bool = switch(
         "compile the decode step with torch.compile: faster steps, after some seconds for the first ones; needs "
         "a C++ compiler on the CPU, Triton on a GPU, and a squeezed cache",
-        None,
         squeezed=True,
     )
     prefill_chunk: int | None = flag(
@@ -141,11 +132,9 @@ class RunSpec:
         whole(1),
         squeezed=True,
     )
-    chat: bool = flag(
-        False,
+    chat: bool = switch(
         "put the prompt into the tokenizer's own chat template, for instruct models; as in LongBench, not for "
-        "the few-shot and code data sets (default: LongBench's own format for names with llama2, vicuna, ...)",
-        None,
+        "the few-shot and code data sets (default: LongBench's own format for names with llama2, vicuna, ...)"
     )
     temperature: float = flag(0.0, "of sampling (default: 0, which is greedy)", real("a number, 0 or more"))
     top_p: float = flag(
@@ -153,20 +142,15 @@ class RunSpec:
         "sample from the likeliest tokens of this probability (default: 1)",
         real("in (0, 1]", most=1, without_least=True),
     )
-    fidelity: bool = flag(
-        False,
+    fidelity: bool = switch(
         "in place of predictions: feed the full cache's greedy answer to both caches, and report the mean KL "
         "divergence and top-1 agreement per token; can tell configurations apart where scores are noise",
-        None,
         axis=3,
         squeezed=True,
     )
-    allow_pickle: bool = flag(False, "also load weights that are not safetensors; they can run code", None)
-    overwrite: bool = flag(
-        False,
-        "start anew: drop the samples that the run's folder already has of these data sets",
-        None,
-        in_sweeps=False,
+    allow_pickle: bool = switch("also load weights that are not safetensors; they can run code")
+    overwrite: bool = switch(
+        "start anew: drop the samples that the run's folder already has of these data sets", in_sweeps=False
     )
     command: str = field(default="", compare=False)
 
@@ -182,9 +166,9 @@ class RunSpec:
         Raises:
             InputError: a flag has no such value.
         """
-        words = [word for name, known in FLAGS.items() if name in texts for word in known.words(texts[name])]
-        values = {name: FLAGS[name].value(text) for name, text in texts.items()}
-        return cls(**values, command=command_line(words))
+        given = [known for name, known in FLAGS.items() if name in texts]
+        words = [word for known in given for word in known.words(texts[known.name])]
+        return cls(**{known.name: known.value(texts[known.name]) for known in given}, command=command_line(words))
 
     @property
     def flags(self) -> dict[str, Any]:
