@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -118,7 +119,7 @@ def check_budgets(budgets: Budgets, facts: PromptFacts, allocation: Allocation) 
     """Raises InputError unless each layer has a whole number of tokens within its bounds."""
     tokens = budgets.tokens
     if len(tokens) != facts.layers or not all(
-        isinstance(count, int) and facts.least <= count <= facts.cap for count in tokens
+        isinstance(count, Integral) and facts.least <= count <= facts.cap for count in tokens
     ):
         raise InputError(
             f"the allocation {allocation} must give {facts.layers} layers whole numbers of tokens from {facts.least} "
