@@ -78,7 +78,7 @@ def _prefill(run: SqueezedModel, original, cache: SqueezeCache, given: dict[str,
     plain = not more and given.get("return_dict", config.return_dict) is not False
     with run.prefilling(cache, inputs, plain) as prefill:
         if prefill.chunk is not None:
-            return _prefill_in_chunks(run, original, cache, prefill, prefill.chunk, **given)
+            return _prefill_in_chunks(run, original, prefill, **given)
         if prefill.kept is not None:
             prefill.take_over(prefill.kept)
             return BaseModelOutputWithPast(last_hidden_state=prefill.kept.states, past_key_values=cache)
@@ -92,23 +92,15 @@ def _prefill(run: SqueezedModel, original, cache: SqueezeCache, given: dict[str,
 
 
 def _prefill_in_chunks(
-    run: SqueezedModel,
-    original,
-    cache: SqueezeCache,
-    prefill: Prefill,
-    size: int,
-    input_ids,
-    inputs_embeds,
-    position_ids,
-    **given,
+    run: SqueezedModel, original, prefill: Prefill, input_ids, inputs_embeds, position_ids, past_key_values, **given
 ) -> BaseModelOutputWithPast | tuple:
-    """The decoder's output over prompts, `size` columns at a time.
+    """The decoder's output over prompts, a chunk of columns at a time.
 
     Counted from the end, where left-padded prompts meet: so the chunks of a prompt do not depend on its batch.
     """
     inputs, name = (input_ids, "input_ids") if inputs_embeds is None else (inputs_embeds, "inputs_embeds")
     return_dict = given.pop("return_dict", run.model.config.return_dict)
-    tokens = prefill.columns
+    tokens, size = prefill.columns, prefill.chunk or prefill.columns
     if position_ids is None:
         position_ids = torch.arange(tokens, device=inputs.device)[None]
     if run.rope is not None:
@@ -118,13 +110,14 @@ def _prefill_in_chunks(
         for end in range((tokens - 1) % size + 1, tokens + 1, size):
             start = max(end - size, 0)
             prefill.begin_chunk(start, end)
-            chunk = {name: inputs[:, start:end], "position_ids": position_ids[:, start:end]}
-            parts.append(original(**given, **chunk, return_dict=True))
+            given |= {name: inputs[:, start:end], "position_ids": position_ids[:, start:end]}
+            parts.append(original(**given, past_key_values=past_key_values, return_dict=True))
     finally:
         if run.rope is not None:
             run.rope.lengths = None
     output = BaseModelOutputWithPast(
-        last_hidden_state=torch.cat([part.last_hidden_state for part in parts], dim=1), past_key_values=cache
+        last_hidden_state=torch.cat([part.last_hidden_state for part in parts], dim=1),
+        past_key_values=past_key_values,
     )
     if parts[0].hidden_states is not None:
         by_layer = zip(*(part.hidden_states for part in parts), strict=True)

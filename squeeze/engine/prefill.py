@@ -109,8 +109,8 @@ class Prefill:
     def begin_chunk(self, start: int, end: int) -> None:
         """Take note of the pass over columns `start` to `end`."""
         padding = [self.columns - length for length in self.prompt_lengths]
-        self.seen = [max(start - columns, 0) for columns in padding]
-        self.lengths = [max(end - columns, 0) - seen for columns, seen in zip(padding, self.seen, strict=True)]
+        self.seen = [max(start - padded, 0) for padded in padding]
+        self.lengths = [max(end - padded, 0) - seen for padded, seen in zip(padding, self.seen, strict=True)]
         self.similarities.append([])
 
     def enter(self, stream: torch.Tensor) -> None:
