@@ -20,7 +20,6 @@ import yaml
 from squeeze.cli.arguments import Parser, path_text
 from squeeze.compatibility import install
 from squeeze.errors import InputError
-from squeeze.models import sources
 from squeeze.runs.flags import named_run
 from squeeze.runs.folder import run_folder
 from squeeze.runs.resolve import Model, reader, resolve
