@@ -114,11 +114,10 @@ def compare(
     if found is not None:
         return found
     half = len(configs) // 2
-    return [
-        one
-        for part in (configs[:half], configs[half:])
-        for one in compare(model, prompts, full, run, part, max_new_tokens)
-    ]
+    first, second = (
+        compare(model, prompts, full, run, part, max_new_tokens) for part in (configs[:half], configs[half:])
+    )
+    return first + second
 
 
 def _compare(
@@ -140,7 +139,6 @@ def _compare(
     if len(configs) > 1:
         assert run.kept_prefill is not None, "configurations that are compared together share their prefills"
         cache = run.fork(run.kept_prefill, budgets, max_new_tokens)
-    rows = len(held)
     divergences: list[list[float]] = [[] for _ in held]
     agreements: list[list[bool]] = [[] for _ in held]
     tokens = full.tokens.repeat(len(configs), 1)
@@ -156,10 +154,10 @@ def _compare(
             divergences[row].append(kl[row].item())
             agreements[row].append(bool(same[row]))
     found = [
-        {"kl": fmean(kl) if kl else None, "agreement": fmean(same) if kl else None, "tokens": len(kl), **one}
-        for kl, same, one in zip(divergences, agreements, held, strict=True)
+        {"kl": fmean(kl) if kl else None, "agreement": fmean(same) if kl else None, "tokens": len(kl), **cost}
+        for kl, same, cost in zip(divergences, agreements, held, strict=True)
     ]
-    return [found[first : first + len(prompts)] for first in range(0, rows, len(prompts))]
+    return [found[first : first + len(prompts)] for first in range(0, len(found), len(prompts))]
 
 
 def _steps(
@@ -224,16 +222,16 @@ class Comparison:
                 self._batch = batch
             if number not in self._found:
                 group = self._together(number, run) if how.batch_size == 1 else [number]
-                configs = [self._configs[one][0] for one in group]
+                configs = [self._configs[index][0] for index in group]
                 found = compare(model, chosen, self._answer, run, configs, settings["max_new_tokens"])
                 self._found |= zip(group, found, strict=True)
             records = []
-            for index, prompt, one in zip(batch, chosen, self._found[number], strict=True):
-                compared = {key: one[key] for key in ("kl", "agreement", "tokens")}
+            for index, prompt, cost in zip(batch, chosen, self._found[number], strict=True):
+                compared = {key: cost[key] for key in ("kl", "agreement", "tokens")}
                 held = {
-                    "kv_bytes": one["kv_bytes"],
+                    "kv_bytes": cost["kv_bytes"],
                     "full_kv_bytes": full_cache_bytes(model.config, len(prompt), model.dtype),
-                    "notes": one["notes"],
+                    "notes": cost["notes"],
                 }
                 records.append({"index": index, **compared, "stats": compared | held})
             return records
@@ -245,7 +243,7 @@ class Comparison:
         config, evictor = self._configs[number]
         if not run.share_prefills or config.prefill_chunk is not None:
             return [number]
-        alike = [one for one, (_, other) in enumerate(self._configs) if other == evictor]
+        alike = [index for index, (_, other) in enumerate(self._configs) if other == evictor]
         most = AT_ONCE[run.model.device.type]
         first = alike.index(number) // most * most
         return alike[first : first + most]
