@@ -112,11 +112,10 @@ def compare(
     if found is not None:
         return found
     half = len(configs) // 2
-    return [
-        one
-        for part in (configs[:half], configs[half:])
-        for one in compare(model, prompts, full, run, part, max_new_tokens)
-    ]
+    first, second = (
+        compare(model, prompts, full, run, part, max_new_tokens) for part in (configs[:half], configs[half:])
+    )
+    return first + second
 
 
 def _compare(
@@ -138,7 +137,6 @@ def _compare(
     if len(configs) > 1:
         assert run.kept_prefill is not None, "configurations that are compared together share their prefills"
         cache = run.fork(run.kept_prefill, budgets, max_new_tokens)
-    rows = len(held)
     divergences: list[list[float]] = [[] for _ in held]
     agreements: list[list[bool]] = [[] for _ in held]
     tokens = full.tokens.repeat(len(configs), 1)
@@ -154,10 +152,10 @@ def _compare(
             divergences[row].append(kl[row].item())
             agreements[row].append(bool(same[row]))
     found = [
-        {"kl": fmean(kl) if kl else None, "agreement": fmean(same) if kl else None, "tokens": len(kl), **one}
-        for kl, same, one in zip(divergences, agreements, held, strict=True)
+        {"kl": fmean(kl) if kl else None, "agreement": fmean(same) if kl else None, "tokens": len(kl), **cost}
+        for kl, same, cost in zip(divergences, agreements, held, strict=True)
     ]
-    return [found[first : first + len(prompts)] for first in range(0, rows, len(prompts))]
+    return [found[first : first + len(prompts)] for first in range(0, len(found), len(prompts))]
 
 
 def _steps(

@@ -62,7 +62,7 @@ def measured(entries: Sequence[Entry], problems: list[str]) -> dict[int, Measure
     One is a run's where it lies beside it, with the same settings and prompts. What is damaged is left out, and named
     in `problems`.
     """
-    compared = {(one.folder.resolve(), one.dataset): one for one in entries if one.fidelity}
+    compared = {(run.folder.resolve(), run.dataset): run for run in entries if run.fidelity}
     found = {}
     for number, entry in enumerate(entries):
         other = compared.get((entry.folder.resolve() / "fidelity", entry.dataset))
@@ -108,19 +108,19 @@ def sentence(model: str, dataset: str, found: Iterable[Measured]) -> str:
     To four digits, as the table shows them, so that what is the same there is the same here.
     """
     groups: dict[str, list[Measured]] = {}
-    for one in found:
-        if "kl" in one.summary:
-            common = {key: value for key, value in one.entry.settings.items() if key not in ALLOCATED}
-            group = groups.setdefault(repr((common, _asked_for(one.entry)[1:], _kept(one))), [])
-            if all(one.entry.settings != other.entry.settings for other in group):
-                group.append(one)
+    for run in found:
+        if "kl" in run.summary:
+            common = {key: value for key, value in run.entry.settings.items() if key not in ALLOCATED}
+            group = groups.setdefault(repr((common, _asked_for(run.entry)[1:], _kept(run))), [])
+            if all(run.entry.settings != other.entry.settings for other in group):
+                group.append(run)
     chosen = [group for group in groups.values() if len(group) > 1]
     if not chosen:
         said = "no two allocations were compared with the full cache at the same KV kept, so none is the nearer"
     elif len(chosen) <= MOST_NAMED:
         said = f"nearest to the full cache at the same KV kept was {listed([_nearest(group) for group in chosen])}"
     else:
-        counts = Counter(_allocation(one) for group in chosen for one in _first(group))
+        counts = Counter(_allocation(run) for group in chosen for run in _first(group))
         names = listed([f"{name} in {count}" for name, count in counts.most_common()])
         said = f"nearest to the full cache at the same KV kept was, of {len(chosen)} comparisons, {names}"
     return f"{model} on {dataset}: {said}{_scores(chosen)}."
@@ -128,15 +128,15 @@ def sentence(model: str, dataset: str, found: Iterable[Measured]) -> str:
 
 def _first(group: Sequence[Measured]) -> list[Measured]:
     least = min(map(_kl, group))
-    return [one for one in group if _kl(one) == least]
+    return [run for run in group if _kl(run) == least]
 
 
 def _nearest(group: Sequence[Measured]) -> str:
     """The nearest of a group, against uniform budgets, or where those are the nearest, against the next."""
     first = _first(group)
-    rest = sorted((one for one in group if one not in first), key=_kl)
-    rival = next((one for one in rest if _allocation(one) == "uniform"), next(iter(rest), None))
-    names = listed([_label(one, group) for one in first])
+    rest = sorted((run for run in group if run not in first), key=_kl)
+    rival = next((run for run in rest if _allocation(run) == "uniform"), next(iter(rest), None))
+    names = listed([_label(run, group) for run in first])
     text = f"{names} with {first[0].entry.settings['algorithm']} at {_kept(first[0])} (KL {_kl(first[0]):.4f}"
     text += " each" if len(first) > 1 else ""
     if rival is not None:
@@ -144,15 +144,15 @@ def _nearest(group: Sequence[Measured]) -> str:
         if len(first) == 1:
             leads = _leads(first[0], rival)
             text += f", nearer on {sum(lead > 0 for lead in leads)} of {len(leads)} prompts"
-        unsure = [_label(one, group) for one in rest if _is_noise(_leads(first[0], one))]
+        unsure = [_label(run, group) for run in rest if _is_noise(_leads(first[0], run))]
         if unsure:
             text += f"; {'its' if len(first) == 1 else 'their'} lead over {listed(unsure)} is noise"
     return text + ")"
 
 
-def _leads(one: Measured, other: Measured) -> list[float]:
+def _leads(run: Measured, other: Measured) -> list[float]:
     """By how much one is nearer than another on each prompt, in nats a token."""
-    return [b - a for a, b in zip(one.kl, other.kl, strict=True) if a is not None and b is not None]
+    return [b - a for a, b in zip(run.kl, other.kl, strict=True) if a is not None and b is not None]
 
 
 def _is_noise(leads: Sequence[float]) -> bool:
@@ -166,12 +166,12 @@ def _scores(groups: Sequence[Sequence[Measured]]) -> str:
     pairs = [
         pair
         for group in groups
-        for pair in combinations([one.score_interval for one in group if one.score_interval], 2)
+        for pair in combinations([run.score_interval for run in group if run.score_interval], 2)
     ]
     if not pairs:
         return ""
     overlap = sum(a[0] <= b[1] and b[0] <= a[1] for a, b in pairs)
-    samples = sorted({one.entry.summary["samples"] for group in groups for one in group})
+    samples = sorted({run.entry.summary["samples"] for group in groups for run in group})
     few = f"of {'/'.join(map(str, samples))} answers"
     if overlap == len(pairs):
         return f"; the scores {few} are noise: the 95% intervals overlap in every pair of these runs"
@@ -182,23 +182,23 @@ def _scores(groups: Sequence[Sequence[Measured]]) -> str:
     )
 
 
-def _kl(one: Measured) -> float:
-    return round(one.summary["kl"]["mean"], 4)
+def _kl(run: Measured) -> float:
+    return round(run.summary["kl"]["mean"], 4)
 
 
-def _kept(one: Measured) -> str:
-    return f"{100 * one.entry.summary['kept']:.0f}% KV"
+def _kept(run: Measured) -> str:
+    return f"{100 * run.entry.summary['kept']:.0f}% KV"
 
 
-def _allocation(one: Measured) -> str:
-    return describe(one.entry.settings, one.entry.summary)["allocation"]
+def _allocation(run: Measured) -> str:
+    return describe(run.entry.settings, run.entry.summary)["allocation"]
 
 
-def _label(one: Measured, group: Sequence[Measured]) -> str:
+def _label(run: Measured, group: Sequence[Measured]) -> str:
     """An allocation's name, with its `KV_class3` where it is there more than once."""
-    name = _allocation(one)
+    name = _allocation(run)
     several = sum(_allocation(other) == name for other in group) > 1
-    return f"{name} {one.entry.settings['KV_class3']:g}" if several else name
+    return f"{name} {run.entry.settings['KV_class3']:g}" if several else name
 
 
 def listed(parts: Sequence[str]) -> str:
