@@ -6,8 +6,9 @@ A new benchmark is a file with a subclass of `Benchmark` and a line in `squeeze.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -67,7 +68,6 @@ class Options:
         batch_size: prompts to run together.
         temperature, top_p: of sampling; temperature 0 is greedy.
         seed: of sampling.
-        ranks: this process among those of the run.
     """
 
     max_length: int
@@ -77,7 +77,6 @@ class Options:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 42
-    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,13 @@ class Measure(ABC, Generic[Stats]):
 
     sample: ClassVar[type[Any]]
 
+    def work(self, workload: Workload) -> Callable[[list[int]], list[dict[str, Any]]]:
+        """Work on the batches of one configuration, in which the squeezed model is while this is called.
+
+        It is called for all configurations that share the prompts before the first batch is run.
+        """
+        return partial(self.run_batch, workload)
+
     @abstractmethod
     def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
         """Run some prompts together.
@@ -145,6 +151,7 @@ class Benchmark(Measure[SampleStats]):
         sample_num: samples of a data set that a run takes if it does not say; None: all.
         prediction: the kind of a line of its prediction files, as far as scores need it.
         scorer: the command that scores its runs, where `eval.py` does not; None where it does.
+        scored_by: whose scores that command gives.
         score_columns: scores of a data set that tables show in place of its one score.
         score_label: the axis of its scores.
     """
@@ -156,6 +163,7 @@ class Benchmark(Measure[SampleStats]):
     sample_num: ClassVar[int | None] = None
     prediction: ClassVar[type[Any]] = Prediction
     scorer: ClassVar[str | None] = None
+    scored_by: ClassVar[str] = "eval.py"
     score_columns: ClassVar[tuple[str, ...]] = ()
     score_label: ClassVar[str] = "score"
 
@@ -207,9 +215,18 @@ class Benchmark(Measure[SampleStats]):
         """Raises InputError for a tokenizer that cannot make the prompts."""
 
     @abstractmethod
-    def encode(self, tokenizer: PreTrainedTokenizerBase, data: DataSet, total: int, options: Options) -> list[Prompt]:
+    def encode(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataSet,
+        total: int,
+        options: Options,
+        ranks: Ranks = ALONE,
+    ) -> list[Prompt]:
         """Prompts of the first `total` rows.
 
+        Args:
+            ranks: this process among those of the run, of which the first shows what takes long.
         Raises:
             InputError: one of them cannot be run.
         """

@@ -17,6 +17,7 @@ from squeeze.benchmarks.encoding import tokenizing
 from squeeze.benchmarks.records import Answered, AnsweredSample
 from squeeze.benchmarks.requests import SAMPLE_NUM, Requests, read_requests
 from squeeze.errors import InputError
+from squeeze.ranks import ALONE, Ranks
 from squeeze.storage.files import read_object
 from squeeze.storage.schema import check
 
@@ -44,6 +45,7 @@ class HelmRequests(Benchmark):
     sample: ClassVar = AnsweredSample
     prediction: ClassVar = Answered
     scorer: ClassVar = "sh script/helm.sh"
+    scored_by: ClassVar = "HELM itself"
     score_label: ClassVar = f"{MAIN_SCORE} by HELM, %"
 
     @property
@@ -56,7 +58,14 @@ class HelmRequests(Benchmark):
     def read(self, dataset: str, location: str | None) -> Requests:
         return read_requests(dataset, location)
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, data: DataSet, total: int, options: Options) -> list[Prompt]:
+    def encode(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataSet,
+        total: int,
+        options: Options,
+        ranks: Ranks = ALONE,
+    ) -> list[Prompt]:
         """Prompts without special tokens, as published.
 
         Raises:
@@ -66,7 +75,7 @@ class HelmRequests(Benchmark):
 
         prompts = []
         requests = data.rows[:total]
-        texts = tokenizing([request.prompt for request in requests], data.dataset, options.ranks)
+        texts = tokenizing([request.prompt for request in requests], data.dataset, ranks)
         for number, (request, text) in enumerate(zip(requests, texts, strict=True), start=1):
             tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
             new = request.decoding.max_tokens

@@ -162,7 +162,7 @@ def work_on(
     first = jobs[0][0]
     data, options = first.data[index], first.options
     total = max(samples.total for _, samples in jobs)
-    prompts = first.benchmark.encode(loaded.tokenizer, data, total, options)
+    prompts = first.benchmark.encode(loaded.tokenizer, data, total, options, process)
     workload = Workload(loaded.model, loaded.tokenizer, data, prompts, loaded.squeezed, options)
     measures: dict[bool, Measure[Any]] = {}  # comparisons share what they can
     points = [
@@ -182,9 +182,15 @@ def _point(job: Job, samples: Samples, measure: Measure[Any], workload: Workload
     config, squeezed = job.config, workload.squeezed
     own = workload if config is not None else replace(workload, squeezed=None)
 
-    def run_batch(batch: list[int]) -> list[dict[str, Any]]:
+    def configure() -> None:
         if squeezed is not None:
             squeezed.use(config) if config is not None else squeezed.forget_prefill()
-        return measure.run_batch(own, batch)
+
+    configure()
+    work = measure.work(own)
+
+    def run_batch(batch: list[int]) -> list[dict[str, Any]]:
+        configure()
+        return work(batch)
 
     return Point(samples, run_batch, measure.describe)

@@ -159,7 +159,6 @@ def prepare(argv: Sequence[str], process: Ranks, inputs: Inputs | None = None) -
             temperature=args.temperature,
             top_p=args.top_p,
             seed=args.seed,
-            ranks=process,
         ),
     )
 

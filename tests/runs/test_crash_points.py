@@ -101,7 +101,7 @@ def place(files, tmp_path, monkeypatch):
     prompts = [generate.Prompt(torch.zeros(20 - index, dtype=torch.long), {}) for index in range(4)]
     monkeypatch.setattr(execute, "load", no_model)
     monkeypatch.setattr(execute, "measure_of", lambda job: Answers())
-    monkeypatch.setattr(LongBench, "encode", lambda self, tokenizer, data, total, options: prompts[:total])
+    monkeypatch.setattr(LongBench, "encode", lambda self, tokenizer, data, total, *_: prompts[:total])
     monkeypatch.setattr(jobs, "versions", dict)
     monkeypatch.setattr(calibrate, "versions", dict)
     monkeypatch.setattr(calibration, "ROOT", tmp_path / "now")

@@ -13,6 +13,7 @@ from squeeze.benchmarks.longbench import layouts, prompts, scoring
 from squeeze.benchmarks.longbench.data import build_prompt, dataset_names, load_data
 from squeeze.benchmarks.prediction_files import PredictionFiles
 from squeeze.benchmarks.records import PredictedSample
+from squeeze.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,14 @@ class LongBench(Benchmark):
         if options.chat:
             prompts.check_chat_template(tokenizer, options.model_name)
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, data: DataSet, total: int, options: Options) -> list[Prompt]:
+    def encode(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataSet,
+        total: int,
+        options: Options,
+        ranks: Ranks = ALONE,
+    ) -> list[Prompt]:
         from squeeze.generation.generate import Prompt
 
         settings = prompts.generation_settings(tokenizer, data.dataset)
@@ -67,7 +75,7 @@ class LongBench(Benchmark):
         limit, name, chat = options.max_length, options.model_name, options.chat
         return [
             Prompt(prompts.encode_prompt(tokenizer, data.dataset, text, limit, name, chat), settings)
-            for text in tokenizing(texts, data.dataset, options.ranks)
+            for text in tokenizing(texts, data.dataset, ranks)
         ]
 
     def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
