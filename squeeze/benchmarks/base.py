@@ -6,8 +6,9 @@ A new benchmark is a file with a subclass of `Benchmark` and a line in `squeeze.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -113,8 +114,12 @@ class Measure(ABC, Generic[Stats]):
 
     sample: ClassVar[type[Any]]
 
-    def join(self, workload: Workload) -> None:
-        """Take note of a workload, in its model's configuration, that batches are going to be run of."""
+    def work(self, workload: Workload) -> Callable[[list[int]], list[dict[str, Any]]]:
+        """Work on the batches of one configuration, in which the squeezed model is while this is called.
+
+        It is called for all configurations that share the prompts before the first batch is run.
+        """
+        return partial(self.run_batch, workload)
 
     @abstractmethod
     def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
@@ -146,6 +151,7 @@ class Benchmark(Measure[SampleStats]):
         sample_num: samples of a data set that a run takes if it does not say; None: all.
         prediction: the kind of a line of its prediction files, as far as scores need it.
         scorer: the command that scores its runs, where `eval.py` does not; None where it does.
+        scored_by: whose scores that command gives.
         score_columns: scores of a data set that tables show in place of its one score.
         score_label: the axis of its scores.
     """
@@ -157,6 +163,7 @@ class Benchmark(Measure[SampleStats]):
     sample_num: ClassVar[int | None] = None
     prediction: ClassVar[type[Any]] = Prediction
     scorer: ClassVar[str | None] = None
+    scored_by: ClassVar[str] = "eval.py"
     score_columns: ClassVar[tuple[str, ...]] = ()
     score_label: ClassVar[str] = "score"
 
@@ -214,10 +221,12 @@ class Benchmark(Measure[SampleStats]):
         data: DataSet,
         total: int,
         options: Options,
-        process: Ranks = ALONE,
+        ranks: Ranks = ALONE,
     ) -> list[Prompt]:
-        """Prompts of the first `total` rows; `process` is this one among those of the run.
+        """Prompts of the first `total` rows.
 
+        Args:
+            ranks: this process among those of the run, of which the first shows what takes long.
         Raises:
             InputError: one of them cannot be run.
         """

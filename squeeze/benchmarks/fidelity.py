@@ -6,8 +6,9 @@ a small model or few samples this tells configurations apart where a score of an
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -187,35 +188,39 @@ class Fidelity(Measure[FidelityStats]):
 
     Configurations that are compared on the same batch share the full cache's answer. Where prompts run one at a time
     and configurations share their prefill, those with the same evictor are fed the answer together, which rounds
-    otherwise than one alone. Which those are follows from `join` having been called for all, and not from what is
+    otherwise than one alone. Which those are follows from `work` having been called for all, and not from what is
     missing: a run that goes on gives what it would have given.
     """
 
     sample = ComparedSample
 
     def __init__(self) -> None:
-        self._joined: list[tuple[Workload, SqueezeConfig]] = []
+        self._configs: list[SqueezeConfig] = []
         self._batch: list[int] = []
         self._answer: Answer | None = None
         self._compared: dict[int, list[dict[str, Any]]] = {}
 
-    def join(self, workload: Workload) -> None:
+    def work(self, workload: Workload) -> Callable[[list[int]], list[dict[str, Any]]]:
         assert workload.squeezed is not None, "the full cache is what is compared with"
-        self._joined.append((workload, workload.squeezed.config))
+        self._configs.append(workload.squeezed.config)
+        return partial(self._run_batch, len(self._configs) - 1, workload)
 
     def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
+        return self.work(workload)(list(batch))
+
+    def _run_batch(self, number: int, workload: Workload, batch: list[int]) -> list[dict[str, Any]]:
+        """Samples of a batch in the configuration of this number."""
         model, run, prompts = workload.model, workload.squeezed, workload.tokens(batch)
         assert run is not None, "the full cache is what is compared with"
         first = workload.prompts[batch[0]]
-        if self._answer is None or self._batch != list(batch):
+        if self._answer is None or self._batch != batch:
             self._answer, self._compared = None, {}  # let go of the old one first
             stops = StopStrings(workload.tokenizer, first.stop, len(batch), start=0)
             self._answer = answer(model, prompts, first.settings, stops)
-            self._batch = list(batch)
-        number = next(number for number, (other, _) in enumerate(self._joined) if other is workload)
+            self._batch = batch
         if number not in self._compared:
             group = self._together(number, run) if workload.options.batch_size == 1 else [number]
-            configs = [self._joined[member][1] for member in group]
+            configs = [self._configs[member] for member in group]
             distances = compare(model, prompts, self._answer, run, configs, first.settings["max_new_tokens"])
             self._compared |= zip(group, distances, strict=True)
         samples = []
@@ -227,10 +232,10 @@ class Fidelity(Measure[FidelityStats]):
 
     def _together(self, number: int, run: SqueezedModel) -> list[int]:
         """Which configurations are fed an answer together with the one of this number, it included."""
-        config = self._joined[number][1]
+        config = self._configs[number]
         if not run.share_prefills or config.prefill_chunk is not None:
             return [number]
-        alike = [other for other, (_, joined) in enumerate(self._joined) if joined.evictor == config.evictor]
+        alike = [index for index, other in enumerate(self._configs) if other.evictor == config.evictor]
         most = AT_ONCE[run.model.device.type]
         first = alike.index(number) // most * most
         return alike[first : first + most]

@@ -45,6 +45,7 @@ class HelmRequests(Benchmark):
     sample: ClassVar = AnsweredSample
     prediction: ClassVar = Answered
     scorer: ClassVar = "sh script/helm.sh"
+    scored_by: ClassVar = "HELM itself"
     score_label: ClassVar = f"{MAIN_SCORE} by HELM, %"
 
     @property
@@ -63,7 +64,7 @@ class HelmRequests(Benchmark):
         data: DataSet,
         total: int,
         options: Options,
-        process: Ranks = ALONE,
+        ranks: Ranks = ALONE,
     ) -> list[Prompt]:
         """Prompts without special tokens, as published.
 
@@ -74,7 +75,7 @@ class HelmRequests(Benchmark):
 
         prompts = []
         requests = data.rows[:total]
-        texts = tokenizing([request.prompt for request in requests], data.dataset, process)
+        texts = tokenizing([request.prompt for request in requests], data.dataset, ranks)
         for number, (request, text) in enumerate(zip(requests, texts, strict=True), start=1):
             tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
             new = request.decoding.max_tokens

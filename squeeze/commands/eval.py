@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     asked = BENCHMARKS.get(args.pred)
     if asked is not None and asked.scorer is not None:
-        raise InputError(f"{asked.title} is scored by HELM itself: {asked.scorer}")
+        raise InputError(f"{asked.title} is scored by {asked.scored_by}: {asked.scorer}")
     place = find_folder(args)
     benchmark = asked if asked is not None and args.pred != "Long" else owner(place)
     run = benchmark.find(place, args.datasets)

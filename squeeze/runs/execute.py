@@ -182,14 +182,17 @@ def _point(job: Job, samples: Samples, measure: Measure[Any], workload: Workload
     from squeeze.runs.batching import Point
 
     config, squeezed = job.config, workload.squeezed
-    own = replace(workload, squeezed=squeezed if config is not None else None)
-    if config is not None and squeezed is not None:
-        squeezed.use(config)
-    measure.join(own)
+    own = workload if config is not None else replace(workload, squeezed=None)
 
-    def run_batch(batch: list[int]) -> list[dict[str, Any]]:
+    def configure() -> None:
         if squeezed is not None:
             squeezed.use(config) if config is not None else squeezed.forget_prefill()
-        return measure.run_batch(own, batch)
+
+    configure()
+    work = measure.work(own)
+
+    def run_batch(batch: list[int]) -> list[dict[str, Any]]:
+        configure()
+        return work(batch)
 
     return Point(samples, run_batch, measure.describe)

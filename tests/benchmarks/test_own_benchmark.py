@@ -48,7 +48,7 @@ class Sums(Benchmark):
         size = int(location or 9)
         return DataSet(dataset, [(number, number) for number in range(size)], "arithmetic", f"{size} sums")
 
-    def encode(self, tokenizer, data, total, options):
+    def encode(self, tokenizer, data, total, options, ranks):
         texts = [f"Dialogue: {'Ann: ok ' * 5}{a} and {b} is " for a, b in data.rows[:total]]
         return [Prompt(tokenizer(text, return_tensors="pt").input_ids[0], greedy(3)) for text in texts]
 

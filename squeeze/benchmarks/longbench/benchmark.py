@@ -66,7 +66,7 @@ class LongBench(Benchmark):
         data: DataSet,
         total: int,
         options: Options,
-        process: Ranks = ALONE,
+        ranks: Ranks = ALONE,
     ) -> list[Prompt]:
         from squeeze.generation.generate import Prompt
 
@@ -75,7 +75,7 @@ class LongBench(Benchmark):
         limit, name, chat = options.max_length, options.model_name, options.chat
         return [
             Prompt(prompts.encode_prompt(tokenizer, data.dataset, text, limit, name, chat), settings)
-            for text in tokenizing(texts, data.dataset, process)
+            for text in tokenizing(texts, data.dataset, ranks)
         ]
 
     def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
