@@ -6,8 +6,9 @@ a small model or few samples this tells configurations apart where a score of an
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -139,15 +140,18 @@ class Fidelity(Measure[FidelityStats]):
         self._batch: list[int] | None = None
         self._answer: Answer | None = None
 
-    def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
+    def work(self, workload: Workload) -> Callable[[list[int]], list[dict[str, Any]]]:
+        return partial(self._compare, workload)
+
+    def _compare(self, workload: Workload, batch: list[int]) -> list[dict[str, Any]]:
         model, run, prompts = workload.model, workload.squeezed, workload.tokens(batch)
         assert run is not None, "the full cache is what is compared with"
         first = workload.prompts[batch[0]]
-        if self._answer is None or self._batch != list(batch):
+        if self._answer is None or self._batch != batch:
             self._answer = None  # let go of the old one first
             stops = StopStrings(workload.tokenizer, first.stop, len(batch), start=0)
             self._answer = answer(model, prompts, first.settings, stops)
-            self._batch = list(batch)
+            self._batch = batch
         compared = compare(model, prompts, self._answer, run, first.settings["max_new_tokens"])
         samples = []
         for row, (index, distance) in enumerate(zip(batch, compared, strict=True)):
