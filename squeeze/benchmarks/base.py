@@ -114,21 +114,12 @@ class Measure(ABC, Generic[Stats]):
 
     sample: ClassVar[type[Any]]
 
-    def work(self, workload: Workload) -> Callable[[list[int]], list[dict[str, Any]]]:
-        """Work on the batches of one configuration, in which the squeezed model is while this is called.
-
-        It is called for all configurations that share the prompts before the first batch is run.
-        """
-        return partial(self.run_batch, workload)
-
     @abstractmethod
-    def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
-        """Run some prompts together.
+    def work(self, workload: Workload) -> Callable[[list[int]], list[dict[str, Any]]]:
+        """Work on one configuration's batches: indices of prompts that are equal in `kind` → a `sample` for each.
 
-        Args:
-            batch: indices of prompts that are equal in `kind`.
-        Returns:
-            A `sample` for each.
+        Called for all configurations that share the prompts, each while the squeezed model is in it, before a batch of
+        any is run.
         """
 
     @abstractmethod
@@ -230,6 +221,13 @@ class Benchmark(Measure[SampleStats]):
         Raises:
             InputError: one of them cannot be run.
         """
+
+    @abstractmethod
+    def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
+        """Answer some prompts together; a `sample` for each."""
+
+    def work(self, workload: Workload) -> Callable[[list[int]], list[dict[str, Any]]]:
+        return partial(self.run_batch, workload)
 
     def summarize(self, stats: Sequence[SampleStats]) -> dict[str, Any]:
         return sample_stats.summarize(stats)

@@ -205,9 +205,6 @@ class Fidelity(Measure[FidelityStats]):
         self._configs.append(workload.squeezed.config)
         return partial(self._run_batch, len(self._configs) - 1, workload)
 
-    def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
-        return self.work(workload)(list(batch))
-
     def _run_batch(self, number: int, workload: Workload, batch: list[int]) -> list[dict[str, Any]]:
         """Samples of a batch in the configuration of this number."""
         model, run, prompts = workload.model, workload.squeezed, workload.tokens(batch)

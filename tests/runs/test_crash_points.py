@@ -71,13 +71,13 @@ class Answers(Measure):
 
     sample = PredictedSample
 
-    def run_batch(self, workload, batch):
-        samples = []
-        for index in batch:
+    def work(self, workload):
+        def answer(index):
             tell(done=(workload.data.dataset, index))
             row = {"pred": f"é {index} " * 40, "answers": ["a"], "all_classes": None, "length": index}
-            samples.append({"index": index, **row, "stats": measured(index)})
-        return samples
+            return {"index": index, **row, "stats": measured(index)}
+
+        return lambda batch: [answer(index) for index in batch]
 
     def summarize(self, stats):
         return {"samples": len(stats)}
