@@ -44,12 +44,15 @@ class Strategy:
 
     Attributes:
         name: what the command line calls the class; `module:Class` where it says nothing else.
+        built_in: whether the class is this project's; what others give is checked while it runs.
     """
 
     name: ClassVar[str]
+    built_in: ClassVar[bool]
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
+        cls.built_in = cls.__module__.startswith("squeeze.")
         if "name" not in vars(cls):
             cls.name = f"{cls.__module__}:{cls.__qualname__}"
 
@@ -132,7 +135,7 @@ class Named(Generic[S]):
         except InputError:
             raise
         except Exception as error:  # whatever a class of the user's own raises over its parameters
-            if self.kind.__module__.startswith("squeeze."):
+            if self.kind.built_in:
                 raise
             raise InputError(f"{self.label} refuses its parameters: {_said(error)}") from error
 

@@ -19,6 +19,7 @@ import pred
 from squeeze import H2O, InputError, Squeeze, SqueezeConfig, calibrate, squeezed
 from squeeze.benchmarks.longbench.data import generation_lengths
 from squeeze.report import command as report
+from squeeze.runs.flags import read_flags
 from squeeze.runs.jobs import prepare_all
 from squeeze.sweep import command as sweep
 
@@ -181,7 +182,7 @@ def test_a_default_that_changes_is_another_run(place):
 
 def test_a_configuration_travels_by_its_names(place):
     """A Ray worker makes the strategies itself, and the process that asked need not import them to read its answer."""
-    [job] = prepare_all([[*RUN, "--ini_size", "0.3", "--algorithm", EVICTOR, "--allocation", ALLOCATION]])
+    [job] = prepare_all([read_flags([*RUN, "--ini_size", "0.3", "--algorithm", EVICTOR, "--allocation", ALLOCATION])])
     assert job.config.evictor.recent == 16
     sent = pickle.dumps(job)
     for name in ("my_evictor", "my_allocation"):

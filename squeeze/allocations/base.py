@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -77,14 +77,16 @@ class Allocation(Strategy, ABC):
     Attributes:
         needs: `similarities` of the prompt, which are known at the end of its prefill; `loss_curves`, which cost
             several prefills; or `nothing` beside the prompt's length.
-        records_similarities: whether similarities and classes are reported beside the budgets, also where budgets do
-            not follow from them.
         ini_size: budget of every layer before some give tokens to others, as a fraction of the prompt.
     """
 
     needs: Needs = "nothing"
-    records_similarities: ClassVar[bool] = True
     ini_size: Fraction
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if isinstance(cls.needs, str) and cls.needs not in get_args(Needs):
+            raise InputError(f"needs of {cls.__name__} must be one of {', '.join(get_args(Needs))}, got {cls.needs}")
 
     def __post_init__(self) -> None:
         if self.size is not None:
@@ -116,12 +118,19 @@ def read_size(value: Fraction | float | str) -> Fraction:
 
 
 def check_budgets(budgets: Budgets, facts: PromptFacts, allocation: Allocation) -> None:
-    """Raises InputError unless each layer has a whole number of tokens within its bounds."""
-    tokens = budgets.tokens
+    """Raises InputError unless each layer has a whole number of tokens within its bounds, and a class or none has."""
+    if not isinstance(budgets, Budgets):
+        raise InputError(f"the allocation {allocation} must return squeeze.Budgets, and gave {shown(budgets)}")
+    tokens, classes = budgets.tokens, budgets.classes
     if len(tokens) != facts.layers or not all(
         isinstance(count, Integral) and facts.least <= count <= facts.cap for count in tokens
     ):
         raise InputError(
             f"the allocation {allocation} must give {facts.layers} layers whole numbers of tokens from {facts.least} "
             f"to {facts.cap}, and gave {shown(tokens)}"
+        )
+    if classes is not None and (len(classes) != facts.layers or not set(classes) <= {1, 2, 3}):
+        raise InputError(
+            f"the allocation {allocation} must sort {facts.layers} layers into the classes 1, 2 and 3, or leave "
+            f"classes out, and gave {shown(classes)}"
         )

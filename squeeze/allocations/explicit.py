@@ -20,7 +20,6 @@ class Explicit(Allocation):
     """
 
     name = "explicit"
-    records_similarities = False
     tokens: Sequence[int]
 
     def __post_init__(self) -> None:

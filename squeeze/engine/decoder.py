@@ -35,7 +35,7 @@ def decoder_forward(
     given |= {"past_key_values": past_key_values, "use_cache": use_cache} | kwargs
     inputs = input_ids if inputs_embeds is None else inputs_embeds
     cache = past_key_values
-    with run.lock:
+    with run.lock, run.apart():
         if not isinstance(cache, SqueezeCache) or inputs is None:
             if cache is None and (run.model.config.use_cache if use_cache is None else use_cache):
                 raise ValueError(

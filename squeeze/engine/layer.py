@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from squeeze.errors import InputError
 from squeeze.evictors import Evictor
+from squeeze.numbers import shown
 
 #: What flash-attn's kernels take.
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
@@ -23,6 +25,30 @@ def decode_kernel(device: torch.device, dtype: torch.dtype, scored: bool) -> str
     if device.type != "cuda" or dtype not in FLASH_DTYPES or scored:
         return "grouped"
     return "flash" if importlib.util.find_spec("flash_attn") is not None else "sdpa"
+
+
+def check_slots(evictor: Evictor, slots: torch.Tensor, shape: Sequence[int], budget: torch.Tensor) -> None:
+    """Raises InputError unless an evictor of the user's own gave slots of this shape, each below its budget.
+
+    Args:
+        budget: of each sequence, broadcast against the slots.
+    """
+    if evictor.built_in or torch.compiler.is_compiling():
+        return
+    right = isinstance(slots, torch.Tensor) and slots.dtype == torch.long and slots.shape == tuple(shape)
+    if not right or bool(((slots < 0) | (slots >= budget)).any()):
+        raise InputError(
+            f"slot of the evictor {evictor.name} must give an int64 tensor of shape {tuple(shape)}, each from 0 to "
+            f"its budget - 1, and gave {_described(slots)}"
+        )
+
+
+def _described(given: object) -> str:
+    """What an evictor gave, in a few words."""
+    if not isinstance(given, torch.Tensor):
+        return shown(given)
+    ends = f" from {given.min().item()} to {given.max().item()}" if given.numel() else ""
+    return f"{str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}{ends}"
 
 
 class SqueezeLayer(CacheLayerMixin):
@@ -75,7 +101,7 @@ class SqueezeLayer(CacheLayerMixin):
         slot_positions = torch.full_like(scores, -1, dtype=torch.int32)
         for row, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
             row_scores = self.scores[row, :, -length:] if scored else self.scores
-            kept = self.evictor.keep(length, budget, row_scores).to(keys.device).expand(heads, -1)
+            kept = self._keep(length, budget, row_scores).to(keys.device).expand(heads, -1)
             index = kept[..., None].expand(-1, -1, head_dim)
             count = kept.shape[1]
             # Straight into the buffer: what is kept never exists twice.
@@ -105,7 +131,7 @@ class SqueezeLayer(CacheLayerMixin):
             lengths: tokens of each sequence, 0 where it has not begun.
         """
         for row, (before, length, budget) in enumerate(zip(seen, lengths, budgets, strict=True)):
-            position = self.evictor.keep(before + length, budget, self.scores)[0]  # of each slot
+            position = self._keep(before + length, budget, self.scores)[0]  # of each slot
             slots = (position >= before).nonzero()[:, 0]
             index = position[slots] - before - length
             self.keys[row][:, slots] = keys[row][:, index]
@@ -116,15 +142,31 @@ class SqueezeLayer(CacheLayerMixin):
 
         Their positions, `(kept,)`, come third.
         """
-        positions, slots = self.evictor.keep(seen, budget, self.scores)[0].sort()
+        positions, slots = self._keep(seen, budget, self.scores)[0].sort()
         return self.keys[row][:, slots], self.values[row][:, slots], positions.to(self.keys.device)
+
+    def _keep(self, length: int, budget: int, scores: torch.Tensor) -> torch.Tensor:
+        """Positions that the evictor keeps of a prompt, `(kv_heads, kept)` or `(1, kept)`; InputError for others."""
+        kept, count = self.evictor.keep(length, budget, scores), min(length, budget)
+        if self.evictor.built_in:
+            return kept
+        shapes = [(heads, count) for heads in (self.keys.shape[1], 1)]
+        right = isinstance(kept, torch.Tensor) and kept.dtype == torch.long and kept.shape in shapes
+        if not right or bool(((kept < 0) | (kept >= length)).any()):
+            raise InputError(
+                f"keep of the evictor {self.evictor.name} must give positions from 0 to {length - 1}, an int64 tensor "
+                f"of shape {shapes[0]} or {shapes[1]}, and gave {_described(kept)}"
+            )
+        return kept
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Place a new token per sequence, `(batch, kv_heads, 1, head_dim)`; where there is no room, evict another."""
         batch, heads, _, head_dim = keys.shape
         rows = self.rows
         if self.evictor.needs_scores:
-            rows = rows + self.evictor.slot(self.position, self.budget, self.slot_positions, self.scores)
+            slots = self.evictor.slot(self.position, self.budget, self.slot_positions, self.scores)
+            check_slots(self.evictor, slots, (batch, heads), self.budget)
+            rows = rows + slots
         rows = rows.view(-1)
         # Not scatter_, which for 16-bit types goes through a copy of the whole buffer on the CPU.
         self.keys.view(-1, head_dim).index_copy_(0, rows, keys.reshape(-1, head_dim).to(self.keys.dtype))

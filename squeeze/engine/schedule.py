@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from squeeze.engine.layer import SqueezeLayer
+from squeeze.engine.layer import SqueezeLayer, check_slots
 
 
 class Schedule:
@@ -54,7 +54,9 @@ class Schedule:
         rows = self.first_rows
         if not self.evictor.needs_scores:
             first = self.layers[0]
-            rows = rows + self.evictor.slot(self.position, self.budgets, first.slot_positions, first.scores)
+            slots = self.evictor.slot(self.position, self.budgets, first.slot_positions, first.scores)
+            check_slots(self.evictor, slots, self.budgets.shape, self.budgets)
+            rows = rows + slots
         for layer, *step in zip(self.layers, self.budgets, lengths, rows, strict=True):
             layer.position = self.position
             layer.budget, layer.lengths, layer.rows = step

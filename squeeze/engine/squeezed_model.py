@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from squeeze.allocations.base import Budgets, LossCurves, PromptFacts, check_budgets
+from squeeze.allocations.explicit import Explicit
 from squeeze.compatibility import check_transformers
 from squeeze.config import DEFAULT_ALGORITHM, SqueezeConfig
 from squeeze.devices import section
@@ -147,6 +148,15 @@ class SqueezedModel:
         return cache
 
     @contextmanager
+    def apart(self) -> Iterator[None]:
+        """A forward pass that is no part of the prefill under way: one that a hook of the user's starts meanwhile."""
+        outer, self.under_way = self.under_way, None
+        try:
+            yield
+        finally:
+            self.under_way = outer
+
+    @contextmanager
     def prefilling(self, cache: SqueezeCache, inputs: torch.Tensor | None, plain: bool) -> Iterator[Prefill]:
         """The prefill of the prompts that `cache` has begun with, whose forward pass runs inside the block.
 
@@ -178,7 +188,7 @@ class SqueezedModel:
         prefill = Prefill(cache.layers, cache.prompt_lengths, cache.columns, self.window, config.attn)
         if cache.whole:
             return prefill
-        prefill.chunk, prefill.measured = config.prefill_chunk, config.allocator.records_similarities
+        prefill.chunk, prefill.measured = config.prefill_chunk, not isinstance(config.allocator, Explicit)
         if plain and self.share_prefills and inputs is not None and prefill.chunk is None:
             prefill.shared = True
             if self.kept_prefill is not None and prefill.may_take_over(self.kept_prefill, inputs):

@@ -196,7 +196,7 @@ def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[
                     for ini_size in sizes:
                         yield some | {"ini_size": ini_size, "KV_class3": ini_size}
                         for allocation in values.get("allocation") or [DEFAULT]:
-                            if "class3" not in ALLOCATIONS.find(allocation).fields:
+                            if not _takes_class3(allocation, values):
                                 yield some | {"allocation": allocation, "ini_size": ini_size}
                                 continue
                             more = {"allocation": allocation} if allocation != DEFAULT else {}
@@ -207,6 +207,15 @@ def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[
                                     left_out.append(f"KV_class3 {text} is more than ini_size {ini_size}")
                                 elif larger < 0:
                                     yield some | more | {"ini_size": ini_size, "KV_class3": kv_class3}
+
+
+def _takes_class3(allocation: str, values: dict[str, list[str]]) -> bool:
+    """Whether an allocation's points differ by `KV_class3`; no if there is no such allocation, as its run will say."""
+    try:
+        found = ALLOCATIONS.find(allocation)
+    except InputError:
+        return False
+    return "class3" in (found.fields if values.get("KV_class3") else found.required)
 
 
 def class3(text: str, ini_size: str) -> str:

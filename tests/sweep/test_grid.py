@@ -77,6 +77,14 @@ def test_baselines_are_there_once_whatever_the_grid_repeats(tmp_path):
     ]
 
 
+def test_an_allocation_that_is_none_costs_no_other_run(tmp_path):
+    found = grid(tmp_path, "{model: A, ini_size: 0.2, KV_class3: 0.1, allocation: [squeeze, nonsense]}")
+    *_, wrong = found.runs
+    assert [run.allocation for run in found.runs] == [None, None, None, "nonsense"]
+    with pytest.raises(InputError, match=r"--allocation must be one of uniform, .* got nonsense"):
+        wrong.check()
+
+
 def test_fidelity_has_no_full_cache_of_its_own(tmp_path):
     found = grid(tmp_path, "{model: A, ini_size: 0.2, KV_class3: 0.1, fidelity: [false, true]}")
     assert len(found.runs) == 5
