@@ -186,9 +186,10 @@ class Checker:
             self.no_model(program, [str(file), *changes, "model=no-such-model", "--dry_run"])
 
     def script(self, settings, path, words):
-        text = (ROOT / path).read_text("utf-8")
+        text = re.sub("(?m)^ *#.*", "", (ROOT / path).read_text("utf-8"))
         for name in settings:
-            assert f"${{{name}:-" in text, f"{path} has no setting {name}"
+            used = f"${{{name}:-" in text or re.search(rf"for name in [^;]*\b{name}\b", text)
+            assert used, f"{path} has no setting {name}"
         if path == "script/helm.sh":
             self.python(["-m", "squeeze.helm_score", *words])
             return
