@@ -10,9 +10,9 @@ bash script/setup.sh
 
 # Settings that are given take the place of the file's. What an earlier demo finished is not computed again.
 changes=()
-for name in sample_num ini_size KV_class3; do
-    [ -z "${!name:-}" ] || changes+=("$name=${!name}")
-done
+[ -z "${sample_num:-}" ] || changes+=("sample_num=$sample_num")
+[ -z "${ini_size:-}" ] || changes+=("ini_size=$ini_size")
+[ -z "${KV_class3:-}" ] || changes+=("KV_class3=$KV_class3")
 said=$(.venv/bin/python -m squeeze.sweep config/demo.yaml "${changes[@]}" | tee >(cat >&2))
 
 # The runs are those that the sweep named, full cache first.

@@ -113,10 +113,10 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
 
     assert job.config is not None and job.config.algorithm_name is not None
     algorithm, evictor, name = job.config.algorithm_name, job.config.evictor, job.source.name
-    out = args.out or calibration.place(name, algorithm, to_write=True)
+    out = args.out or calibration.curves_file(name, algorithm, to_write=True)
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: give the name of a file")
-    how = {
+    method = {
         "algorithm": algorithm,
         "start_size": evictor.sinks if evictor.has("sinks") else None,
         **EVICTORS.record(algorithm, evictor),
@@ -126,7 +126,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     }
     data = [{"dataset": one.dataset, **one.origin, "source": _shown(one.origin["source"])} for one in job.data]
     rows = [(one, row) for one in job.data for row in range(job.count(one))]
-    settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | how
+    settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | method
     folder = Path("calibration") / name / file_name(algorithm)
     with Run(folder, settings, job.info, args.overwrite, MeasuredSample) as run:
         measured = {"data": data, "rows": [[one.dataset, row] for one, row in rows]}
@@ -140,7 +140,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     losses = np.array([record["loss"] for record in samples.records])
     content = {
         "version": calibration.VERSION,
-        **how,
+        **method,
         "model": job.settings["model"],
         "name": name,
         "dtype": job.settings["dtype"],

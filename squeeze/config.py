@@ -117,10 +117,9 @@ class SqueezeConfig:
     @property
     def fractions(self) -> tuple[Fraction, Fraction]:
         """`ini_size` and `KV_class3`, exactly; ValueError where there are none."""
-        class3 = getattr(self.allocator, "class3", None)
-        if class3 is None:
+        if self.allocator.class3_size is None:
             raise ValueError("this configuration has no KV_class3")
-        return self.share, class3
+        return self.share, self.allocator.class3_size
 
     @property
     def share(self) -> Fraction:
@@ -132,7 +131,7 @@ class SqueezeConfig:
     @property
     def sizes(self) -> dict[str, float]:
         """`ini_size` and `KV_class3`, as far as they are given."""
-        found = {"ini_size": self.allocator.size, "KV_class3": getattr(self.allocator, "class3", None)}
+        found = {"ini_size": self.allocator.size, "KV_class3": self.allocator.class3_size}
         return {name: float(value) for name, value in found.items() if value is not None}
 
     def _name_evictor(self) -> None:
@@ -178,8 +177,10 @@ class SqueezeConfig:
             raise InputError(f"ini_size is missing: the {found.label} needs it")
         if self.calibration is not None and "calibration" not in found.fields:
             raise InputError(f"calibration is not for the {found.label}: leave it out")
-        self._set(allocation=found.text, ini_size=self.allocator.size)
-        self._set(kv_class3=getattr(self.allocator, "class3", None))
+        sizes = self.allocator.size, self.allocator.class3_size
+        if not all(isinstance(size, Fraction | None) for size in sizes):
+            raise InputError(f"{found.label}: its __post_init__ must call super().__post_init__(), which reads sizes")
+        self._set(allocation=found.text, ini_size=sizes[0], kv_class3=sizes[1])
 
     def _check_prefill_chunk(self) -> None:
         whole_number("prefill_chunk", self.prefill_chunk, 1, "a whole number of tokens")

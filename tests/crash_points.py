@@ -102,7 +102,7 @@ class Counted:
 
     def hook(self, event, args):
         if event == "open" and isinstance(args[2], int) and args[2] & WRITES and self.inside(args[0]):
-            assert args[1] is None, f"{args[0]} is written past squeeze.files"
+            assert args[1] is None, f"{args[0]} is written past squeeze.storage.files"
             self.change(f"open {Path(os.fsdecode(args[0])).name}")
         elif event in CALLS and (isinstance(args[0], int) or self.inside(args[0])):
             self.change(f"{event} {args[0] if isinstance(args[0], int) else Path(os.fsdecode(args[0])).name}")

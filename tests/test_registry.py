@@ -1,6 +1,7 @@
 """Strategies by name: what a text means, and that whatever else it says is a sentence."""
 
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,12 @@ class Thirds(Allocation):
 
     def allocate(self, facts):
         return conserve([self.ini_size * facts.length] * facts.layers, facts)
+
+
+@dataclass(frozen=True)
+class Forgets(Thirds):
+    def __post_init__(self):
+        pass
 
 
 function = print
@@ -175,6 +182,16 @@ def test_an_allocation_may_take_class3_or_do_without():
     given = SqueezeConfig("h2o", 0.2, 0.1, "registry_file:Thirds")
     assert [one.sizes["KV_class3"] for one in (without, given)] == [1 / 9, 0.1]
     assert run_folder("Long", "M", given, "llama") == Path("pred_Long/M/h2o/registry_file_Thirds/0.2/10")
+
+
+def test_sizes_as_flags_give_them_are_fractions():
+    given = SqueezeConfig("h2o", "0.2", "0.15", "registry_file:Thirds")
+    assert given.allocator.class3 == Fraction(3, 20) and given.sizes == {"ini_size": 0.2, "KV_class3": 0.15}
+    assert run_folder("Long", "M", given, "llama") == Path("pred_Long/M/h2o/registry_file_Thirds/0.2/15")
+    with pytest.raises(InputError, match=r"KV_class3 must be in \(0, ini_size = 0.2\], got 0.3$"):
+        SqueezeConfig("h2o", "0.2", "0.3", "registry_file:Thirds")
+    with pytest.raises(InputError, match=r"registry_file:Forgets: its __post_init__ must call super"):
+        SqueezeConfig("h2o", "0.2", allocation="registry_file:Forgets")
 
 
 def test_prefill_in_chunks_needs_slots_that_stay():

@@ -89,13 +89,25 @@ class Allocation(Strategy, ABC):
             raise InputError(f"needs of {cls.__name__} must be one of {', '.join(get_args(Needs))}, got {cls.needs}")
 
     def __post_init__(self) -> None:
-        if self.size is not None:
-            object.__setattr__(self, "ini_size", read_size(self.size))
+        if self.size is None:
+            return
+        object.__setattr__(self, "ini_size", read_size(self.size))
+        if self.class3_size is not None:
+            class3 = parse_fraction("KV_class3", self.class3_size)
+            if not 0 < class3 <= self.ini_size:
+                most = f"ini_size = {float(self.ini_size):g}"
+                raise InputError(f"KV_class3 must be in (0, {most}], got {shown(self.class3_size)}")
+            object.__setattr__(self, "class3", class3)
 
     @property
     def size(self) -> Fraction | None:
         """`ini_size`; None of an allocation without it."""
         return getattr(self, "ini_size", None)
+
+    @property
+    def class3_size(self) -> Fraction | None:
+        """`class3`; None of an allocation without it."""
+        return getattr(self, "class3", None)
 
     @abstractmethod
     def allocate(self, facts: PromptFacts) -> Budgets:

@@ -122,7 +122,7 @@ class Calibration:
             raise InputError(f"{self.source} was measured on another model than this one: {AGAIN}")
 
 
-def place(name: str, algorithm: str, to_write: bool = False) -> Path:
+def curves_file(name: str, algorithm: str, to_write: bool = False) -> Path:
     """Where the file of a model and an eviction method is, or is to be made: see `config_file`."""
     return config_file(f"calibration/{name}-{file_name(algorithm)}.json", to_write)
 

@@ -8,8 +8,6 @@ from fractions import Fraction
 from squeeze.allocations.base import Allocation, Budgets, Needs, PromptFacts
 from squeeze.allocations.classes import CLASS_3, formula
 from squeeze.allocations.totals import conserve
-from squeeze.errors import InputError
-from squeeze.numbers import parse_fraction, shown
 
 
 @dataclass(frozen=True)
@@ -27,15 +25,6 @@ class Squeeze(Allocation):
     name = "squeeze"
     ini_size: Fraction
     class3: Fraction
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        class3 = parse_fraction("KV_class3", self.class3)
-        if not 0 < class3 <= self.ini_size:
-            raise InputError(
-                f"KV_class3 must be in (0, ini_size = {float(self.ini_size):g}], got {shown(self.class3)}"
-            )
-        object.__setattr__(self, "class3", class3)
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]

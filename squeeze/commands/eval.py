@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = BENCHMARKS.get(args.pred)
     if asked is not None and asked.scorer is not None:
         raise InputError(f"{asked.title} is scored by {asked.scored_by}: {asked.scorer}")
-    place = find_folder(args)
-    benchmark = asked if asked is not None and args.pred != "Long" else owner(place)
-    run = benchmark.find(place, args.datasets)
+    folder = find_folder(args)
+    benchmark = asked if asked is not None and args.pred != "Long" else owner(folder)
+    run = benchmark.find(folder, args.datasets)
     details: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for dataset, path in run.files.items():
@@ -86,18 +86,18 @@ def print_scores(details: dict[str, Any], groups: dict[str, float], benchmark: B
             print(f"{dataset}: by rouge-score: {means}")
 
 
-def compare(places: list[Path], datasets: str | None) -> None:
+def compare(folders: list[Path], datasets: str | None) -> None:
     """Print runs side by side, and what each differs from the first, with 95% intervals over pairs of samples.
 
     Raises:
         InputError: there is nothing to compare, or two runs' samples are not the same.
     """
-    if len(places) < 2:
+    if len(folders) < 2:
         raise InputError("--compare needs two folders of prediction files or more: the first is compared with")
-    runs = [layouts.find(place, datasets) for place in places]
+    runs = [layouts.find(folder, datasets) for folder in folders]
     common = [dataset for dataset in runs[0].files if all(dataset in one.files for one in runs)]
     if not common:
-        raise InputError(f"no data set is in every one of {', '.join(map(str, places))}")
+        raise InputError(f"no data set is in every one of {', '.join(map(str, folders))}")
     names = [f"run {number}" for number in range(1, len(runs) + 1)]
     columns = ("data set", "samples", names[0], *(part for name in names[1:] for part in (name, f"{name} - run 1")))
     lines = []

@@ -59,6 +59,11 @@ class KeptPrefill:
     states: torch.Tensor
     seconds: float = 0.0
 
+    @property
+    def scored(self) -> bool:
+        """Whether it has what evictors need that go by scores."""
+        return self.layers[0][2].numel() > 0
+
 
 @dataclass
 class Prefill:
@@ -143,9 +148,8 @@ class Prefill:
 
     def may_take_over(self, kept: KeptPrefill, inputs: torch.Tensor) -> bool:
         """Whether a prefill of `inputs`, `(batch, tokens)` token ids, would give what `kept` holds."""
-        scored = kept.layers[0][2].numel() > 0
         return (
-            (kept.prompt_lengths, kept.attn, scored) == (self.prompt_lengths, self.attn, self.needs_scores)
+            (kept.prompt_lengths, kept.attn, kept.scored) == (self.prompt_lengths, self.attn, self.needs_scores)
             and (bool(kept.similarities) or not self.measured)
             and torch.equal(kept.inputs, inputs)
         )

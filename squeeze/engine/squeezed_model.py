@@ -139,7 +139,11 @@ class SqueezedModel:
             prefill: of a batch of one.
             budgets: `(sequences, layers)` tokens.
             max_new_tokens: that can be decoded.
+        Raises:
+            ValueError: the configuration that it was made in had an evictor without scores, and this one's needs them.
         """
+        if self.evictor.needs_scores and not prefill.scored:
+            raise ValueError("the prefill has no scores for this evictor: make it again after run.use(...)")
         cache = self.cache(max_new_tokens)
         cache.begin(len(budgets), prefill.inputs.shape[1], None)
         for layer, parts in zip(cache.layers, prefill.layers, strict=True):

@@ -42,9 +42,9 @@ class ReplayClient(Client):
         self._settings: dict[str, Decoding] = {}
         for number, line in read_jsonl(Path(predictions), AnsweredRequest):
             request = parse(line["request"], f"{predictions} line {number}")
-            for place, choice in enumerate(line["result"]["choices"]):
+            for index, choice in enumerate(line["result"]["choices"]):
                 if len(choice["logprobs"]["tokens"]) != len(choice["logprobs"]["token_logprobs"]):
-                    where = f"{predictions} line {number}: result.choices[{place}].logprobs"
+                    where = f"{predictions} line {number}: result.choices[{index}].logprobs"
                     raise InputError(f"{where} does not have a log-probability for each token")
             self._results[key(request.prompt, request.decoding)] = line["result"]
             self._settings[request.prompt] = request.decoding

@@ -79,12 +79,12 @@ class ArticlesScenario(Scenario):
         if len(rows) <= EXAMPLES:
             raise InputError(f"{self.articles} has {len(rows)} articles: {EXAMPLES} are examples, so 6 is the least")
         instances = []
-        for place, (number, row) in enumerate(rows):
+        for index, (number, row) in enumerate(rows):
             if not (row["document"].strip() and row["summary"].strip()):
                 raise InputError(f"{self.articles} line {number}: document or summary is blank")
             summary = Reference(Output(text=" ".join(row["summary"].split())), tags=[CORRECT_TAG])
             article = Input(text=" ".join(row["document"].split()[:WORDS]))
-            split = TRAIN_SPLIT if place < EXAMPLES else TEST_SPLIT
+            split = TRAIN_SPLIT if index < EXAMPLES else TEST_SPLIT
             instances.append(Instance(input=article, references=[summary], split=split))
         return instances
 

@@ -85,12 +85,12 @@ def check_full() -> None:
         InputError: it names everything that is missing.
     """
     missing = [package for module, package in FULL.items() if importlib.util.find_spec(module) is None]
-    how = "pip install --no-deps -r requirements-helm-full.txt"
+    command = "pip install --no-deps -r requirements-helm-full.txt"
     if importlib.util.find_spec("en_core_web_sm") is None:
         missing.append("the spaCy model en_core_web_sm")
-        how += " and python -m spacy download en_core_web_sm"
+        command += " and python -m spacy download en_core_web_sm"
     if missing:
-        raise InputError(f"HELM's own scenario cannot be scored without {', '.join(missing)}: {how}")
+        raise InputError(f"HELM's own scenario cannot be scored without {', '.join(missing)}: {command}")
 
 
 def dry_run(entry: str, folder: Path, positions: int, sample_num: int) -> list[RequestState]:

@@ -67,8 +67,8 @@ def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibratio
     sha256 = read_json(folder / "run.json", Manifest)["settings"].get("calibration")
     if sha256 is None:
         return None
-    place = calibration.place(name, algorithm)
-    found = calibration.read_calibration(place) if place.exists() else None
+    path = calibration.curves_file(name, algorithm)
+    found = calibration.read_calibration(path) if path.exists() else None
     if found is None or found.sha256 != sha256:
-        raise InputError(f"{folder} was made from loss curves that are not in {place} any more")
+        raise InputError(f"{folder} was made from loss curves that are not in {path} any more")
     return found

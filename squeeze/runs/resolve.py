@@ -80,7 +80,7 @@ def with_curves(config: SqueezeConfig | None, name: str, model: dict[str, Any]) 
         return config
     algorithm = config.algorithm_name
     assert algorithm is not None
-    path = calibration.place(name, algorithm)
+    path = calibration.curves_file(name, algorithm)
     if not path.exists():
         raise InputError(
             f"{path} is not there, from which the allocation {config.allocation} makes budgets: "

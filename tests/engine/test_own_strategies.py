@@ -7,7 +7,18 @@ import pytest
 import torch
 from conftest import random_model
 
-from squeeze import H2O, Allocation, Budgets, Explicit, InputError, SlidingWindow, Squeeze, Uniform, squeezed
+from squeeze import (
+    H2O,
+    Allocation,
+    Budgets,
+    Explicit,
+    InputError,
+    SlidingWindow,
+    Squeeze,
+    SqueezeConfig,
+    Uniform,
+    squeezed,
+)
 
 PROMPT = torch.arange(3, 103)[None]
 SETTINGS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -92,6 +103,15 @@ def test_an_allocation_that_gives_no_budgets_is_a_sentence(budgets, said):
     model = random_model("llama")
     with squeezed(model, SlidingWindow(), Gives(budgets)), pytest.raises(InputError, match=said):
         model.generate(PROMPT, **SETTINGS)
+
+
+def test_a_fork_needs_the_scores_of_its_evictor():
+    model = random_model("llama")
+    with squeezed(model, SlidingWindow(), Uniform(0.2)) as run, torch.no_grad():
+        prefill = run.prefill(PROMPT)
+        run.use(SqueezeConfig(H2O(), allocation=Uniform(0.2)))
+        with pytest.raises(ValueError, match="no scores for this evictor"):
+            run.fork(prefill, [[20] * 5], 1)
 
 
 def test_an_allocation_needs_what_there_is():
