@@ -92,7 +92,8 @@ class Allocation(Strategy, ABC):
         if self.size is None:
             return
         object.__setattr__(self, "ini_size", read_size(self.size))
-        field, given = fields_of(type(self)).get("class3"), getattr(self, "class3", None)
+        field = fields_of(type(self)).get("class3")
+        given: Any = getattr(self, "class3", None)
         if field is not None and (given is not None or field.default is not None):
             class3 = parse_fraction("KV_class3", given)
             if not 0 < class3 <= self.ini_size:
