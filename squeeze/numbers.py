@@ -11,19 +11,14 @@ from squeeze.text import shortened
 #: Of tokens, rows, prompts and rounds; there are no more of anything that one run could hold.
 MOST = 2**31 - 1
 
-
 #: What PyTorch's random number generators take.
 MOST_SEED = 2**64 - 1
-
 
 #: Of a fraction, above or below the line.
 MOST_DIGITS = 100
 
-
 #: Decimal text, in the digits that every program reads alike.
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?")
-
-
 QUOTIENT = re.compile(r"[+-]?[0-9]+/[0-9]+")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from made_runs import make_run
 
-from squeeze import H2O, InputError, SlidingWindow, SqueezeConfig, StreamingLLM
+from squeeze import H2O, InputError, SlidingWindow, Squeeze, SqueezeConfig, StreamingLLM
 from squeeze.allocations import ALLOCATIONS
 from squeeze.evictors import EVICTORS, make_evictor
 from squeeze.runs import inventory
@@ -190,6 +190,8 @@ def test_sizes_as_flags_give_them_are_fractions():
     assert run_folder("Long", "M", given, "llama") == Path("pred_Long/M/h2o/registry_file_Thirds/0.2/15")
     with pytest.raises(InputError, match=r"KV_class3 must be in \(0, ini_size = 0.2\], got 0.3$"):
         SqueezeConfig("h2o", "0.2", "0.3", "registry_file:Thirds")
+    with pytest.raises(InputError, match=r"KV_class3 must be a number in .*, got None"):
+        Squeeze(0.2, None)
     with pytest.raises(InputError, match=r"registry_file:Forgets: its __post_init__ must call super"):
         SqueezeConfig("h2o", "0.2", allocation="registry_file:Forgets")
 

@@ -15,7 +15,7 @@ from squeeze.allocations.classes import classify
 from squeeze.errors import InputError
 from squeeze.evictors.base import Evictor
 from squeeze.numbers import parse_fraction, shown
-from squeeze.registry import Strategy
+from squeeze.registry import Strategy, fields_of
 
 Needs = Literal["nothing", "similarities", "loss_curves"]
 
@@ -92,11 +92,12 @@ class Allocation(Strategy, ABC):
         if self.size is None:
             return
         object.__setattr__(self, "ini_size", read_size(self.size))
-        if self.class3_size is not None:
-            class3 = parse_fraction("KV_class3", self.class3_size)
+        field = fields_of(type(self)).get("class3")
+        given: Any = getattr(self, "class3", None)
+        if field is not None and (given is not None or field.default is not None):
+            class3 = parse_fraction("KV_class3", given)
             if not 0 < class3 <= self.ini_size:
-                most = f"ini_size = {float(self.ini_size):g}"
-                raise InputError(f"KV_class3 must be in (0, {most}], got {shown(self.class3_size)}")
+                raise InputError(f"KV_class3 must be in (0, ini_size = {float(self.ini_size):g}], got {shown(given)}")
             object.__setattr__(self, "class3", class3)
 
     @property
