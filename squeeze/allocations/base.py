@@ -1,4 +1,4 @@
-"""What an allocation is: how many tokens each layer may hold, for one prompt. No torch, no model."""
+"""The interface of an allocation: how many tokens each layer may hold, for one prompt. No torch, no model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LossCurves(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptFacts:
-    """What an allocation may look at.
+    """Facts about a prompt and its model that budgets are made from.
 
     Attributes:
         layers: decoder layers of the model.
@@ -124,10 +124,10 @@ class Allocation(Strategy, ABC):
 
 def read_size(value: Fraction | float | str) -> Fraction:
     """Read `ini_size`; InputError unless it is in (0, 1]."""
-    found = parse_fraction("ini_size", value)
-    if not 0 < found <= 1:
+    size = parse_fraction("ini_size", value)
+    if not 0 < size <= 1:
         raise InputError(f"ini_size must be in (0, 1], got {shown(value)}")
-    return found
+    return size
 
 
 def check_budgets(budgets: Budgets, facts: PromptFacts, allocation: Allocation) -> None:

@@ -26,13 +26,12 @@ AGAIN = "make it again with python -m squeeze.calibrate"
 #: Nats: what uniform budgets lose counts as no less where it is divided by.
 LEAST = 1e-6
 
-
 #: Exactly as `Fraction` writes it.
 Ratio = Annotated[str, Meta(pattern=r"^[0-9]{1,40}(/[1-9][0-9]{0,39})?\Z")]
 
 
 class AnyCurves(TypedDict):
-    """What is read of the file."""
+    """Fields of the file that are read."""
 
     algorithm: str
     start_size: Count | None
@@ -144,8 +143,8 @@ def read_calibration(path: Path | str) -> Calibration:
         curves = check(content, OwnCurves if "algorithm_parameters" in content else Curves, str(path))
     except InputError as error:
         raise InputError(f"{error}: {AGAIN}") from None
-    shares, multiples = (tuple(map(Fraction, some)) for some in (curves["shares"], curves["multiples"]))
-    ascending = all(list(some) == sorted(set(some)) and some[0] > 0 for some in (shares, multiples))
+    shares, multiples = (tuple(map(Fraction, ratios)) for ratios in (curves["shares"], curves["multiples"]))
+    ascending = all(list(ratios) == sorted(set(ratios)) and ratios[0] > 0 for ratios in (shares, multiples))
     try:
         losses = np.array(curves["loss"], dtype=np.float64)
     except ValueError:  # curves of different lengths

@@ -53,27 +53,27 @@ def spend(curves: Sequence[Sequence[tuple[int, float]]], total: int, cap: int) -
     Raises:
         ValueError: `total` is out of its range.
     """
-    found = [corners[0][0] for corners in curves]
-    if not sum(found) <= total <= cap * len(found):
-        raise ValueError(f"total must be in [{sum(found)}, {cap * len(found)}], got {total}")
+    tokens = [corners[0][0] for corners in curves]
+    if not sum(tokens) <= total <= cap * len(tokens):
+        raise ValueError(f"total must be in [{sum(tokens)}, {cap * len(tokens)}], got {total}")
     pieces = [
         (_slope(left, right), layer, right[0] - left[0])
         for layer, corners in enumerate(curves)
         for left, right in pairwise(corners)
     ]
-    left_over = total - sum(found)
+    left_over = total - sum(tokens)
     for _, layer, length in sorted(pieces, key=lambda piece: piece[:2]):
-        given = min(length, left_over, cap - found[layer])
-        found[layer] += given
+        given = min(length, left_over, cap - tokens[layer])
+        tokens[layer] += given
         left_over -= given
     while left_over:
-        open_layers = [layer for layer, tokens in enumerate(found) if tokens < cap]
+        open_layers = [layer for layer, count in enumerate(tokens) if count < cap]
         each, more = divmod(left_over, len(open_layers))
         for order, layer in enumerate(open_layers):
-            given = min(each + (order < more), cap - found[layer])
-            found[layer] += given
+            given = min(each + (order < more), cap - tokens[layer])
+            tokens[layer] += given
             left_over -= given
-    return found
+    return tokens
 
 
 def greedy(
@@ -110,7 +110,7 @@ def budgets(
         Tokens of each layer, `floor(layers * ini_size * length)` together, as far as `cap` and `minimum` allow.
     """
     count, layers, _ = losses.shape
-    each = [greedy(multiples, one, ini_size, length, cap, minimum) for one in losses]
+    each = [greedy(multiples, measurement, ini_size, length, cap, minimum) for measurement in losses]
     total, notes = within(int(layers * ini_size * length), layers, cap, min(minimum, cap))
     shares = [(sum(tokens) + Fraction(total, layers)) / (count + 1) for tokens in zip(*each, strict=True)]
     return Budgets(round_to(shares, total), notes=notes)

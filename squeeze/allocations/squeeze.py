@@ -34,7 +34,7 @@ class Squeeze(Allocation):
         """Budgets whose sum is `floor(layers * ini_size * length)`, unless a note says why they cannot be."""
         classes = None if facts.similarities is None else self.classify(facts.similarities)
         shares = self.shares(classes or [CLASS_3] * facts.layers, facts)
-        takers = [layer for layer, one in enumerate(classes or []) if one == CLASS_3]
+        takers = [layer for layer, layer_class in enumerate(classes or []) if layer_class == CLASS_3]
         return conserve(shares, facts, takers, classes)
 
     def shares(self, classes: list[int], facts: PromptFacts) -> list[Fraction]:

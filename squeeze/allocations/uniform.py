@@ -11,7 +11,7 @@ from squeeze.allocations.totals import conserve
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """What eviction methods do by themselves, and the baseline of every other allocation.
+    """The budgets of eviction methods by themselves, and the baseline of every other allocation.
 
     Args:
         ini_size: budget of every layer, as a fraction of the prompt.

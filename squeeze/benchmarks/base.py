@@ -207,12 +207,7 @@ class Benchmark(Measure[SampleStats]):
 
     @abstractmethod
     def encode(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        data: DataSet,
-        total: int,
-        options: Options,
-        ranks: Ranks = ALONE,
+        self, tokenizer: PreTrainedTokenizerBase, data: DataSet, total: int, options: Options, ranks: Ranks = ALONE
     ) -> list[Prompt]:
         """Prompts of the first `total` rows.
 

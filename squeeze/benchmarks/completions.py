@@ -111,7 +111,7 @@ def _completion(
         text="".join(tokens),
         tokens=tokens,
         token_logprobs=[float(step[row]) for step in recorder.chosen[: len(tokens)]],
-        top_logprobs=[_by_text(tokenizer, *one) for one in top],
+        top_logprobs=[_by_text(tokenizer, logprobs, ids) for logprobs, ids in top],
         finish_reason="stop" if stopped else "endoftext" if ended else "length",
     )
 
@@ -128,7 +128,7 @@ def _together(stats: Sequence[SampleStats]) -> SampleStats:
     """Statistics of all completions of one prompt, each of which had a cache of its own."""
     times = ("prefill_seconds", "decode_seconds")
     sizes = ("prompt_tokens", "new_tokens", "kv_bytes", "state_bytes", "full_kv_bytes")
-    totals: dict[str, Any] = {name: sum(getattr(one, name) for one in stats) for name in (*times, *sizes)}
+    totals: dict[str, Any] = {name: sum(getattr(sample, name) for sample in stats) for name in (*times, *sizes)}
     return replace(stats[0], **totals)
 
 

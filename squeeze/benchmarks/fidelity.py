@@ -59,25 +59,25 @@ def answer(
         stops: strings that end an answer; its `start` is 0.
     """
     ends = stop_tokens(model, settings).to(model.get_input_embeddings().weight.device)
-    found = Answer(torch.empty(len(prompts), 0, dtype=torch.long, device=ends.device), [], [])
+    full = Answer(torch.empty(len(prompts), 0, dtype=torch.long, device=ends.device), [], [])
     running = torch.ones(len(prompts), dtype=torch.bool, device=ends.device)
     steps = _steps(model, *pad_left(model, prompts), DynamicCache(config=model.config))
     logprobs = next(steps)
     for step in range(settings["max_new_tokens"]):
-        found.logprobs.append(logprobs)
-        found.running.append(running)
+        full.logprobs.append(logprobs)
+        full.running.append(running)
         allowed = logprobs.clone()
         if step < settings.get("min_new_tokens", 0):
             allowed[:, ends] = -torch.inf
         tokens = allowed.argmax(dim=-1, keepdim=True)
-        found.tokens = torch.cat([found.tokens, tokens], dim=1)
+        full.tokens = torch.cat([full.tokens, tokens], dim=1)
         running = running & ~torch.isin(tokens[:, 0], ends)
         if stops is not None:
-            running = running & ~stops(found.tokens, None)
+            running = running & ~stops(full.tokens, None)
         if not running.any() or step + 1 == settings["max_new_tokens"]:
             break
         logprobs = steps.send(tokens)
-    return found
+    return full
 
 
 @torch.inference_mode()
@@ -109,9 +109,9 @@ def compare(
     """
     if len(configs) == 1:
         return _compare(model, prompts, full, run, configs, max_new_tokens)
-    found = unless_out_of_memory(lambda: _compare(model, prompts, full, run, configs, max_new_tokens))
-    if found is not None:
-        return found
+    distances = unless_out_of_memory(lambda: _compare(model, prompts, full, run, configs, max_new_tokens))
+    if distances is not None:
+        return distances
     half = len(configs) // 2
     first, second = (
         compare(model, prompts, full, run, part, max_new_tokens) for part in (configs[:half], configs[half:])
@@ -152,11 +152,11 @@ def _compare(
         for row in full.running[step].repeat(len(configs)).nonzero().flatten().tolist():
             divergences[row].append(kl[row].item())
             agreements[row].append(bool(same[row]))
-    found = [
+    distances = [
         {"kl": fmean(kl) if kl else None, "agreement": fmean(same) if kl else None, "tokens": len(kl), **cost}
         for kl, same, cost in zip(divergences, agreements, held, strict=True)
     ]
-    return [found[first : first + len(prompts)] for first in range(0, len(found), len(prompts))]
+    return [distances[first : first + len(prompts)] for first in range(0, len(distances), len(prompts))]
 
 
 def _steps(
@@ -203,12 +203,13 @@ class Fidelity(Measure[FidelityStats]):
     def work(self, workload: Workload) -> Callable[[list[int]], list[dict[str, Any]]]:
         assert workload.squeezed is not None, "the full cache is what is compared with"
         self._configs.append(workload.squeezed.config)
-        return partial(self._run_batch, len(self._configs) - 1, workload)
+        return partial(self._run_batch, len(self._configs) - 1, workload, workload.squeezed)
 
-    def _run_batch(self, number: int, workload: Workload, batch: list[int]) -> list[dict[str, Any]]:
+    def _run_batch(
+        self, number: int, workload: Workload, run: SqueezedModel, batch: list[int]
+    ) -> list[dict[str, Any]]:
         """Samples of a batch in the configuration of this number."""
-        model, run, prompts = workload.model, workload.squeezed, workload.tokens(batch)
-        assert run is not None, "the full cache is what is compared with"
+        model, prompts = workload.model, workload.tokens(batch)
         first = workload.prompts[batch[0]]
         if self._answer is None or self._batch != batch:
             self._answer, self._compared = None, {}  # let go of the old one first
@@ -239,12 +240,12 @@ class Fidelity(Measure[FidelityStats]):
 
     def summarize(self, stats: Sequence[FidelityStats]) -> dict[str, Any]:
         """Means over samples of what was compared, each with its 95% bootstrap interval."""
-        kept = sum(one.kv_bytes for one in stats) / sum(one.full_kv_bytes for one in stats)
-        compared = [one for one in stats if one.kl is not None and one.agreement is not None]
+        kept = sum(sample.kv_bytes for sample in stats) / sum(sample.full_kv_bytes for sample in stats)
+        compared = [sample for sample in stats if sample.kl is not None and sample.agreement is not None]
         summary: dict[str, Any] = {"samples": len(stats), "compared": len(compared), "kept": round(kept, 4)}
-        summary["tokens"] = sum(one.tokens for one in stats)
+        summary["tokens"] = sum(sample.tokens for sample in stats)
         for name in ("kl", "agreement") if compared else ():
-            values = [getattr(one, name) for one in compared]
+            values = [getattr(sample, name) for sample in compared]
             low, high = interval(values)
             summary[name] = {"mean": round(fmean(values), 6), "low": round(low, 6), "high": round(high, 6)}
         return summary

@@ -59,12 +59,7 @@ class HelmRequests(Benchmark):
         return read_requests(dataset, location)
 
     def encode(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        data: DataSet,
-        total: int,
-        options: Options,
-        ranks: Ranks = ALONE,
+        self, tokenizer: PreTrainedTokenizerBase, data: DataSet, total: int, options: Options, ranks: Ranks = ALONE
     ) -> list[Prompt]:
         """Prompts without special tokens, as published.
 
@@ -101,7 +96,7 @@ class HelmRequests(Benchmark):
             workload.squeezed,
             workload.options.seed,
         )
-        seconds = sum(one.prefill_seconds + one.decode_seconds for one in stats)
+        seconds = sum(sample.prefill_seconds + sample.decode_seconds for sample in stats)
         time = {"batch_time": seconds, "batch_size": len(batch)}
         samples = []
         for index, request, choices, measured in zip(batch, requests, completions, stats, strict=True):

@@ -15,10 +15,10 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 def owner(folder: Path, dataset: str | None = None) -> Benchmark:
     """The benchmark of a run's folder, or of a data set in it: LongBench where nothing says that it is another's."""
-    others = (one for one in BENCHMARKS.values() if one is not LONGBENCH)
-    return next((one for one in others if one.owns(folder, dataset)), LONGBENCH)
+    candidates = (benchmark for benchmark in BENCHMARKS.values() if benchmark is not LONGBENCH)
+    return next((benchmark for benchmark in candidates if benchmark.owns(folder, dataset)), LONGBENCH)
 
 
 def titled(title: str) -> Benchmark:
     """The benchmark that tables call `title`."""
-    return next(one for one in BENCHMARKS.values() if one.title == title)
+    return next(benchmark for benchmark in BENCHMARKS.values() if benchmark.title == title)

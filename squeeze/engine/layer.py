@@ -44,7 +44,7 @@ def check_slots(evictor: Evictor, slots: torch.Tensor, shape: Sequence[int], bud
 
 
 def _described(given: object) -> str:
-    """What an evictor gave, in a few words."""
+    """A value that an evictor gave, in a few words."""
     if not isinstance(given, torch.Tensor):
         return shown(given)
     ends = f" from {given.min().item()} to {given.max().item()}" if given.numel() else ""

@@ -1,4 +1,4 @@
-"""What an eviction method is: which tokens survive prefill, and which slot a new token takes."""
+"""The interface of an eviction method: which tokens survive prefill, and which slot a new token takes."""
 
 from __future__ import annotations
 

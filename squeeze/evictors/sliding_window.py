@@ -22,11 +22,7 @@ class SlidingWindow(Evictor):
         return ring_keep(length, budget, sinks=0)
 
     def slot(
-        self,
-        position: torch.Tensor,
-        budget: torch.Tensor,
-        held: torch.Tensor,
-        scores: torch.Tensor,
+        self, position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
     ) -> torch.Tensor:
         """Slot for the token at `position` `(batch, 1)`, `budget` `(batch, 1)`: `(batch, 1)`, alike in all heads."""
         return ring_slot(position, budget, sinks=0)

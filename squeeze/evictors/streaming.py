@@ -34,11 +34,7 @@ class StreamingLLM(Evictor):
         return ring_keep(length, budget, self.sinks)
 
     def slot(
-        self,
-        position: torch.Tensor,
-        budget: torch.Tensor,
-        held: torch.Tensor,
-        scores: torch.Tensor,
+        self, position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
     ) -> torch.Tensor:
         """Slot for the token at `position` `(batch, 1)`, `budget` `(batch, 1)`: `(batch, 1)`, alike in all heads."""
         return ring_slot(position, budget, self.sinks)

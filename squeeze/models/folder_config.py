@@ -1,4 +1,4 @@
-"""What counts of the two configuration files in a model's folder: its architecture, and the ids of special tokens.
+"""The parts of a model folder's configuration files that count: its architecture, and the ids of special tokens.
 
 Everything else in them is a wish of whoever saved the model (how to sample, which cache to use or whether to use one,
 what to return, keys left over from another architecture), and a run has its own: what the benchmark says.
@@ -97,8 +97,8 @@ def generation_config(
     sources += [read_config(folder), tokenizer]
 
     def first(name: str) -> list[int]:
-        found = (valid_ids(getattr(source, name, None), vocabulary) for source in sources)
-        return next((ids for ids in found if ids), [])
+        candidates = (valid_ids(getattr(source, name, None), vocabulary) for source in sources)
+        return next((ids for ids in candidates if ids), [])
 
     eos = first("eos_token_id")
     pad = [*first("pad_token_id"), *eos, 0]
@@ -109,4 +109,4 @@ def generation_config(
 def valid_ids(ids: int | list[int] | None, vocabulary: int) -> list[int]:
     """Those of some token ids that a model with so many tokens has."""
     given = [] if ids is None else [ids] if isinstance(ids, int) else ids
-    return [one for one in given if 0 <= one < vocabulary]
+    return [token for token in given if 0 <= token < vocabulary]

@@ -34,11 +34,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
     try:
         # Not by mistral-common, which reads other files, only because it happens to be installed.
-        found = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, mistral_format=False)
-        found("a")  # some of its settings are looked at only when it is used
-        return found
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, mistral_format=False)
+        tokenizer("a")  # some of its settings are looked at only when it is used
+        return tokenizer
     except Exception as error:
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {_said(error)}") from error
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
 
 
 def load(
@@ -61,9 +61,9 @@ def load(
     Raises:
         InputError: the files are not a whole model, or a package is not installed that it or `attn` needs.
     """
-    weights, said, config = inspect(folder, allow_pickle), read_config(folder), model_config(folder)
+    weights, facts, config = inspect(folder, allow_pickle), read_config(folder), model_config(folder)
     tokenizer = _load_tokenizer(folder, config)
-    _check_quantization(folder, said)
+    _check_quantization(folder, facts)
     generation = generation_config(folder, config.vocab_size, tokenizer)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -81,11 +81,11 @@ def load(
     except torch.OutOfMemoryError:
         raise InputError(f"the model in {folder} does not fit on {device} in {dtype}") from None
     except Exception as error:
-        if said.quantization is not None:
-            raise InputError(f"{_quantized(folder, said)}, which cannot be loaded here: {_said(error)}") from error
+        if facts.quantization is not None:
+            raise InputError(f"{_quantized(folder, facts)}, which cannot be loaded here: {_reason(error)}") from error
         if isinstance(error, ImportError) and attn == "flash_attention_2":
-            raise InputError(f"--attn {attn} is not installed here: {_said(error)}") from error
-        raise InputError(f"the model in {folder} cannot be loaded: {_said(error)}") from error
+            raise InputError(f"--attn {attn} is not installed here: {_reason(error)}") from error
+        raise InputError(f"the model in {folder} cannot be loaded: {_reason(error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(f"the weights in {folder} lack {len(missing)} tensors of the model, among them {missing[0]}")
@@ -115,8 +115,8 @@ def _offload_folder() -> str:
     return folder
 
 
-def _said(error: Exception) -> str:
-    """What an error of a library says, in one line; its kind as well where that is only a name or a number."""
+def _reason(error: Exception) -> str:
+    """A library's error message in one line, after the error's kind where it is only a name or a number."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     while len(lines) > 1 and lines[0].endswith(":"):
         lines[:2] = [" ".join(lines[:2])]

@@ -60,7 +60,7 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What is taken from the `config.json` of a Llama or Mistral model; its other fields have no effect.
+    """Fields that are read from the `config.json` of a Llama or Mistral model; its others have no effect.
 
     Fields that are left out have transformers' defaults; where those of the two differ, `heads` and `inner_size` know.
     """
@@ -111,13 +111,13 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def quantization(self) -> str | None:
-        """What quantized the weights; None if nothing did, and no name if `quantization_config` has none."""
-        said = self.quantization_config
-        if said is None:
+        """Name of the method that quantized the weights: None if none did, empty if `quantization_config` lacks it."""
+        settings = self.quantization_config
+        if settings is None:
             return None
-        if said.get("load_in_4bit") is True or said.get("load_in_8bit") is True:
+        if settings.get("load_in_4bit") is True or settings.get("load_in_8bit") is True:
             return "bitsandbytes"
-        method = said.get("quant_method")
+        method = settings.get("quant_method")
         return method if isinstance(method, str) and method != "bitsandbytes" else ""
 
 
@@ -131,8 +131,8 @@ def read_config(folder: Path) -> ModelConfig:
     known = read_json(path, dict[str, Any])
     kind = known.get("model_type", "")
     if isinstance(kind, str) and kind not in DEFAULT_ALGORITHM:
-        found = f"is of type {kind}" if kind else "has no model_type"
-        raise InputError(f"the model of {path} {found}: supported are {', '.join(DEFAULT_ALGORITHM)}")
+        fault = f"is of type {kind}" if kind else "has no model_type"
+        raise InputError(f"the model of {path} {fault}: supported are {', '.join(DEFAULT_ALGORITHM)}")
     config = read_json(path, ModelConfig)
     for problem in chain(_foreign(known), _inconsistent(config), _rope_problems(known, config)):
         raise InputError(f"{path}: {problem}")
@@ -140,7 +140,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def taken(folder: Path) -> dict[str, Any]:
-    """What transformers is given of a model's `config.json`: the fields of `ModelConfig` that it has, in their form.
+    """The part of a model's `config.json` that transformers is given: fields of `ModelConfig`, in their form.
 
     Raises:
         InputError: see `read_config`.
@@ -178,17 +178,17 @@ def _inconsistent(config: ModelConfig) -> Iterator[str]:
 
 
 def _rope_problems(known: dict[str, Any], config: ModelConfig) -> Iterator[str]:
-    """What keeps RoPE from being computed."""
+    """Faults that keep RoPE from being computed."""
     for field in ("rope_scaling", "rope_parameters"):
         rope: Rope | None = getattr(config, field)
-        said = known.get(field)
-        if rope is None or not said:
+        raw = known.get(field)
+        if rope is None or not raw:
             continue
-        nested = next((key for key, value in said.items() if isinstance(value, dict)), None)
+        nested = next((key for key, value in raw.items() if isinstance(value, dict)), None)
         if nested is not None:
             yield f"{field}: {nested} is RoPE of one kind of layers, which {config.model_type} models do not have"
         name = "type" if isinstance(rope.rope_type, UnsetType) else "rope_type"
-        kind = next((one for one in (rope.rope_type, rope.type) if not isinstance(one, UnsetType)), "default")
+        kind = next((value for value in (rope.rope_type, rope.type) if not isinstance(value, UnsetType)), "default")
         if kind not in ROPE:
             new = ROPE_BEFORE.get(kind)
             renamed = f"; {kind} is called {new} now, and takes {' and '.join(ROPE[new])}" if new else ""
@@ -222,21 +222,21 @@ def check_weights(folder: Path, config: ModelConfig, tensors: Mapping[str, Tenso
             not say how.
     """
     path = folder / "config.json"
-    found = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    layers = max((int(match[1]) + 1 for name in found if (match := LAYER.match(name))), default=0)
+    by_name = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    layers = max((int(match[1]) + 1 for name in by_name if (match := LAYER.match(name))), default=0)
     if config.num_hidden_layers != layers:
         raise InputError(f"{path}: num_hidden_layers is {config.num_hidden_layers}, but the weights have {layers}")
     if config.quantization is not None:
         return  # packed in ways of its own
     expected = _tensors(config)
     head, tokens = "lm_head.weight", "embed_tokens.weight"
-    tied = config.tie_word_embeddings and (head in found or tokens in found)
-    missing = [name for name in expected if name not in found and not (tied and name in (head, tokens))]
+    tied = config.tie_word_embeddings and (head in by_name or tokens in by_name)
+    missing = [name for name in expected if name not in by_name and not (tied and name in (head, tokens))]
     if missing:
         named = "model." * any(name.startswith("model.") for name in tensors) + missing[0]
         raise InputError(f"the weights in {folder} lack {len(missing)} tensors of the model, among them {named}")
     modules = {name.rpartition(".")[0] for name in expected}
-    for name, tensor in found.items():
+    for name, tensor in by_name.items():
         sizes = expected.get(name)
         if sizes is None:
             if name.rpartition(".")[0] in modules:
@@ -270,8 +270,8 @@ def _tensors(config: ModelConfig) -> dict[str, dict[str, int]]:
         biased = config.attention_bias if name.startswith("self_attn") else config.mlp_bias
         if biased and config.model_type == "llama":
             layer[f"{name}.bias"] = out
-    found = {
+    layers = {
         f"layers.{number}.{name}": sizes for number in range(config.num_hidden_layers) for name, sizes in layer.items()
     }
     outer = vocabulary | hidden
-    return {"embed_tokens.weight": outer, "norm.weight": hidden, "lm_head.weight": outer} | found
+    return {"embed_tokens.weight": outer, "norm.weight": hidden, "lm_head.weight": outer} | layers

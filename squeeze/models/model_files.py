@@ -80,7 +80,8 @@ def inspect(folder: Path, allow_pickle: bool = False) -> Weights:
     check_texts(folder)
     config = read_config(folder)
     weights = find_weights(folder, config, allow_pickle)
-    check_weights(folder, config, _tensors(folder, weights))
+    tensors = {key: tensor for name in weights.names for key, tensor in _read_heads(folder, name)}
+    check_weights(folder, config, tensors)
     return weights
 
 
@@ -170,11 +171,11 @@ def find_weights(folder: Path, config: ModelConfig, allow_pickle: bool = False) 
 
 
 def _instead(folder: Path) -> str:
-    """What there is in place of weights."""
+    """The end of a sentence that names what lies there in place of weights."""
     if any((folder / name).is_file() for name in PICKLED):
         return ", only pickled weights, which can run code: --allow_pickle loads them if you trust their author"
-    found = next((path.name for pattern in OTHERS for path in sorted(folder.glob(pattern))), None)
-    return f"; {found} is not read" if found else ""
+    other = next((path.name for pattern in OTHERS for path in sorted(folder.glob(pattern))), None)
+    return f"; {other} is not read" if other else ""
 
 
 def confine(folder: Path, name: str, source: Path | None = None) -> None:
@@ -210,12 +211,8 @@ def _is_link(path: Path) -> bool:
         return False
 
 
-def _tensors(folder: Path, weights: Weights) -> dict[str, Tensor]:
-    """Every tensor of the weights by its name, read from the files' heads."""
-    return {key: tensor for name in weights.names for key, tensor in _read_heads(folder, name)}
-
-
 def _read_heads(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a file of weights, after its name."""
     path = folder / name
     if name.endswith(".safetensors"):
         from safetensors import SafetensorError, safe_open
@@ -238,8 +235,8 @@ def _read_heads(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in pickled.items():
             yield key, Tensor(name, tuple(tensor.shape), tensor.is_floating_point())
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise InputError(f"the model in {folder} cannot be loaded: {name} holds no tensors by name ({said})") from None
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"the model in {folder} cannot be loaded: {name} holds no tensors by name ({text})") from None
 
 
 def identified(folder: Path, weights: Weights) -> tuple[list[str], list[str]]:

@@ -34,7 +34,7 @@ def _shape_of_packed_linear(inputs: torch.Tensor, packed: torch.Tensor, bias: to
 
 
 class PackedLinear(nn.Module):
-    """What `linears` compute side by side, for inference, from one weight packed for the CPU it runs on."""
+    """The products of `linears` side by side, for inference, from one weight packed for the CPU it runs on."""
 
     packed: torch.Tensor
 

@@ -31,7 +31,6 @@ Length = Annotated[int, msgspec.Meta(ge=2)]
 GENERATION_MARGIN = 512
 PICKLES = "pytorch_model*.bin"
 
-
 #: Of `generation_config.json`, what changed even greedy answers before it had no effect: a run begun then does not go
 #: on now.
 GREEDY_WISHES = (
@@ -98,12 +97,12 @@ def resolve(model: str, model_path: str | None = None) -> ModelSource:
 
 
 def run_name(model: str) -> str:
-    """What the run folders of `--model` are called: the name, or the last part of a path or Hub name.
+    """Name of a model's run folders: its own, or the last part of a path or Hub name.
 
     Raises:
         InputError: that would be no name of a folder.
     """
-    folder = _expanded("the model", model)
+    folder = _expanded(model)
     name = folder.resolve().name if _is_folder(folder) else folder.name
     check_text("the model's name", name)
     if name in ("", ".."):
@@ -130,15 +129,15 @@ def guess_model_type(model: str, model_path: str | None, model_arch: str | None)
 
 
 def _local(base: Path, text: str) -> str | None:
-    path = base / _expanded("the model", text)
+    path = base / _expanded(text)
     return str(path.resolve()) if _is_folder(path) else None
 
 
-def _expanded(what: str, text: str) -> Path:
+def _expanded(text: str) -> Path:
     try:
         return user_path(text)
     except InputError as error:
-        raise InputError(f"{what} {error}") from None
+        raise InputError(f"the model {error}") from None
 
 
 def _is_folder(path: Path) -> bool:
@@ -235,12 +234,12 @@ def prompt_limit(source: ModelSource, most: int) -> tuple[int, str | None]:
 def greedy_wishes(folder: Path) -> list[str]:
     """Names in a model's `generation_config.json` that would change greedy answers and have no effect."""
     path = folder / "generation_config.json"
-    said = read_json(path, dict[str, Any]) if path.exists() else {}
-    return [name for name in GREEDY_WISHES if said.get(name) not in (None, 0, 1, False, [])]
+    settings = read_json(path, dict[str, Any]) if path.exists() else {}
+    return [name for name in GREEDY_WISHES if settings.get(name) not in (None, 0, 1, False, [])]
 
 
 def identity(source: ModelSource, folder: Path, allow_pickle: bool = False) -> dict[str, Any]:
-    """What tells this model from another: hashes of its files, and the Hub's revision where it came from there.
+    """Identity of a model: hashes of its files, and the Hub's revision where it came from there.
 
     A weight file counts by its size and 256 pieces of 64 KiB spread over it, so that a model of many gigabytes is
     told from its fine-tunes in a second.
@@ -259,18 +258,18 @@ def chat_identity(folder: Path) -> str | None:
     They change what `--chat` generates and nothing else, so `identity` goes without.
     """
     files = chat_templates(folder)
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in files:
         content = read_bytes(path)
-        found.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
-    return found.hexdigest() if files else None
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest() if files else None
 
 
 def _sampled_hash(path: Path, pieces: int = 256, piece: int = 65536) -> str:
     size = path.stat().st_size
-    found = hashlib.sha256(str(size).encode())
+    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         for index in range(pieces):
             file.seek(max(0, (size - piece) * index // (pieces - 1)))
-            found.update(file.read(piece))
-    return found.hexdigest()
+            digest.update(file.read(piece))
+    return digest.hexdigest()

@@ -61,12 +61,7 @@ class LongBench(Benchmark):
             prompts.check_chat_template(tokenizer, options.model_name)
 
     def encode(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        data: DataSet,
-        total: int,
-        options: Options,
-        ranks: Ranks = ALONE,
+        self, tokenizer: PreTrainedTokenizerBase, data: DataSet, total: int, options: Options, ranks: Ranks = ALONE
     ) -> list[Prompt]:
         from squeeze.generation.generate import Prompt
 

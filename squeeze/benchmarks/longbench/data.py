@@ -64,7 +64,7 @@ def prompt_formats() -> dict[str, str]:
     formats = read_json(path, dict[str, str])
     for dataset, text in formats.items():
         try:
-            asked = [one for one in Formatter().parse(text) if one[1] is not None]
+            asked = [part for part in Formatter().parse(text) if part[1] is not None]
         except ValueError as error:
             raise InputError(f"{path}: {dataset} cannot be filled in: {error}") from None
         for _, name, layout, conversion in asked:

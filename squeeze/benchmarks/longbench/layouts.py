@@ -64,8 +64,8 @@ def read(path: Path, dataset: str, task: str = "Long") -> list[Any]:
     rows: list[Prediction] = []
     for number, answer in document.items():
         gold = answer.gold if isinstance(answer.gold, Gold) else Gold(answer.gold)
-        said = {"pred": answer.prediction, "answers": gold.answers, "all_classes": gold.all_classes}
-        row = check(said, Prediction, f"{path} answer {number}")
+        prediction = {"pred": answer.prediction, "answers": gold.answers, "all_classes": gold.all_classes}
+        row = check(prediction, Prediction, f"{path} answer {number}")
         check_lists(row, dataset, f"{path} answer {number}")
         rows.append(row)
     if task == "e":
@@ -156,7 +156,7 @@ def _only_method(folder: Path, known: Sequence[str]) -> dict[str, Path]:
     methods = _methods(folder, known)
     if len(methods) > 1:
         raise InputError(
-            f"{folder} has the predictions of {len(methods)} methods, {_some([f'{one}.json' for one in methods])}: "
+            f"{folder} has the predictions of {len(methods)} methods, {_named([f'{name}.json' for name in methods])}: "
             f"say which, such as {folder / next(iter(methods))}"
         )
     if not methods:
@@ -165,11 +165,11 @@ def _only_method(folder: Path, known: Sequence[str]) -> dict[str, Path]:
         except OSError as error:
             raise InputError(f"cannot read {folder}: {error.strerror}") from None
         raise InputError(
-            f"{folder} has no prediction file such as samsum.jsonl" + (f": there are {_some(there)}" if there else "")
+            f"{folder} has no prediction file such as samsum.jsonl" + (f": there are {_named(there)}" if there else "")
         )
     return next(iter(methods.values()))
 
 
-def _some(names: Sequence[str]) -> str:
+def _named(names: Sequence[str]) -> str:
     more = len(names) - MOST_NAMED
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -84,13 +84,13 @@ def family(model_name: str) -> Family | None:
 
 def _by_name(model_name: str) -> Family | None:
     """As LongBench's runner finds it; also base models that have llama2 in their name."""
-    return next((one for one in FAMILIES if any(name in model_name for name in one.names)), None)
+    return next((row for row in FAMILIES if any(name in model_name for name in row.names)), None)
 
 
 def _by_spelling(model_name: str) -> Family | None:
     name = model_name.lower()
     chat = bool(CHAT_WORDS.search(name))
-    return next((one for one in FAMILIES if (chat or not one.has_bases) and re.search(one.spelled, name)), None)
+    return next((row for row in FAMILIES if (chat or not row.has_bases) and re.search(row.spelled, name)), None)
 
 
 def chat_format(dataset: str, model_name: str, chat: bool) -> str | None:
@@ -167,8 +167,8 @@ def in_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     except Exception as error:  # whatever a template raises
-        said = shortened(" ".join(str(error).split()), 200)
-        raise InputError(f"the model's chat template cannot be used: {type(error).__name__}: {said}") from None
+        reason = shortened(" ".join(str(error).split()), 200)
+        raise InputError(f"the model's chat template cannot be used: {type(error).__name__}: {reason}") from None
 
 
 def encode_prompt(
