@@ -19,7 +19,7 @@ ALLOCATIONS: Registry[Allocation] = Registry(
     },
 )
 
-#: What is taken where none is asked for.
+#: The allocation where none is asked for.
 DEFAULT = "squeeze"
 
 __all__ = ["ALLOCATIONS", "DEFAULT", "Allocation"]

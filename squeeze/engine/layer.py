@@ -12,7 +12,7 @@ from squeeze.errors import InputError
 from squeeze.evictors import Evictor
 from squeeze.numbers import shown
 
-#: What flash-attn's kernels take.
+#: Dtypes that flash-attn's kernels take.
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 

@@ -33,15 +33,7 @@ class H2O(Evictor):
     def slot(
         self, position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
     ) -> torch.Tensor:
-        """Slot for the token at `position`: a free one, or that of the lowest score outside the recent window.
-
-        Args:
-            position, budget: `(batch, 1)`.
-            held: position of the token in each slot, -1 where a slot is empty, `(batch, kv_heads, slots)`.
-            scores: of the tokens held, `(batch, kv_heads, slots)`, float32.
-        Returns:
-            `(batch, kv_heads)`.
-        """
+        """Slot for the token at `position`: a free one, or that of the lowest score outside the recent window."""
         evictable = (held >= 0) & (held <= (position - budget // 2)[..., None])
         lowest = scores.masked_fill(~evictable, torch.inf).argmin(dim=-1)
         return torch.where(position < budget, position, lowest)

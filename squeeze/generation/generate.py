@@ -111,27 +111,21 @@ def pad_left(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> tuple[t
     """Prompts as one batch on the model's device: token ids and mask, `(batch, longest)`.
 
     Raises:
-        InputError: a prompt has no tokens, or one that the model does not have.
+        InputError: a prompt has no tokens, or one that the model does not have: its tokenizer is another's.
     """
-    check_tokens(model, prompts)
-    device = model.get_input_embeddings().weight.device
-    pad = _pad_token(model)
-    tokens = pad_sequence(list(prompts), batch_first=True, padding_value=pad, padding_side="left").to(device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
-    return tokens, (torch.arange(tokens.shape[1], device=device) >= tokens.shape[1] - lengths).long()
-
-
-def check_tokens(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> None:
-    """Raises InputError where a tokenizer does not belong to a model: a token is missing there, or there is none."""
-    there = model.get_input_embeddings().num_embeddings
+    embeddings = model.get_input_embeddings()
     for prompt in prompts:
         if not len(prompt):
             raise InputError("the tokenizer makes no tokens of a prompt: nothing can follow it")
-        if int(prompt.max()) >= there:
+        if int(prompt.max()) >= embeddings.num_embeddings:
             raise InputError(
-                f"the tokenizer gives token {int(prompt.max())}, and the model's tokens are 0 to {there - 1}: they do "
-                "not belong together"
+                f"the tokenizer gives token {int(prompt.max())}, and the model's tokens are 0 to "
+                f"{embeddings.num_embeddings - 1}: they do not belong together"
             )
+    device, pad = embeddings.weight.device, _pad_token(model)
+    tokens = pad_sequence(list(prompts), batch_first=True, padding_value=pad, padding_side="left").to(device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
+    return tokens, (torch.arange(tokens.shape[1], device=device) >= tokens.shape[1] - lengths).long()
 
 
 def stop_tokens(model: PreTrainedModel, settings: dict[str, Any]) -> torch.Tensor:
@@ -148,9 +142,9 @@ def _until_stop(tokens: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
 
 def _pad_token(model: PreTrainedModel) -> int:
     """Any token: no padding is ever attended, but `generate` wants one."""
-    there = model.get_input_embeddings().num_embeddings
-    generation = model.generation_config
-    return [*valid_ids(generation.pad_token_id, there), *valid_ids(generation.eos_token_id, there), 0][0]
+    vocabulary = model.get_input_embeddings().num_embeddings
+    special = model.generation_config
+    return [*valid_ids(special.pad_token_id, vocabulary), *valid_ids(special.eos_token_id, vocabulary), 0][0]
 
 
 def full_cache_bytes(config: PretrainedConfig, length: int, dtype: torch.dtype) -> int:

@@ -31,7 +31,7 @@ ALSO = frozenset(
     }
 )
 
-#: What a run decides by itself; special tokens come with the generation config.
+#: Settings that a run decides on by itself; special tokens come with the generation config.
 RUNS_OWN = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
 
 

@@ -26,12 +26,10 @@ from squeeze.models.packing import pack
 from squeeze.models.rope import LengthwiseRope, depends_on_length, forward_name
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
     """A model's tokenizer; InputError if its files are not whole."""
-    return _load_tokenizer(folder, model_config(folder))
-
-
-def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    if config is None:
+        config = model_config(folder)
     try:
         # Not by mistral-common, which reads other files, only because it happens to be installed.
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, mistral_format=False)
@@ -62,8 +60,11 @@ def load(
         InputError: the files are not a whole model, or a package is not installed that it or `attn` needs.
     """
     weights, facts, config = inspect(folder, allow_pickle), read_config(folder), model_config(folder)
-    tokenizer = _load_tokenizer(folder, config)
-    _check_quantization(folder, facts)
+    tokenizer = load_tokenizer(folder, config)
+    # transformers would take weights of a quantization that it does not know as they are.
+    if facts.quantization not in (None, "bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):
+        known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+        raise InputError(f"{_quantized(folder, facts)}, which transformers does not know: it knows {known}")
     generation = generation_config(folder, config.vocab_size, tokenizer)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -95,13 +96,6 @@ def load(
         rotary = model.model.rotary_emb
         setattr(rotary, forward_name(rotary), LengthwiseRope(rotary))
     return model.eval(), tokenizer
-
-
-def _check_quantization(folder: Path, config: ModelConfig) -> None:
-    """Raises InputError if transformers does not know the quantization: it would take the weights as they are."""
-    if config.quantization not in (None, "bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):
-        known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
-        raise InputError(f"{_quantized(folder, config)}, which transformers does not know: it knows {known}")
 
 
 def _quantized(folder: Path, config: ModelConfig) -> str:

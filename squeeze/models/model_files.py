@@ -32,7 +32,7 @@ SETTINGS_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-#: What a tokenizer is made from where there is neither `tokenizer.json` nor `tokenizer.model`.
+#: Files that a tokenizer is made from where there is neither `tokenizer.json` nor `tokenizer.model`.
 VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "tiktoken.model", "spiece.model")
 #: Ends of the names of everything that configs and tokenizers of transformers read.
 TEXTS = (".json", ".jinja", ".model", ".txt", ".codes", ".tokenizer", ".tiktoken")
@@ -104,15 +104,6 @@ def check_texts(folder: Path) -> None:
     for name in _named_tokenizers(folder):
         if (folder / name).exists():
             confine(folder, name)
-
-
-def settings_files(folder: Path) -> list[str]:
-    """Names of the files, besides weights, that change what the model generates."""
-    names = [name for name in SETTINGS_FILES if (folder / name).is_file()]
-    if "tokenizer.json" not in names:
-        more = ("added_tokens.json",) if "tokenizer.model" in names else (*VOCABULARIES, "added_tokens.json")
-        names += [name for name in more if (folder / name).is_file()]
-    return names + [name for name in _named_tokenizers(folder) if name not in names and (folder / name).is_file()]
 
 
 def chat_templates(folder: Path) -> list[Path]:
@@ -240,13 +231,17 @@ def _read_heads(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def identified(folder: Path, weights: Weights) -> tuple[list[str], list[str]]:
-    """Which files tell a model from another: its settings, and its weights.
+    """Names of the files that tell a model from another: its settings, and its weights.
 
     An index counts where it leaves out some of the folder's weights: otherwise it says no more than their names do.
     """
     pattern = "pytorch_model*.bin" if weights.pickled else "*.safetensors"
     there = {path.name for path in folder.glob(pattern) if path.is_file()}
-    settings = settings_files(folder)
+    settings = [name for name in SETTINGS_FILES if (folder / name).is_file()]
+    if "tokenizer.json" not in settings:
+        more = ("added_tokens.json",) if "tokenizer.model" in settings else (*VOCABULARIES, "added_tokens.json")
+        settings += [name for name in more if (folder / name).is_file()]
+    settings += [name for name in _named_tokenizers(folder) if name not in settings and (folder / name).is_file()]
     left_out = {name for name in there.difference(weights.names) if not name.startswith("consolidated")}
     if weights.source.endswith(INDEX) and left_out:
         settings.append(weights.source)

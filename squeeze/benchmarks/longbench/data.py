@@ -38,7 +38,7 @@ LONGBENCH_E = (
 
 CLASSIFICATION = frozenset({"trec", "lsht"})
 
-#: What an answer of these starts with, before a number.
+#: The start of an answer of these, before a number.
 PARAGRAPH = {"passage_retrieval_en": "Paragraph ", "passage_retrieval_zh": "段落"}
 
 

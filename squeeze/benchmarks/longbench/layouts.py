@@ -26,13 +26,13 @@ from squeeze.errors import InputError
 from squeeze.storage.files import read_bytes
 from squeeze.storage.schema import check, decode
 
-#: What other tools put before a data set's name.
+#: Other tools' prefixes to a data set's name.
 PREFIXES = ("MiniLongBench_", "LongBench_")
 
-#: What is written beside predictions and is none.
+#: Files that lie beside predictions and hold none.
 RESULTS = frozenset({"result.json", "result_detail.json", "metrics.json", "run.json"})
 
-#: Names of files that a sentence lists.
+#: The most names that a sentence lists.
 MOST_NAMED = 8
 
 

@@ -23,11 +23,10 @@ NO_CHAT = frozenset({"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
 ASSISTANT = "A chat between a curious {} and an artificial intelligence assistant. The assistant gives helpful, "
 ASSISTANT += "detailed, and polite answers to the {}'s questions."
 
-
-#: What models that were taught to chat are called, whatever else is in their names.
+#: Words in the names of models that were taught to chat.
 CHAT_WORDS = re.compile(r"chat|instruct|(?<![a-z])(inst|it|assistant)(?![a-z])")
 
-#: What `run.json` says of prompts in a template that came with the model.
+#: The chat format by `run.json` of prompts in a template that came with the model.
 OWN_TEMPLATE = "the tokenizer's own chat template"
 
 
@@ -79,18 +78,15 @@ FAMILIES = (
 
 def family(model_name: str) -> Family | None:
     """The family whose rules apply to a model: LongBench's runner's own, or its chat models spelled otherwise."""
-    return _by_name(model_name) or _by_spelling(model_name)
+    name = model_name.lower()
+    chat = CHAT_WORDS.search(name)
+    spelled = (row for row in FAMILIES if (chat or not row.has_bases) and re.search(row.spelled, name))
+    return _by_name(model_name) or next(spelled, None)
 
 
 def _by_name(model_name: str) -> Family | None:
     """As LongBench's runner finds it; also base models that have llama2 in their name."""
     return next((row for row in FAMILIES if any(name in model_name for name in row.names)), None)
-
-
-def _by_spelling(model_name: str) -> Family | None:
-    name = model_name.lower()
-    chat = bool(CHAT_WORDS.search(name))
-    return next((row for row in FAMILIES if (chat or not row.has_bases) and re.search(row.spelled, name)), None)
 
 
 def chat_format(dataset: str, model_name: str, chat: bool) -> str | None:
