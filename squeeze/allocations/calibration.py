@@ -42,13 +42,13 @@ class AnyCurves(TypedDict):
 
 
 class Curves(AnyCurves):
-    """Of a built-in eviction method."""
+    """Fields of a built-in eviction method's file."""
 
     algorithm: Annotated[str, Meta(pattern=f"^({'|'.join(EVICTORS.names)})\\Z")]
 
 
 class OwnCurves(AnyCurves):
-    """Of an eviction method of the user's own."""
+    """Fields of the file of an eviction method of the user's own."""
 
     algorithm_parameters: dict[str, Any]
 
@@ -85,7 +85,7 @@ class Calibration:
         return Path(self.source).name
 
     def first(self, ini_size: Fraction) -> int:
-        """Which share is the smallest that serves a total size: the first of no less, or the largest of all."""
+        """Index of the smallest share that serves a total size: the first of no less, or the largest of all."""
         return next((index for index, share in enumerate(self.shares) if share >= ini_size), len(self.shares) - 1)
 
     def measurements(self, ini_size: Fraction) -> np.ndarray:
@@ -122,7 +122,7 @@ class Calibration:
 
 
 def curves_file(name: str, algorithm: str, to_write: bool = False) -> Path:
-    """Where the file of a model and an eviction method is, or is to be made: see `config_file`."""
+    """Path of the file of a model and an eviction method, or of the one to make: see `config_file`."""
     return config_file(f"calibration/{name}-{file_name(algorithm)}.json", to_write)
 
 

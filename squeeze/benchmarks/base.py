@@ -232,7 +232,7 @@ class Benchmark(Measure[SampleStats]):
 
     @property
     def scale(self) -> str:
-        """Whose scores a table of text shows."""
+        """Name of the scores that a table of text shows."""
         return f"{self.title}'s score"
 
     def owns(self, folder: Path, dataset: str | None) -> bool:

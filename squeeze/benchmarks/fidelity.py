@@ -1,4 +1,4 @@
-"""How far a squeezed cache is from the full one, token by token: KL divergence and top-1 agreement.
+"""Distance of a squeezed cache from the full one, token by token: KL divergence and top-1 agreement.
 
 The full cache answers greedily; both caches are fed that answer, and their next-token distributions are compared. On
 a small model or few samples this tells configurations apart where a score of answers is noise.
@@ -229,7 +229,7 @@ class Fidelity(Measure[FidelityStats]):
         return samples
 
     def _together(self, number: int, run: SqueezedModel) -> list[int]:
-        """Which configurations are fed an answer together with the one of this number, it included."""
+        """Numbers of the configurations that are fed an answer together with this one, it included."""
         config = self._configs[number]
         if not run.share_prefills or config.prefill_chunk is not None:
             return [number]

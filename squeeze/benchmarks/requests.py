@@ -22,7 +22,7 @@ SAMPLE_NUM = 300
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a request wants its prompt to be completed.
+    """A request's settings for the completion of its prompt.
 
     Args:
         max_tokens: the most tokens of a completion.

@@ -146,7 +146,7 @@ def _blocks(
 
 
 def _hidden(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Which keys the queries must not see, both by their positions: `(queries, keys)`."""
+    """Mask of the keys that the queries must not see, both by their positions: `(queries, keys)`."""
     hidden = keys > queries[:, None]
     return hidden if window is None else hidden | (keys <= queries[:, None] - window)
 
@@ -181,7 +181,7 @@ def decode(queries: torch.Tensor, layer: SqueezeLayer, scale: float) -> torch.Te
 
 
 def _empty(layer: SqueezeLayer, count: int) -> torch.Tensor:
-    """Which of the first `count` slots hold no token: `(batch, 1, 1, count)`."""
+    """Mask of the slots without a token among the first `count`: `(batch, 1, 1, count)`."""
     return (torch.arange(count, device=layer.lengths.device) >= layer.lengths)[:, None, None]
 
 

@@ -103,7 +103,7 @@ def _project(module, hidden_states, position_embeddings) -> tuple[torch.Tensor, 
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """No dtype is changed inside: attention here has float32 softmax and sums, and products into buffers."""
+    """A block in which no dtype is changed: attention has float32 softmax and sums, and products into buffers."""
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 

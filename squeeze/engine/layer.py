@@ -17,7 +17,7 @@ FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def decode_kernel(device: torch.device, dtype: torch.dtype, scored: bool) -> str:
-    """How to decode: `grouped` matrix products, or the fused kernel of `flash` (flash-attn) or `sdpa` (PyTorch).
+    """Kernel of decode steps: `grouped` matrix products, or a fused one, `flash` (flash-attn) or `sdpa` (PyTorch).
 
     On CPUs, and on GPUs in float32, grouped products are faster, by measurement (docs/gpu.md). With `scored` attention
     probabilities are wanted, which fused kernels do not give.

@@ -120,7 +120,7 @@ def measure(
 def divergences(
     run: Forks, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], text: torch.Tensor, full: torch.Tensor
 ) -> list[float]:
-    """How far caches that are cut to different budgets are from the full one, over a text that follows on a prompt.
+    """Distance of caches cut to different budgets from the full one, over a text that follows on a prompt.
 
     Args:
         run: what `squeezed` gave.

@@ -1,4 +1,4 @@
-"""Where generated text ends: stop strings, found and cut exactly, however the tokens divide them."""
+"""The end of generated text: stop strings, found and cut exactly, however the tokens divide them."""
 
 from __future__ import annotations
 

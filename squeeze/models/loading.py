@@ -103,7 +103,7 @@ def _quantized(folder: Path, config: ModelConfig) -> str:
 
 
 def _offload_folder() -> str:
-    """Where accelerate may put what fits into no memory; gone with this process."""
+    """A folder for weights that accelerate finds no memory for; gone with this process."""
     folder = tempfile.mkdtemp(prefix="squeeze-offload-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -39,7 +39,7 @@ LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 class Rope(msgspec.Struct, frozen=True, kw_only=True):
-    """How positions turn the keys: `rope_parameters`, which was called `rope_scaling` before."""
+    """Parameters of RoPE: `rope_parameters`, which was called `rope_scaling` before."""
 
     rope_type: str | UnsetType = UNSET
     type: str | UnsetType = UNSET

@@ -84,7 +84,7 @@ class Parts:
 
 
 class PackedPart(nn.Module):
-    """Stands where one of the layers in `Parts` was."""
+    """Stand-in for one of the layers in `Parts`."""
 
     def __init__(self, parts: Parts, index: int):
         super().__init__()
@@ -134,7 +134,7 @@ def _can_pack(linear: nn.Linear) -> bool:
 
 
 def _give_back_freed_memory() -> None:
-    """To the operating system, where the C library is glibc.
+    """Return freed memory to the operating system, where the C library is glibc.
 
     The rows of weights leave holes between the packed ones, together as large as the model and each too small for
     what comes next, which would stay resident.

@@ -42,7 +42,7 @@ GREEDY_WISHES = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies.
+    """A model's name and location.
 
     Args:
         name: what its run folders are called.
@@ -197,7 +197,7 @@ def _download(name: str, weights: list[str]) -> Path:
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """No warning for each attempt to reach the Hub: when all fail, one sentence says so."""
+    """A block without a warning for each attempt to reach the Hub: when all fail, one sentence says so."""
     level = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:

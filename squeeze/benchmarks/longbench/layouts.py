@@ -1,4 +1,4 @@
-"""Where predictions lie: as LongBench and this project write them, and as tools do that both are compared with.
+"""Layouts of prediction files: LongBench's, which is this project's, and those of tools that both are compared with.
 
 - LongBench, this project: a folder with `<data set>.jsonl`.
 - KVCache-Factory (PyramidKV): `<data set>/<method>.json` in a folder for a model and a size, JSON Lines in spite of

@@ -1,4 +1,4 @@
-"""How LongBench's runner puts a prompt to a model and reads its answer: truncation, chat formats, stop rules."""
+"""Prompts and answers as LongBench's runner treats them: truncation, chat formats, stop rules."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def family(model_name: str) -> Family | None:
 
 
 def _by_name(model_name: str) -> Family | None:
-    """As LongBench's runner finds it; also base models that have llama2 in their name."""
+    """The family by the rule of LongBench's runner: also of base models that have llama2 in their name."""
     return next((row for row in FAMILIES if any(name in model_name for name in row.names)), None)
 
 
