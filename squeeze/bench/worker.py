@@ -67,9 +67,9 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024
+        match = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        if match:
+            return int(match[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -112,10 +112,10 @@ def press(spec: dict[str, Any]):
     import kvpress
 
     ratios = [1 - budget / spec["prompt_length"] for budget in spec["budgets"]]
-    one = {"streaming": kvpress.StreamingLLMPress, "h2o": kvpress.ObservedAttentionPress}[spec["algorithm"]]
+    press_class = {"streaming": kvpress.StreamingLLMPress, "h2o": kvpress.ObservedAttentionPress}[spec["algorithm"]]
     if len(set(ratios)) == 1:
-        return one(compression_ratio=ratios[0])
-    return kvpress.PerLayerCompressionPress(one(), compression_ratios=ratios)
+        return press_class(compression_ratio=ratios[0])
+    return kvpress.PerLayerCompressionPress(press_class(), compression_ratios=ratios)
 
 
 def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
@@ -153,11 +153,11 @@ def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
         reset_peak_memory(device)
         for _ in range(spec["rounds"]):
             turn({})
-            seconds, found = generate(model, ids, spec, turn)
+            seconds, measured = generate(model, ids, spec, turn)
             prefill.append(seconds[0])
-            importance.append(found.pop("importance_seconds", 0.0))
+            importance.append(measured.pop("importance_seconds", 0.0))
             steps += seconds[1:]
-            result |= found
+            result |= measured
     result |= {"prefill_seconds": spread(prefill), "step_seconds": spread(steps)}
     if spec["engine"] == "squeeze":
         result["importance_seconds"] = spread(importance)
@@ -176,7 +176,7 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
     engine, budgets = spec["engine"], spec.get("budgets")
     if budgets == "squeezed":
         raise ValueError("no squeezed cache has measured the budgets that this one is to have")
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     windowed = "sliding_window" in inspect.signature(type(model.config)).parameters
     cache = DynamicCache(config=model.config) if windowed else DynamicCache()  # which a leftover key would mislead
     context: Any = nullcontext()
@@ -194,15 +194,15 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
         if tokens == 1:  # cutting a cache belongs to neither prefill nor decode
             after_prefill()
         if (tokens - 1) % spec["turn_steps"] == 0:
-            turn(found)
+            turn(measured)
 
     def after_prefill() -> None:
         if engine == "squeeze":
-            found.update(kv_bytes=run.kv_bytes, state_bytes=run.state_bytes, budgets=run.budgets.tolist())
+            measured.update(kv_bytes=run.kv_bytes, state_bytes=run.state_bytes, budgets=run.budgets.tolist())
             return
         if engine == "transformers" and budgets:
             cut(cache, budgets)
-        found["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        measured["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
     clock = StepClock(pause)
     with context as run, sections as seconds_of:
@@ -216,8 +216,8 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
             stopping_criteria=StoppingCriteriaList([clock]),
         )
     if engine == "squeeze":
-        found["importance_seconds"] = seconds_of["importance"]
-    return clock.seconds, found
+        measured["importance_seconds"] = seconds_of["importance"]
+    return clock.seconds, measured
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

@@ -81,4 +81,4 @@ def switch(help: str, **more: Any) -> Any:
 
 def flags_of(described: type[Any]) -> dict[str, Flag]:
     """The flags of a dataclass by their names, in the fields' order."""
-    return {one.name: Flag(one.name, one.default, **one.metadata) for one in fields(described) if one.metadata}
+    return {item.name: Flag(item.name, item.default, **item.metadata) for item in fields(described) if item.metadata}

@@ -144,14 +144,14 @@ class SqueezeClient(CachingClient):
             )
         self._device = devices.pick_device(device)
         self._dtype = devices.pick_dtype(dtype, self._device)
-        found = resolve(spec, reader())
-        self._folder = found.folder
-        self._positions = found.described.max_position_embeddings
-        self._squeeze = found.config
+        resolved = resolve(spec, reader())
+        self._folder = resolved.folder
+        self._positions = resolved.described.max_position_embeddings
+        self._squeeze = resolved.config
         self._seed = seed
         self._chat = chat
         self._settings = {
-            "model": found.identity,
+            "model": resolved.identity,
             "dtype": str(self._dtype),
             "seed": seed,
             "chat": chat,
@@ -207,23 +207,23 @@ class SqueezeClient(CachingClient):
                 f"the prompt has {len(tokens)} tokens, which with {request.max_tokens} new ones is more than the "
                 f"model's {self._positions} positions"
             )
-        found: list[tuple[str, list[tuple[str, float]], str]] = [("", [], "length")] * decoding.n
+        answers: list[tuple[str, list[tuple[str, float]], str]] = [("", [], "length")] * decoding.n
         if request.max_tokens > 0:
             with squeezed(model, self._squeeze) if self._squeeze else nullcontext() as run:
                 [choices], [stats] = completions.complete(
                     model, tokenizer, [tokens], [text], decoding, run, self._seed
                 )
-            found = [
-                (one.text, list(zip(one.tokens, one.token_logprobs, strict=True)), one.finish_reason)
-                for one in choices
+            answers = [
+                (choice.text, list(zip(choice.tokens, choice.token_logprobs, strict=True)), choice.finish_reason)
+                for choice in choices
             ]
             kept = 100 * stats.kv_bytes / stats.full_kv_bytes
             hlog(f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new ones, KV kept {kept:.1f}%")
         if request.echo_prompt:
             logprobs = completions.prompt_logprobs(model, tokens)
             echo = list(zip(pieces(tokenizer, tokens), logprobs, strict=True))
-            found = [(text + new, echo + more, reason) for new, more, reason in found]
-        return {"completions": found}
+            answers = [(text + new, echo + more, reason) for new, more, reason in answers]
+        return {"completions": answers}
 
     def _prompt(self, request: Request, tokenizer: Any) -> str:
         if not self._chat:
@@ -278,8 +278,8 @@ def _for_helm() -> Iterator[None]:
     except NonRetriableException:
         raise
     except Exception as error:
-        said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        raise NonRetriableException(said) from error
+        message = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        raise NonRetriableException(message) from error
 
 
 def _output(text: str, tokens: list[tuple[str, float]], finish_reason: str) -> GeneratedOutput:

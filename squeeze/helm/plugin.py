@@ -89,7 +89,7 @@ class ArticlesScenario(Scenario):
         return instances
 
     def get_metadata(self) -> ScenarioMetadata:
-        """What `helm-summarize --auto-generate-schema` shows."""
+        """The description that `helm-summarize --auto-generate-schema` shows."""
         return ScenarioMetadata(
             name=self.name,
             display_name=self.name,

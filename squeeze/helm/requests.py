@@ -52,12 +52,12 @@ SCENARIOS = {
     "cnndm_local": HelmScenario("cnndm_local", "cnndm", local=True),
 }
 
-#: What HELM's own scenarios import, and the line of requirements-helm-full.txt that installs it.
+#: Modules that HELM's own scenarios import, and the line of requirements-helm-full.txt that installs it.
 FULL = {"summ_eval": "summ-eval", "bert_score": "bert-score", "sentencepiece": "sentencepiece"}
 
 
 def run_entry(name: str, articles: str | None, temperature: float) -> str:
-    """What `helm-run --run-entries` calls a scenario, but for the model.
+    """A scenario as `helm-run --run-entries` takes it, but for the model.
 
     Raises:
         InputError: there is no such scenario, or its articles are not there.
@@ -157,7 +157,7 @@ def _folders(suite: str) -> tuple[Path, Path]:
 
 def published(request: HelmRequest) -> dict[str, Any]:
     """One of HELM's requests in the published layout: as HELM has long put it to completion APIs."""
-    found: dict[str, Any] = {
+    body: dict[str, Any] = {
         "best_of": request["top_k_per_token"],
         "echo": request["echo_prompt"],
         "logprobs": request["top_k_per_token"],
@@ -170,7 +170,7 @@ def published(request: HelmRequest) -> dict[str, Any]:
         "temperature": request["temperature"],
         "top_p": request["top_p"],
     }
-    return found | ({"random": request["random"]} if "random" in request else {})
+    return body | ({"random": request["random"]} if "random" in request else {})
 
 
 def write_requests(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:

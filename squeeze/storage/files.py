@@ -166,29 +166,29 @@ def lock(path: Path, flags: int = os.O_CREAT) -> Open | None:
 
 
 @contextmanager
-def writing(what: object, after: str = "") -> Iterator[None]:
-    """Make InputError of what the system refuses: `cannot write {what}: No space left on device{after}`."""
+def writing(target: object, after: str = "") -> Iterator[None]:
+    """Make InputError of what the system refuses: `cannot write {target}: No space left on device{after}`."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {what}: {error.strerror or error}{after}") from None
+        raise InputError(f"cannot write {target}: {error.strerror or error}{after}") from None
 
 
 def unfinished(path: Path) -> list[Path]:
     """What `write_whole` has not finished writing to `path`, or never will: `.samsum.jsonl.123` for `samsum.jsonl`."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.\d+")
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+")
     if not path.parent.is_dir():
         return []
-    return [path.with_name(one) for one in sorted(os.listdir(path.parent)) if name.fullmatch(one)]
+    return [path.with_name(name) for name in sorted(os.listdir(path.parent)) if pattern.fullmatch(name)]
 
 
 def sweep(path: Path) -> None:
     """Remove what a process that was killed left of writing `path`; a living one has locked what it writes."""
-    for one in unfinished(path):
+    for leftover in unfinished(path):
         with suppress(OSError):  # where there are no locks, nobody knows who lives
-            file = lock(one, flags=0)
+            file = lock(leftover, flags=0)
             if file is not None:
-                one.unlink()
+                leftover.unlink()
                 file.close()
 
 
