@@ -175,7 +175,7 @@ def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]
 
 
 def with_quartiles(quartiles: dict[str, float], digits: int, unit: float = 1.0) -> str:
-    """`12.3 (12.1–12.9)`"""
+    """A median and its quartiles, as `12.3 (12.1–12.9)`."""
     median, low, high = (f"{quartiles[key] / unit:.{digits}f}" for key in ("median", "low", "high"))
     return f"{median} ({low}–{high})"
 

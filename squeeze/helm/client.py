@@ -272,7 +272,7 @@ def loaded(folder: Path, device: Any, dtype: Any) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def _for_helm() -> Iterator[None]:
-    """Nothing that fails here would succeed if HELM tried it again."""
+    """Make errors such that HELM does not try again: nothing that fails here would succeed then."""
     try:
         yield
     except NonRetriableException:

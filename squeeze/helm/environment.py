@@ -156,11 +156,11 @@ def helm(command: str, *arguments: str) -> None:
     with file:
         os.ftruncate(file.number, 0)
         streams: Any = {"stdout": file.number, "stderr": subprocess.STDOUT}
-        code = subprocess.run([str(program), *arguments], env=environment, **streams)
-    if code.returncode:
+        done = subprocess.run([str(program), *arguments], env=environment, **streams)
+    if done.returncode:
         last = last_error(log.read_text("utf-8", errors="replace"))
         raise HelmError(
-            f"{command} failed with exit code {code.returncode}: {last} (all of it: {log})", code.returncode
+            f"{command} failed with exit code {done.returncode}: {last} (all of it: {log})", done.returncode
         )
 
 

@@ -94,14 +94,12 @@ def check_full() -> None:
 
 
 def dry_run(entry: str, folder: Path, positions: int, sample_num: int) -> list[RequestState]:
-    """HELM's requests for a run entry, and how many in-context examples each has.
+    """HELM's request states for a run entry: its requests, and how many in-context examples each has.
 
     Args:
         folder: the model's, for its tokenizer.
         positions: the model's window.
         sample_num: the most instances.
-    Returns:
-        HELM's request states.
     Raises:
         InputError: HELM fails.
     """

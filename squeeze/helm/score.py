@@ -67,7 +67,7 @@ class Predictions:
 
     @property
     def sha256(self) -> str:
-        """Of the predictions."""
+        """The hash of the predictions."""
         return hashlib.sha256(read_bytes(self.file)).hexdigest()
 
 

@@ -134,7 +134,7 @@ class Open:
 
 
 def check_place(path: Path, folder: bool = False) -> None:
-    """Raises OSError if what is there is a link, or no regular file, or no folder where that is wanted."""
+    """Check that nothing lies there but a regular file, or a folder where that is wanted; OSError otherwise."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:

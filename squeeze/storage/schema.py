@@ -97,7 +97,7 @@ def check(document: Any, kind: type[Kind], where: str) -> Kind:
 
 
 def _depth(data: bytes) -> int:
-    """How deep lists and objects lie in each other."""
+    """The depth of lists and objects in each other; 0 where there are too few to be too deep."""
     if data.count(b"[") + data.count(b"{") <= DEPTH:
         return 0
     depth = deepest = 0
@@ -108,7 +108,7 @@ def _depth(data: bytes) -> int:
 
 
 def _not_decoded(data: bytes, location: str, line: int | None, error: Exception) -> InputError:
-    """Why bytes are no JSON, or none that can be computed with."""
+    """The error for bytes that are no JSON, or none that can be computed with."""
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
@@ -225,7 +225,7 @@ def _with(document: Any, path: list[Any], value: Any) -> Any:
 
 
 def _field(path: list[Any]) -> str:
-    """`: datasets.samsum.starts[0]`"""
+    """A path as `: datasets.samsum.starts[0]`; nothing for the document itself."""
     words = "".join(f"[{step}]" if isinstance(step, int) else f".{_plain(step)}" for step in path)
     return f": {words.removeprefix('.')}" if words else ""
 

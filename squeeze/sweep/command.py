@@ -128,12 +128,6 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     except InputError as error:
         raise InputError(f"a sweep's file {error}") from None
     args.changes = [argument for argument in args.arguments if argument != files[0]]
-    check(args)
-    return args
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises InputError for flags that do not go together."""
     if args.engine not in ("local", "ray"):
         raise InputError(f"--engine must be local or ray, got {shortened(args.engine)}")
     if args.engine == "local":
@@ -141,6 +135,7 @@ def check(args: argparse.Namespace) -> None:
         for flag in ("address", "num_gpus", "num_cpus", "max_retries"):
             if getattr(args, flag) != getattr(defaults, flag):
                 raise InputError(f"--{flag} is for --engine ray")
+    return args
 
 
 def some(problems: Sequence[str]) -> list[str]:
@@ -178,7 +173,7 @@ def open_runs(prepared: Sequence[Job | InputError]) -> tuple[list[list[OpenJob]]
 
 
 def run(groups: Sequence[Sequence[OpenJob]], engine: Engine) -> list[str]:
-    """Do all runs, with a bar over their samples; what went wrong."""
+    """Do all runs, with a bar over their samples; a sentence for each group that cannot go on."""
     wrong = []
     points = [point for group in groups for job in group for point in job.samples]
     total, missing = sum(point.total for point in points), sum(len(point.missing) for point in points)
@@ -197,15 +192,6 @@ def run(groups: Sequence[Sequence[OpenJob]], engine: Engine) -> list[str]:
     return wrong
 
 
-def engine_of(args: argparse.Namespace) -> Engine:
-    """Where the flags want the runs to be done."""
-    if args.engine == "local":
-        return Local()
-    from squeeze.sweep.ray_cluster import Cluster
-
-    return Cluster(args.address, args.num_cpus, args.num_gpus, args.max_retries)
-
-
 def sweep(argv: Sequence[str] | None = None) -> None:
     """Run a grid.
 
@@ -216,7 +202,11 @@ def sweep(argv: Sequence[str] | None = None) -> None:
     grid = read_grid(args.grid, args.changes)
     for reason in some(grid.left_out):
         say(f"left out: {reason}")
-    engine = engine_of(args)
+    engine: Engine = Local()
+    if args.engine == "ray":
+        from squeeze.sweep.ray_cluster import Cluster
+
+        engine = Cluster(args.address, args.num_cpus, args.num_gpus, args.max_retries)
     groups, wrong = open_runs(engine.prepare(grid.runs))
     for problem in some(wrong):
         say(f"left out: {problem}")

@@ -76,16 +76,16 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
         shared: dict[Any, set[int]] = {}
         for run in group:
             samples = run.samples[index]
-            missing = samples.missing
-            for prefill in _prefills(run.job):
+            missing, prefills = samples.missing, _prefills(run.job)
+            for prefill in prefills:
                 shared.setdefault(prefill, set()).update(missing)
-            tokens = sum(len(prompts[index].tokens) for index in missing) * len(_prefills(run.job))
-            measured = _measuring(run.job, config, [len(prompts[index].tokens) for index in missing])
+            lengths = [len(prompts[index].tokens) for index in missing]
+            tokens = sum(lengths) * len(prefills)
             new = sum(prompts[index].settings["max_new_tokens"] for index in missing)
             kept, full = _most_bytes(run.job, config, prompts[: samples.total])
             total.samples += len(missing)
             total.prompt_tokens += tokens
-            total.measured += measured
+            total.measured += _measuring(run.job, config, lengths)
             total.new_tokens += new
             if missing:
                 total.prefill_bytes = max(total.prefill_bytes, full)

@@ -39,9 +39,11 @@ NOTHING = ("", "~", "null", "Null", "NULL")
 
 @dataclass(frozen=True)
 class Grid:
-    """Args:
-    runs: each run, or what is wrong with its values.
-    left_out: points that cannot be, with the reason.
+    """The points of a sweep.
+
+    Args:
+        runs: each run, or what is wrong with its values.
+        left_out: points that cannot be, with the reason.
     """
 
     runs: list[RunSpec | InputError]
