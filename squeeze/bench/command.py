@@ -181,7 +181,7 @@ def with_quartiles(quartiles: dict[str, float], digits: int, unit: float = 1.0) 
 
 
 def row(record: dict[str, Any], copy_bandwidth: float, baseline: float | None = None) -> dict[str, str]:
-    """A line of the table; the limit is what the weights and the KV kept take to be read once.
+    """A line of the table; the limit is the time to read the weights and the KV kept once.
 
     Args:
         baseline: tokens per second to compare with.

@@ -24,14 +24,14 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
-#: Gives way to other configurations; takes what is known so far.
+#: Gives way to other configurations; takes the results so far.
 Turn = Callable[[dict[str, Any]], None]
 
 
 class StepClock(StoppingCriteria):
     """Seconds of the prefill and of every decode step of `generate`; stops nothing.
 
-    `pause` is called with the number of tokens after each, and what it takes belongs to no step.
+    `pause` is called with the number of tokens after each, and its time belongs to no step.
     """
 
     def __init__(self, pause: Callable[[int], None]) -> None:
@@ -101,7 +101,7 @@ def weight_bytes(model) -> int:
 
 
 def cut(cache: DynamicCache, budgets: list[int]) -> None:
-    """Cut a DynamicCache to budgets after prefill, by what costs least: the last tokens."""
+    """Cut each layer of a DynamicCache to the last tokens of its budget, the cheapest cut, after prefill."""
     for layer, budget in zip(cache.layers, budgets, strict=True):
         layer.keys = layer.keys[:, :, -budget:].clone()
         layer.values = layer.values[:, :, -budget:].clone()
@@ -126,7 +126,7 @@ def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
             (of the text that prompts are cut from), `batch_size`, `prompt_length`, `new_tokens`, `rounds`,
             `turn_steps`, and for `squeeze` the fields of `SqueezeConfig` as `config`; for the others `budgets` in
             tokens (none: the full cache), and `algorithm` for kvpress.
-        turn: called with what is known so far before each prefill, and after it and every `turn_steps` decode steps;
+        turn: called with the results so far before each prefill, and after it and every `turn_steps` decode steps;
             may wait, which is no part of any time measured, and may change the spec's `budgets` before a prefill.
     Returns:
         medians and quartiles of `prefill_seconds` (a prefill each round), `step_seconds` (of all decode steps) and,

@@ -117,7 +117,7 @@ def real(
     """A type of arguments: a number from `least` to `most`.
 
     Args:
-        words: what is said of the numbers allowed.
+        words: the numbers allowed, as the error says it.
         without_least: `least` itself is not allowed.
     """
 

@@ -87,7 +87,7 @@ def print_scores(details: dict[str, Any], groups: dict[str, float], benchmark: B
 
 
 def compare(folders: list[Path], datasets: str | None) -> None:
-    """Print runs side by side, and what each differs from the first, with 95% intervals over pairs of samples.
+    """Print runs side by side, and their differences from the first, with 95% intervals over pairs of samples.
 
     Raises:
         InputError: there is nothing to compare, or two runs' samples are not the same.

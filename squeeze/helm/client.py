@@ -240,7 +240,7 @@ def decoding_of(request: Request, least: int = 0) -> Decoding:
     """A request's settings.
 
     Args:
-        least: what a request for no token at all counts as.
+        least: tokens that a request for none counts as.
     """
     return Decoding(
         max_tokens=max(request.max_tokens, least),

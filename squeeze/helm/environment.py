@@ -137,7 +137,7 @@ class HelmError(InputError):
 
 
 def helm(command: str, *arguments: str) -> None:
-    """Run `helm-run` or `helm-summarize` of this environment; what it prints goes to a file in `helm/logs`.
+    """Run `helm-run` or `helm-summarize` of this environment; its output goes to a file in `helm/logs`.
 
     Raises:
         HelmError: it failed; the message has the log's path and its last error.
@@ -165,7 +165,7 @@ def helm(command: str, *arguments: str) -> None:
 
 
 def last_error(log: str) -> str:
-    """The last line that names an exception and what it says, but HELM's own summary of failed runs."""
+    """The last line with an exception and its message, other than HELM's own summary of failed runs."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b:?", line)]
     told = [line for line in errors if "Failed runs:" not in line]

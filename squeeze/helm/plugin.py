@@ -58,7 +58,7 @@ class ArticlesScenario(Scenario):
 
     Args:
         articles: the file.
-        task: what HELM calls it, `xsum_local` or `cnndm_local`.
+        task: HELM's name for it, `xsum_local` or `cnndm_local`.
     """
 
     description = "Summaries of news articles in a local file"

@@ -35,7 +35,7 @@ class HelmScenario:
 
     Args:
         run_spec: HELM's name for it.
-        task: what `--pred` calls it.
+        task: its name in `--pred`.
         local: whether it reads articles from a file, and needs nothing from outside.
     """
 
@@ -79,7 +79,7 @@ def run_entry(name: str, articles: str | None, temperature: float) -> str:
 
 
 def check_full() -> None:
-    """Check that what HELM's own summarization metrics import is there.
+    """Check that the modules and models of HELM's own summarization metrics are there.
 
     Raises:
         InputError: it names everything that is missing.
@@ -149,7 +149,7 @@ def _drop(path: Path, held: Open) -> None:
 
 
 def _folders(suite: str) -> tuple[Path, Path]:
-    """HELM's environment for a dry run, and what the dry run writes."""
+    """The folders of HELM's environment for a dry run, and of its results."""
     return ENVIRONMENT.with_name(suite), OUTPUT / "runs" / suite
 
 

@@ -1,4 +1,4 @@
-"""Score `pred.py`'s predictions with HELM itself, and show runs side by side: what `script/helm.sh` calls.
+"""Score `pred.py`'s predictions with HELM itself, and show runs side by side, for `script/helm.sh`.
 
 `helm-run` asks a client that answers from the predictions, so that HELM scores exactly those. All runs of a task are
 one HELM suite, `helm/benchmark_output/runs/<task>`, to which `latest` points.
@@ -49,7 +49,7 @@ class Predictions:
         sample_num: the most instances HELM takes, as when it made the requests.
         model: the model's folder, for its tokenizer.
         positions: the model's window.
-        columns: what the table says about the run.
+        columns: the run's cells in the table.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class Predictions:
 
 
 def read_run(folder: Path, args: argparse.Namespace) -> Predictions:
-    """Read what a run's folder says about itself.
+    """Read a run's folder.
 
     Raises:
         InputError: it is no finished run, or does not say which requests it answered and the flags do not either.
@@ -101,7 +101,7 @@ def read_run(folder: Path, args: argparse.Namespace) -> Predictions:
 
 
 def _summary(folder: Path, task: str) -> tuple[dict[str, Any], Any] | None:
-    """A run's settings and what it says about a task: `RequestsSummary` where it is finished; None if nothing."""
+    """A run's settings and its summary of a task: `RequestsSummary` where it is finished; None if nothing."""
     path = folder / "run.json"
     manifest = read_json(path, Manifest)
     check_settings(manifest["settings"], path)

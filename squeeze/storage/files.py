@@ -59,10 +59,10 @@ def parse_jsonl(data: bytes, source: str | Path, kind: type[Kind]) -> list[tuple
 
     Args:
         data: the file's bytes.
-        source: what the file is called in an error.
+        source: the file's name in an error.
         kind: of every line, see `decode`.
     Returns:
-        (line number counted from 1, what it says) for each line.
+        (number counted from 1, content) of each line.
     Raises:
         InputError: a line is not of that kind; there is no line at all.
     """
@@ -175,7 +175,7 @@ def writing(target: object, after: str = "") -> Iterator[None]:
 
 
 def unfinished(path: Path) -> list[Path]:
-    """What `write_whole` has not finished writing to `path`, or never will: `.samsum.jsonl.123` for `samsum.jsonl`."""
+    """Files that `write_whole` is writing for `path`, or never finished: `.samsum.jsonl.123` for `samsum.jsonl`."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+")
     if not path.parent.is_dir():
         return []
@@ -193,7 +193,7 @@ def sweep(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there, and what was left of writing it."""
+    """Remove a file, if it is there, and leftovers of writing it."""
     path.unlink(missing_ok=True)
     sweep(path)
 
@@ -201,7 +201,7 @@ def remove(path: Path) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write `content` to `path` so that a reader, or a crash, finds the old file or the new one and nothing between.
 
-    What is in its place is replaced, and a symbolic link is not followed.
+    Whatever lies there is replaced; a symbolic link is not followed.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     sweep(path)
@@ -235,7 +235,7 @@ def _temporary(path: Path) -> tuple[Path, Open]:
 
 
 def _is_at(path: Path, file: Open) -> bool:
-    """Whether the open file is what is now called `path`."""
+    """Whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(file.number))
     except FileNotFoundError:

@@ -68,8 +68,8 @@ def decode(data: bytes, kind: type[Kind], where: str | Path, line: int | None = 
     Numbers that no machine number holds, text that is no UTF-8, and nesting without an end are errors as well.
 
     Args:
-        kind: what is wanted. Of a `TypedDict` the fields that it does not name are kept, too.
-        where: what the file is called in an error.
+        kind: the form wanted. Of a `TypedDict` the fields that it does not name are kept, too.
+        where: the file's name in an error.
         line: which of its lines this is, in JSON Lines; None for a file that is one document.
     Raises:
         InputError: it is not that; the message names the file, the line and the field.

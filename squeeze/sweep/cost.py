@@ -63,7 +63,7 @@ def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
 
 
 def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
-    """The lines of runs on one model and the same data; what they come to is added to `total`."""
+    """The lines of runs on one model and the same data; their sums are added to `total`."""
     from squeeze.models import loading
     from squeeze.models.folder_config import model_config
 

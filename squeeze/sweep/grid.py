@@ -42,7 +42,7 @@ class Grid:
     """The points of a sweep.
 
     Args:
-        runs: each run, or what is wrong with its values.
+        runs: each run, or the error in its values.
         left_out: points that cannot be, with the reason.
     """
 

@@ -29,7 +29,7 @@ from squeeze.storage.paths import ROOT
 #: Ray's own take ten minutes to find that an address does not answer. They are read when it is imported.
 PATIENCE = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "10"}
 
-#: Seconds between looks at what the tasks have written.
+#: Seconds between looks at the tasks' files.
 POLL_SECONDS = 0.5
 
 
