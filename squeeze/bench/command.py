@@ -282,9 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     todo = specs(args, folder, tokens)
     records: list[dict[str, Any]] = []
     shared: dict[str, Any] = {}
-    together = (
-        groupby(todo, key=lambda spec: spec["batch_size"]) if args.in_turns else ((None, [spec]) for spec in todo)
-    )
+    together = groupby(todo, key=lambda spec: spec["batch_size"] if args.in_turns else id(spec))  # id: each alone
     with tqdm(total=sum(map(turns, todo)), unit="turn") as bar:
         for _, group in together:
             for record in run(list(group), shared, bar):

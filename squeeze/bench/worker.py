@@ -191,18 +191,14 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
         context = press(spec)(model)
 
     def pause(tokens: int) -> None:
-        if tokens == 1:  # cutting a cache belongs to neither prefill nor decode
-            after_prefill()
+        if tokens == 1 and engine == "squeeze":
+            measured.update(kv_bytes=run.kv_bytes, state_bytes=run.state_bytes, budgets=run.budgets.tolist())
+        elif tokens == 1:
+            if engine == "transformers" and budgets:  # cutting a cache belongs to neither prefill nor decode
+                cut(cache, budgets)
+            measured["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         if (tokens - 1) % spec["turn_steps"] == 0:
             turn(measured)
-
-    def after_prefill() -> None:
-        if engine == "squeeze":
-            measured.update(kv_bytes=run.kv_bytes, state_bytes=run.state_bytes, budgets=run.budgets.tolist())
-            return
-        if engine == "transformers" and budgets:
-            cut(cache, budgets)
-        measured["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
     clock = StepClock(pause)
     with context as run, sections as seconds_of:

@@ -153,10 +153,9 @@ def expand(values: dict[str, list[str]], where: str) -> Grid:
         values: of each key, as text.
         where: they come from, for errors.
     """
-    if not values.get("model"):
-        raise InputError(f"{where}: the grid is empty, model has no value")
-    if not values.get("ini_size"):
-        raise InputError(f"{where}: the grid is empty, ini_size has no value")
+    for key in ("model", "ini_size"):
+        if not values.get(key):
+            raise InputError(f"{where}: the grid is empty, {key} has no value")
     axes = {key: len(values.get(key) or [""]) for key in AXES}
     points = math.prod(axes[key] for key in ("model", "seed", "fidelity", "algorithm", "ini_size"))
     points *= 1 + axes["allocation"] * axes["KV_class3"]
