@@ -59,7 +59,7 @@ class ReplayClient(Client):
             decoding = decoding_of(request)
             result = self._results.get(key(request.prompt, decoding))
             if result is None:
-                raise InputError(self._what_is_missing(request.prompt, decoding))
+                raise InputError(self._unanswered(request.prompt, decoding))
         seconds, size = result["request_time"]["batch_time"], result["request_time"]["batch_size"]
         completions = []
         for choice in result["choices"]:
@@ -76,7 +76,7 @@ class ReplayClient(Client):
             batch_size=size,
         )
 
-    def _what_is_missing(self, prompt: str, decoding: Decoding) -> str:
+    def _unanswered(self, prompt: str, decoding: Decoding) -> str:
         end = prompt[-80:].replace("\n", " ")
         there = self._settings.get(prompt)
         if there is None:
