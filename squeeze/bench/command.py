@@ -130,7 +130,7 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
     }
     layers = sources.read_config(folder).num_hidden_layers
     everything = {"budgets": [args.prompt_length + args.new_tokens] * layers}
-    found = []
+    variants = []
     for batch_size in args.batch_size:
         for dtype in args.dtype:
             base = common | {"batch_size": batch_size, "dtype": dtype}
@@ -144,67 +144,67 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
                 }
                 for cache in args.caches:
                     label = f"{algorithm} {cache}"
-                    found.append(base | {"engine": "squeeze", "cache": label, "config": configs[cache]})
+                    variants.append(base | {"engine": "squeeze", "cache": label, "config": configs[cache]})
             if args.peers:
-                found += peers(base, args)
-    return found
+                variants += peers(base, args)
+    return variants
 
 
 def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What users would run instead, at the same total of tokens."""
+    """The caches that users would run instead, at the same total of tokens."""
     budget = int(parse_fraction("ini_size", args.ini_size) * args.prompt_length)
     layers = sources.read_config(Path(base["model"])).num_hidden_layers
     cut = {"budgets": [budget] * layers}
-    found = []
+    variants = []
     for attn in args.peer_attn:
         transformers = base | {"engine": "transformers", "attn": attn}
         name = "DynamicCache" if attn == "sdpa" else f"DynamicCache {attn}"
-        found += [transformers | {"cache": f"{name} full"}, transformers | {"cache": f"{name} uniform", **cut}]
+        variants += [transformers | {"cache": f"{name} full"}, transformers | {"cache": f"{name} uniform", **cut}]
         if attn == "sdpa" and "squeezed" in args.caches:  # eager attention builds one mask for all layers
-            found.append(transformers | {"cache": f"{name} squeezed", "budgets": "squeezed"})
+            variants.append(transformers | {"cache": f"{name} squeezed", "budgets": "squeezed"})
         if args.peer_python and "streaming" in args.algorithm:
             kvpress = transformers | {"engine": "kvpress", "python": args.peer_python, "algorithm": "streaming"}
             name = "" if attn == "sdpa" else f" {attn}"
-            found.append(kvpress | {"cache": f"StreamingLLMPress{name}", **cut})
+            variants.append(kvpress | {"cache": f"StreamingLLMPress{name}", **cut})
             if attn == "sdpa" and "squeezed" in args.caches:
-                found.append(kvpress | {"cache": "PerLayerCompressionPress", "budgets": "squeezed"})
+                variants.append(kvpress | {"cache": "PerLayerCompressionPress", "budgets": "squeezed"})
     if args.peer_python and "h2o" in args.algorithm:  # attention weights, which eager attention alone gives
         observed = {"engine": "kvpress", "python": args.peer_python, "algorithm": "h2o", "attn": "eager"}
-        found.append(base | observed | {"cache": "ObservedAttentionPress", **cut})
-    return found
+        variants.append(base | observed | {"cache": "ObservedAttentionPress", **cut})
+    return variants
 
 
-def with_quartiles(found: dict[str, float], digits: int, unit: float = 1.0) -> str:
-    """`12.3 (12.1–12.9)`"""
-    median, low, high = (f"{found[key] / unit:.{digits}f}" for key in ("median", "low", "high"))
+def with_quartiles(quartiles: dict[str, float], digits: int, unit: float = 1.0) -> str:
+    """A median and its quartiles, as `12.3 (12.1–12.9)`."""
+    median, low, high = (f"{quartiles[key] / unit:.{digits}f}" for key in ("median", "low", "high"))
     return f"{median} ({low}–{high})"
 
 
 def row(record: dict[str, Any], copy_bandwidth: float, baseline: float | None = None) -> dict[str, str]:
-    """A line of the table; the limit is what the weights and the KV kept take to be read once.
+    """A line of the table; the limit is the time to read the weights and the KV kept once.
 
     Args:
         baseline: tokens per second to compare with.
     """
-    spec, found = record["spec"], record["result"]
+    spec, result = record["spec"], record["result"]
     line = {
         **{"engine": spec["engine"], "cache": spec["cache"], "dtype": spec["dtype"]},
         **{"batch": str(spec["batch_size"]), "prompt": str(spec["prompt_length"])},
     }
-    if "error" in found:
+    if "error" in result:
         return dict.fromkeys(COLUMNS, "-") | line | {"prefill s": "failed"}
-    step = found["step_seconds"]["median"]
-    limit = (found["weight_bytes"] + found["kv_bytes"]) / copy_bandwidth
-    importance = found.get("importance_seconds", {"median": 0.0})["median"] / found["prefill_seconds"]["median"]
+    step = result["step_seconds"]["median"]
+    limit = (result["weight_bytes"] + result["kv_bytes"]) / copy_bandwidth
+    importance = result.get("importance_seconds", {"median": 0.0})["median"] / result["prefill_seconds"]["median"]
     return line | {
-        "prefill s": with_quartiles(found["prefill_seconds"], 2),
+        "prefill s": with_quartiles(result["prefill_seconds"], 2),
         "importance": f"{100 * importance:.1f}%" if importance else "-",
-        "step ms": with_quartiles(found["step_seconds"], 1, 0.001),
-        "late/early": f"{found['late_over_early']:.2f}" if "late_over_early" in found else "-",
+        "step ms": with_quartiles(result["step_seconds"], 1, 0.001),
+        "late/early": f"{result['late_over_early']:.2f}" if "late_over_early" in result else "-",
         "tokens/s": f"{speed(record):.1f}",
         "vs full": f"{speed(record) / baseline:.2f}" if baseline else "-",
-        "KV MB": f"{found['kv_bytes'] / 1e6:.1f}",
-        "peak MB": f"{found['peak_bytes'] / 1e6:.0f}",
+        "KV MB": f"{result['kv_bytes'] / 1e6:.1f}",
+        "peak MB": f"{result['peak_bytes'] / 1e6:.0f}",
         "limit ms": f"{1000 * limit:.1f}",
         "of limit": f"{100 * limit / step:.0f}%",
     }
@@ -218,13 +218,13 @@ def fitting(records: Sequence[dict[str, Any]], memory: float) -> dict[str, int]:
             spec = record["spec"]
             name = f"{spec['engine']} {spec['cache']} {spec['dtype']}"
             peaks.setdefault(name, {})[spec["batch_size"]] = record["result"]["peak_bytes"]
-    found = {}
+    batches = {}
     for name, by_batch in peaks.items():
         if len(by_batch) > 1:
             (small, low), (large, high) = min(by_batch.items()), max(by_batch.items())
             each = (high - low) / (large - small)
-            found[name] = max(int((memory - low) / each + small), 0) if each > 0 else large
-    return found
+            batches[name] = max(int((memory - low) / each + small), 0) if each > 0 else large
+    return batches
 
 
 def plot(records: Sequence[dict[str, Any]]) -> bytes:
@@ -236,18 +236,18 @@ def plot(records: Sequence[dict[str, Any]]) -> bytes:
 
     series: dict[str, list[tuple[int, float, float]]] = {}
     for record in records:
-        spec, found = record["spec"], record["result"]
-        if "error" not in found:
+        spec, result = record["spec"], record["result"]
+        if "error" not in result:
             name = f"{spec['engine']}: {spec['cache']}, {spec['dtype']}"
-            series.setdefault(name, []).append((spec["batch_size"], speed(record), found["peak_bytes"] / 1e9))
+            series.setdefault(name, []).append((spec["batch_size"], speed(record), result["peak_bytes"] / 1e9))
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for index, (name, points) in enumerate(series.items()):
         batch, speeds, memory = zip(*sorted(points), strict=True)
         style = {"marker": "osv^Dx+"[index % 7], "color": f"C{index % 10}", "linestyle": ["-", "--"][index // 10 % 2]}
         axes[0].plot(batch, speeds, label=name, **style)
         axes[1].plot(batch, memory, **style)
-    for axis, what in zip(axes, ("decode, tokens per second", "peak memory, GB"), strict=True):
-        axis.set(xlabel="batch size", ylabel=what, ylim=(0, None))
+    for axis, title in zip(axes, ("decode, tokens per second", "peak memory, GB"), strict=True):
+        axis.set(xlabel="batch size", ylabel=title, ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
@@ -277,14 +277,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for dtype in args.dtype:
         pick_dtype(dtype, pick_device(args.device))
     SqueezeConfig(ini_size=args.ini_size, kv_class3=args.KV_class3)
-    text = "\n\n".join(build_prompt("samsum", one) for one in data.rows[:8])
+    text = "\n\n".join(build_prompt("samsum", sample) for sample in data.rows[:8])
     tokens = load_tokenizer(folder)(text).input_ids
     todo = specs(args, folder, tokens)
     records: list[dict[str, Any]] = []
     shared: dict[str, Any] = {}
-    together = (
-        groupby(todo, key=lambda spec: spec["batch_size"]) if args.in_turns else ((None, [spec]) for spec in todo)
-    )
+    together = groupby(todo, key=lambda spec: spec["batch_size"] if args.in_turns else id(spec))  # id: each alone
     with tqdm(total=sum(map(turns, todo)), unit="turn") as bar:
         for _, group in together:
             for record in run(list(group), shared, bar):

@@ -1,4 +1,4 @@
-"""What `squeeze.bench` writes into `bench.json`, and the speeds that follow from it."""
+"""The form of `bench.json`, which `squeeze.bench` writes, and the speeds that follow from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Median(TypedDict):
 
 
 class Spec(TypedDict):
-    """What was measured; `budgets` are those of a cache that was cut."""
+    """A configuration that was measured; `budgets` are those of a cache that was cut."""
 
     engine: str
     cache: str
@@ -34,7 +34,7 @@ class Spec(TypedDict):
 
 
 class Measured(TypedDict):
-    """What came out; a configuration that failed has only an `error`."""
+    """The measurements of a configuration; one that failed has only an `error`."""
 
     step_seconds: Quartiles
     prefill_seconds: Quartiles
@@ -62,11 +62,11 @@ class Bench(TypedDict):
 
 def read_bench(path: Path) -> Bench:
     """Read a file of `squeeze.bench`; InputError, naming the field, if it is none."""
-    found = read_json(path, Bench)
-    for number, record in enumerate(found["runs"]):
+    bench = read_json(path, Bench)
+    for number, record in enumerate(bench["runs"]):
         kind = Failed if "error" in record["result"] else Measured
         check(record["result"], kind, f"{path}: runs[{number}].result")
-    return found
+    return bench
 
 
 def bandwidth(records: Sequence[Any]) -> float:
@@ -82,9 +82,9 @@ def speed(record: Any) -> float:
 
 def full_speeds(records: Sequence[Any]) -> dict[int, float]:
     """Batch size → the best speed of a full DynamicCache."""
-    found: dict[int, float] = {}
+    speeds: dict[int, float] = {}
     for record in records:
         spec = record["spec"]
         if spec["engine"] == "transformers" and "budgets" not in spec and "error" not in record["result"]:
-            found[spec["batch_size"]] = max(speed(record), found.get(spec["batch_size"], 0.0))
-    return found
+            speeds[spec["batch_size"]] = max(speed(record), speeds.get(spec["batch_size"], 0.0))
+    return speeds

@@ -80,5 +80,5 @@ def run(specs: Sequence[dict[str, Any]], shared: dict[str, Any], bar: tqdm) -> I
 
 
 def turns(spec: dict[str, Any]) -> int:
-    """How many turns `run` gives a configuration: to load it, then for prefills, decode steps, and what follows."""
+    """The turns that `run` gives a configuration: to load it, then for prefills, decode steps, and what follows."""
     return 1 + spec["rounds"] * (2 + (spec["new_tokens"] - 1) // spec["turn_steps"])

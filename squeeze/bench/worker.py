@@ -24,14 +24,14 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
-#: Gives way to other configurations; takes what is known so far.
+#: Gives way to other configurations; takes the results so far.
 Turn = Callable[[dict[str, Any]], None]
 
 
 class StepClock(StoppingCriteria):
     """Seconds of the prefill and of every decode step of `generate`; stops nothing.
 
-    `pause` is called with the number of tokens after each, and what it takes belongs to no step.
+    `pause` is called with the number of tokens after each, and its time belongs to no step.
     """
 
     def __init__(self, pause: Callable[[int], None]) -> None:
@@ -67,9 +67,9 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024
+        match = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        if match:
+            return int(match[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -101,7 +101,7 @@ def weight_bytes(model) -> int:
 
 
 def cut(cache: DynamicCache, budgets: list[int]) -> None:
-    """Cut a DynamicCache to budgets after prefill, by what costs least: the last tokens."""
+    """Cut each layer of a DynamicCache to the last tokens of its budget, the cheapest cut, after prefill."""
     for layer, budget in zip(cache.layers, budgets, strict=True):
         layer.keys = layer.keys[:, :, -budget:].clone()
         layer.values = layer.values[:, :, -budget:].clone()
@@ -112,10 +112,10 @@ def press(spec: dict[str, Any]):
     import kvpress
 
     ratios = [1 - budget / spec["prompt_length"] for budget in spec["budgets"]]
-    one = {"streaming": kvpress.StreamingLLMPress, "h2o": kvpress.ObservedAttentionPress}[spec["algorithm"]]
+    press_class = {"streaming": kvpress.StreamingLLMPress, "h2o": kvpress.ObservedAttentionPress}[spec["algorithm"]]
     if len(set(ratios)) == 1:
-        return one(compression_ratio=ratios[0])
-    return kvpress.PerLayerCompressionPress(one(), compression_ratios=ratios)
+        return press_class(compression_ratio=ratios[0])
+    return kvpress.PerLayerCompressionPress(press_class(), compression_ratios=ratios)
 
 
 def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
             (of the text that prompts are cut from), `batch_size`, `prompt_length`, `new_tokens`, `rounds`,
             `turn_steps`, and for `squeeze` the fields of `SqueezeConfig` as `config`; for the others `budgets` in
             tokens (none: the full cache), and `algorithm` for kvpress.
-        turn: called with what is known so far before each prefill, and after it and every `turn_steps` decode steps;
+        turn: called with the results so far before each prefill, and after it and every `turn_steps` decode steps;
             may wait, which is no part of any time measured, and may change the spec's `budgets` before a prefill.
     Returns:
         medians and quartiles of `prefill_seconds` (a prefill each round), `step_seconds` (of all decode steps) and,
@@ -153,11 +153,11 @@ def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
         reset_peak_memory(device)
         for _ in range(spec["rounds"]):
             turn({})
-            seconds, found = generate(model, ids, spec, turn)
+            seconds, measured = generate(model, ids, spec, turn)
             prefill.append(seconds[0])
-            importance.append(found.pop("importance_seconds", 0.0))
+            importance.append(measured.pop("importance_seconds", 0.0))
             steps += seconds[1:]
-            result |= found
+            result |= measured
     result |= {"prefill_seconds": spread(prefill), "step_seconds": spread(steps)}
     if spec["engine"] == "squeeze":
         result["importance_seconds"] = spread(importance)
@@ -176,7 +176,7 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
     engine, budgets = spec["engine"], spec.get("budgets")
     if budgets == "squeezed":
         raise ValueError("no squeezed cache has measured the budgets that this one is to have")
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     windowed = "sliding_window" in inspect.signature(type(model.config)).parameters
     cache = DynamicCache(config=model.config) if windowed else DynamicCache()  # which a leftover key would mislead
     context: Any = nullcontext()
@@ -191,18 +191,14 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
         context = press(spec)(model)
 
     def pause(tokens: int) -> None:
-        if tokens == 1:  # cutting a cache belongs to neither prefill nor decode
-            after_prefill()
+        if tokens == 1 and engine == "squeeze":
+            measured.update(kv_bytes=run.kv_bytes, state_bytes=run.state_bytes, budgets=run.budgets.tolist())
+        elif tokens == 1:
+            if engine == "transformers" and budgets:  # cutting a cache belongs to neither prefill nor decode
+                cut(cache, budgets)
+            measured["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         if (tokens - 1) % spec["turn_steps"] == 0:
-            turn(found)
-
-    def after_prefill() -> None:
-        if engine == "squeeze":
-            found.update(kv_bytes=run.kv_bytes, state_bytes=run.state_bytes, budgets=run.budgets.tolist())
-            return
-        if engine == "transformers" and budgets:
-            cut(cache, budgets)
-        found["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            turn(measured)
 
     clock = StepClock(pause)
     with context as run, sections as seconds_of:
@@ -216,8 +212,8 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
             stopping_criteria=StoppingCriteriaList([clock]),
         )
     if engine == "squeeze":
-        found["importance_seconds"] = seconds_of["importance"]
-    return clock.seconds, found
+        measured["importance_seconds"] = seconds_of["importance"]
+    return clock.seconds, measured
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

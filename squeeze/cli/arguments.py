@@ -1,4 +1,4 @@
-"""What a command line may hold: text that can be printed, paths that can be, and numbers that can be computed with."""
+"""Parser and types of arguments: text that can be printed, paths that can be, numbers that can be computed with."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ class Parser(argparse.ArgumentParser):
             InputError: it is not one that the parser knows, or holds what is no text.
         """
         given = sys.argv[1:] if args is None else list(args)
-        for one in given:
-            check_text("an argument", one)
-            if one.startswith("-") and one.endswith("=--"):
-                self.error(f"argument {one[:-3]}: -- is no value")
+        for argument in given:
+            check_text("an argument", argument)
+            if argument.startswith("-") and argument.endswith("=--"):
+                self.error(f"argument {argument[:-3]}: -- is no value")
         if not self._get_positional_actions():
             return super().parse_args(given, namespace)
         return self.parse_intermixed_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
-        flag, colon, said = message.removeprefix("argument ").partition(": ")
-        if colon and said.startswith("must "):
-            raise InputError(f"{flag} {said}")
+        flag, colon, problem = message.removeprefix("argument ").partition(": ")
+        if colon and problem.startswith("must "):
+            raise InputError(f"{flag} {problem}")
         raise InputError(f"{shortened(message, 500)} ({self.prog} --help explains every flag)")
 
 
-def check_text(what: str, text: str) -> None:
+def check_text(name: str, text: str) -> None:
     """Check text that becomes part of sentences, files and names of folders.
 
     Raises:
@@ -56,9 +56,9 @@ def check_text(what: str, text: str) -> None:
     for character in text:
         kind = unicodedata.category(character)
         if kind == "Cs":
-            raise InputError(f"{what} is no UTF-8 text: {shortened(ascii(text))}")
+            raise InputError(f"{name} is no UTF-8 text: {shortened(ascii(text))}")
         if kind in ("Cc", "Zl", "Zp"):
-            raise InputError(f"{what} has a line break or another control character: {shortened(ascii(text))}")
+            raise InputError(f"{name} has a line break or another control character: {shortened(ascii(text))}")
 
 
 def user_path(text: str) -> Path:
@@ -101,12 +101,12 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
         if not re.fullmatch(r"[+-]?[0-9]+", text.strip()):
             raise argparse.ArgumentTypeError(f"must be a whole number, got {shortened(text)}")
         # Python refuses to read a number of some thousand digits, and such a one is out of range anyway.
-        found = int(text) if len(text) < 100 else most + 1 if "-" not in text else least - 1
-        if found < least:
+        number = int(text) if len(text) < 100 else most + 1 if "-" not in text else least - 1
+        if number < least:
             raise argparse.ArgumentTypeError(f"must be {least} or more, got {shortened(text)}")
-        if found > most:
+        if number > most:
             raise argparse.ArgumentTypeError(f"must be at most {most}, got {shortened(text)}")
-        return found
+        return number
 
     return read
 
@@ -117,16 +117,16 @@ def real(
     """A type of arguments: a number from `least` to `most`.
 
     Args:
-        words: what is said of the numbers allowed.
+        words: the numbers allowed, as the error says it.
         without_least: `least` itself is not allowed.
     """
 
     def read(text: str) -> float:
-        found = float(text) if DECIMAL.fullmatch(text.strip()) else math.nan
-        if not least <= found <= most or (without_least and found == least):
+        number = float(text) if DECIMAL.fullmatch(text.strip()) else math.nan
+        if not least <= number <= most or (without_least and number == least):
             raise argparse.ArgumentTypeError(f"must be {words}, got {shortened(text)}")
-        if abs(found) < LEAST_REAL and re.search("[1-9]", text.lower().partition("e")[0]):
+        if abs(number) < LEAST_REAL and re.search("[1-9]", text.lower().partition("e")[0]):
             raise argparse.ArgumentTypeError(f"must be {words}, and {shortened(text)} is too near to 0")
-        return found
+        return number
 
     return read

@@ -19,7 +19,7 @@ class Flag:
         read: text → value, a type of `argparse`; None for a switch.
         also: other spellings of the flag.
         choices: the words allowed; empty for any.
-        check: raises InputError for a value that is none, calling the flag what its second argument says.
+        check: raises InputError for a text that is no value; its second argument names the flag in the sentence.
         axis: its rank, from 1, among the keys of a sweep that may have several values; 0 where one value is the most.
         squeezed: whether the full cache has no use for it, so that a sweep's full runs go without.
         in_sweeps: whether a sweep's file may have it.
@@ -42,7 +42,7 @@ class Flag:
         return f"--{self.name}", *self.also
 
     def add_to(self, parser: argparse.ArgumentParser, **changes: Any) -> None:
-        """Add the flag to a command's parser; `changes` are arguments of `add_argument` that are others there."""
+        """Add the flag to a command's parser; `changes` replace arguments of `add_argument`."""
         kind: dict[str, Any] = {"action": "store_true"} if self.read is None else {"type": self.read}
         parser.add_argument(*self.options, **{"help": self.help, "default": self.default, **kind, **changes})
 
@@ -81,4 +81,4 @@ def switch(help: str, **more: Any) -> Any:
 
 def flags_of(described: type[Any]) -> dict[str, Flag]:
     """The flags of a dataclass by their names, in the fields' order."""
-    return {one.name: Flag(one.name, one.default, **one.metadata) for one in fields(described) if one.metadata}
+    return {item.name: Flag(item.name, item.default, **item.metadata) for item in fields(described) if item.metadata}

@@ -26,7 +26,7 @@ _came = False
 def is_command() -> bool:
     """Whether this process was started as a command of this project, and does not use it as a library."""
     if getattr(sys, "argv", [])[:1] == ["-m"]:  # until Python has found the module
-        return any("squeeze." in one for one in sys.orig_argv)
+        return any("squeeze." in argument for argument in sys.orig_argv)
     file = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
     if file.name == PROGRAM:
         return file.parent.name in ("bin", "Scripts")

@@ -1,4 +1,4 @@
-"""What every command does around its own work: threads, Ctrl-C, a closed output, and one sentence for an error."""
+"""The frame of every command: threads, Ctrl-C, a closed output, and one sentence for an error."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def run_command(main: Callable[[Sequence[str] | None], int | None]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 141
         except (InputError, ImportError, OSError) as error:
-            said = _sentence(error)
-            if said is None or interrupt.came():
+            sentence = _sentence(error)
+            if sentence is None or interrupt.came():
                 raise
             code = getattr(error, "code", 2)
             with contextlib.suppress(OSError):  # nobody reads it
-                say(f"error: {said}", sys.stderr)
+                say(f"error: {sentence}", sys.stderr)
         with contextlib.suppress(OSError):  # nobody reads any more
             sys.stdout.flush()
     except BaseException as error:
@@ -58,7 +58,7 @@ def run_command(main: Callable[[Sequence[str] | None], int | None]) -> int:
 
 
 def _sentence(error: Exception) -> str | None:
-    """What a user is told of an error; None where it is a fault of the program and not of what it was given."""
+    """The sentence for a user about an error; None where it is a fault of the program and not of its input."""
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
     if isinstance(error, OSError):  # without a name it is the output's

@@ -124,11 +124,11 @@ def main(arguments: list[str] | None = None) -> int:
         arguments
     )
     os.environ |= threads.settings()
-    for what, function in CHECKS:
+    for name, function in CHECKS:
         try:
-            print(f"ok      {what}: {function()}", flush=True)
+            print(f"ok      {name}: {function()}", flush=True)
         except Exception as error:  # whatever a foreign version raises is the finding
-            print(f"FAILED  {what}: {error}")
+            print(f"FAILED  {name}: {error}")
             print("Install the versions this was tested with: pip install -r requirements.txt")
             return 1
     print("This environment is ready; pred.py applies the patch by itself.")

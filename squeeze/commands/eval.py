@@ -87,7 +87,7 @@ def print_scores(details: dict[str, Any], groups: dict[str, float], benchmark: B
 
 
 def compare(folders: list[Path], datasets: str | None) -> None:
-    """Print runs side by side, and what each differs from the first, with 95% intervals over pairs of samples.
+    """Print runs side by side, and their differences from the first, with 95% intervals over pairs of samples.
 
     Raises:
         InputError: there is nothing to compare, or two runs' samples are not the same.
@@ -95,28 +95,28 @@ def compare(folders: list[Path], datasets: str | None) -> None:
     if len(folders) < 2:
         raise InputError("--compare needs two folders of prediction files or more: the first is compared with")
     runs = [layouts.find(folder, datasets) for folder in folders]
-    common = [dataset for dataset in runs[0].files if all(dataset in one.files for one in runs)]
+    common = [dataset for dataset in runs[0].files if all(dataset in run.files for run in runs)]
     if not common:
         raise InputError(f"no data set is in every one of {', '.join(map(str, folders))}")
     names = [f"run {number}" for number in range(1, len(runs) + 1)]
     columns = ("data set", "samples", names[0], *(part for name in names[1:] for part in (name, f"{name} - run 1")))
     lines = []
     for dataset in common:
-        found = [layouts.read(one.files[dataset], dataset) for one in runs]
-        count = min(map(len, found))
-        for run, rows in zip(runs[1:], found[1:], strict=True):
+        predictions = [layouts.read(run.files[dataset], dataset) for run in runs]
+        count = min(map(len, predictions))
+        for run, rows in zip(runs[1:], predictions[1:], strict=True):
             for number in range(count):
-                if rows[number]["answers"] != found[0][number]["answers"]:
+                if rows[number]["answers"] != predictions[0][number]["answers"]:
                     where = f"{run.files[dataset]} line {number + 1}"
                     raise InputError(f"{where} answers another sample than {runs[0].files[dataset]}")
-        scores = [scoring.sample_scores(dataset, rows[:count]) for rows in found]
+        scores = [scoring.sample_scores(dataset, rows[:count]) for rows in predictions]
         line = {"data set": dataset, "samples": str(count), names[0]: f"{sample_scores.dataset_score(scores[0]):.2f}"}
-        for name, one in zip(names[1:], scores[1:], strict=True):
-            mean, low, high = (100 * value for value in sample_scores.difference(scores[0], one))
-            line[name] = f"{sample_scores.dataset_score(one):.2f}"
+        for name, run_scores in zip(names[1:], scores[1:], strict=True):
+            mean, low, high = (100 * value for value in sample_scores.difference(scores[0], run_scores))
+            line[name] = f"{sample_scores.dataset_score(run_scores):.2f}"
             line[f"{name} - run 1"] = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
         lines.append(line)
-        left = max(map(len, found)) - count
+        left = max(map(len, predictions)) - count
         if left:
             print(f"{dataset}: {left} samples that are not in every run are left out")
     for name, run in zip(names, runs, strict=True):
@@ -137,6 +137,6 @@ def find_folder(args: argparse.Namespace) -> Path:
     folder = named_folder(spec)
     if not folder.is_dir():
         there = sorted({str(path.parent) for path in Path(*folder.parts[:2]).rglob("run.json")})
-        others = f"; there are runs in {', '.join(there)}" if there else ""
-        raise InputError(f"there is no run in {folder}: start pred.py with the same flags first{others}")
+        hint = f"; there are runs in {', '.join(there)}" if there else ""
+        raise InputError(f"there is no run in {folder}: start pred.py with the same flags first{hint}")
     return folder

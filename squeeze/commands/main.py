@@ -11,7 +11,7 @@ from squeeze.cli.run import run_command
 from squeeze.errors import InputError
 from squeeze.text import shortened
 
-#: Command → the module whose `main` it is, and what it does.
+#: Command → the module whose `main` it is, and its purpose.
 COMMANDS = {
     "pred": ("squeeze.commands.pred", "write a model's predictions on LongBench or for HELM"),
     "eval": ("squeeze.commands.eval", "score predictions, or compare runs sample by sample"),

@@ -59,7 +59,7 @@ class ReplayClient(Client):
             decoding = decoding_of(request)
             result = self._results.get(key(request.prompt, decoding))
             if result is None:
-                raise InputError(self._what_is_missing(request.prompt, decoding))
+                raise InputError(self._unanswered(request.prompt, decoding))
         seconds, size = result["request_time"]["batch_time"], result["request_time"]["batch_size"]
         completions = []
         for choice in result["choices"]:
@@ -76,7 +76,7 @@ class ReplayClient(Client):
             batch_size=size,
         )
 
-    def _what_is_missing(self, prompt: str, decoding: Decoding) -> str:
+    def _unanswered(self, prompt: str, decoding: Decoding) -> str:
         end = prompt[-80:].replace("\n", " ")
         there = self._settings.get(prompt)
         if there is None:
@@ -144,14 +144,14 @@ class SqueezeClient(CachingClient):
             )
         self._device = devices.pick_device(device)
         self._dtype = devices.pick_dtype(dtype, self._device)
-        found = resolve(spec, reader())
-        self._folder = found.folder
-        self._positions = found.described.max_position_embeddings
-        self._squeeze = found.config
+        resolved = resolve(spec, reader())
+        self._folder = resolved.folder
+        self._positions = resolved.described.max_position_embeddings
+        self._squeeze = resolved.config
         self._seed = seed
         self._chat = chat
         self._settings = {
-            "model": found.identity,
+            "model": resolved.identity,
             "dtype": str(self._dtype),
             "seed": seed,
             "chat": chat,
@@ -207,23 +207,23 @@ class SqueezeClient(CachingClient):
                 f"the prompt has {len(tokens)} tokens, which with {request.max_tokens} new ones is more than the "
                 f"model's {self._positions} positions"
             )
-        found: list[tuple[str, list[tuple[str, float]], str]] = [("", [], "length")] * decoding.n
+        answers: list[tuple[str, list[tuple[str, float]], str]] = [("", [], "length")] * decoding.n
         if request.max_tokens > 0:
             with squeezed(model, self._squeeze) if self._squeeze else nullcontext() as run:
                 [choices], [stats] = completions.complete(
                     model, tokenizer, [tokens], [text], decoding, run, self._seed
                 )
-            found = [
-                (one.text, list(zip(one.tokens, one.token_logprobs, strict=True)), one.finish_reason)
-                for one in choices
+            answers = [
+                (choice.text, list(zip(choice.tokens, choice.token_logprobs, strict=True)), choice.finish_reason)
+                for choice in choices
             ]
             kept = 100 * stats.kv_bytes / stats.full_kv_bytes
             hlog(f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new ones, KV kept {kept:.1f}%")
         if request.echo_prompt:
             logprobs = completions.prompt_logprobs(model, tokens)
             echo = list(zip(pieces(tokenizer, tokens), logprobs, strict=True))
-            found = [(text + new, echo + more, reason) for new, more, reason in found]
-        return {"completions": found}
+            answers = [(text + new, echo + more, reason) for new, more, reason in answers]
+        return {"completions": answers}
 
     def _prompt(self, request: Request, tokenizer: Any) -> str:
         if not self._chat:
@@ -240,7 +240,7 @@ def decoding_of(request: Request, least: int = 0) -> Decoding:
     """A request's settings.
 
     Args:
-        least: what a request for no token at all counts as.
+        least: tokens that a request for none counts as.
     """
     return Decoding(
         max_tokens=max(request.max_tokens, least),
@@ -272,14 +272,14 @@ def loaded(folder: Path, device: Any, dtype: Any) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def _for_helm() -> Iterator[None]:
-    """Nothing that fails here would succeed if HELM tried it again."""
+    """Make errors such that HELM does not try again: nothing that fails here would succeed then."""
     try:
         yield
     except NonRetriableException:
         raise
     except Exception as error:
-        said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        raise NonRetriableException(said) from error
+        message = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        raise NonRetriableException(message) from error
 
 
 def _output(text: str, tokens: list[tuple[str, float]], finish_reason: str) -> GeneratedOutput:

@@ -1,4 +1,4 @@
-"""What HELM needs to know of a squeezed model (`prod_env`), and running its commands.
+"""HELM's description of a squeezed model (`prod_env`), and running its commands.
 
 `python -m squeeze.helm_env --model Mistral --ini_size 0.4 --KV_class3 0.25` writes it for a live model, which any HELM
 scenario can then be run on.
@@ -59,7 +59,7 @@ class Deployment:
 
 
 def engine(run: Path) -> str:
-    """What HELM calls the model of a run's folder: `pred_xsum/Mistral/0.4/25` is `Mistral_0.4_25`."""
+    """HELM's name for the model of a run's folder: `pred_xsum/Mistral/0.4/25` is `Mistral_0.4_25`."""
     return "_".join(run.parts[1:])
 
 
@@ -83,35 +83,35 @@ def write_environment(folder: Path, deployments: Sequence[Deployment]) -> None:
     """
     described = [
         {
-            "name": one.name,
-            "display_name": one.name.removeprefix("squeeze/"),
-            "description": one.description,
+            "name": deployment.name,
+            "display_name": deployment.name.removeprefix("squeeze/"),
+            "description": deployment.description,
             "creator_organization_name": "squeeze",
             "access": "open",
             "release_date": None,
             "tags": ["TEXT_MODEL_TAG", "FULL_FUNCTIONALITY_TEXT_MODEL_TAG"],
         }
-        for one in deployments
+        for deployment in deployments
     ]
     deployed = [
         {
-            "name": one.name,
-            "model_name": one.name,
-            "tokenizer_name": one.name,
-            "max_sequence_length": one.positions,
-            "client_spec": {"class_name": f"squeeze.helm_client.{one.client}", "args": one.args},
+            "name": deployment.name,
+            "model_name": deployment.name,
+            "tokenizer_name": deployment.name,
+            "max_sequence_length": deployment.positions,
+            "client_spec": {"class_name": f"squeeze.helm_client.{deployment.client}", "args": deployment.args},
         }
-        for one in deployments
+        for deployment in deployments
     ]
     tokenizers = [
         {
-            "name": one.name,
+            "name": deployment.name,
             "tokenizer_spec": {
                 "class_name": "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer",
-                "args": {"pretrained_model_name_or_path": str(one.folder), "trust_remote_code": False},
+                "args": {"pretrained_model_name_or_path": str(deployment.folder), "trust_remote_code": False},
             },
         }
-        for one in deployments
+        for deployment in deployments
     ]
     contents = {
         "model_metadata.yaml": {"models": described},
@@ -137,7 +137,7 @@ class HelmError(InputError):
 
 
 def helm(command: str, *arguments: str) -> None:
-    """Run `helm-run` or `helm-summarize` of this environment; what it prints goes to a file in `helm/logs`.
+    """Run `helm-run` or `helm-summarize` of this environment; its output goes to a file in `helm/logs`.
 
     Raises:
         HelmError: it failed; the message has the log's path and its last error.
@@ -156,16 +156,16 @@ def helm(command: str, *arguments: str) -> None:
     with file:
         os.ftruncate(file.number, 0)
         streams: Any = {"stdout": file.number, "stderr": subprocess.STDOUT}
-        code = subprocess.run([str(program), *arguments], env=environment, **streams)
-    if code.returncode:
+        done = subprocess.run([str(program), *arguments], env=environment, **streams)
+    if done.returncode:
         last = last_error(log.read_text("utf-8", errors="replace"))
         raise HelmError(
-            f"{command} failed with exit code {code.returncode}: {last} (all of it: {log})", code.returncode
+            f"{command} failed with exit code {done.returncode}: {last} (all of it: {log})", done.returncode
         )
 
 
 def last_error(log: str) -> str:
-    """The last line that names an exception and what it says, but HELM's own summary of failed runs."""
+    """The last line with an exception and its message, other than HELM's own summary of failed runs."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b:?", line)]
     told = [line for line in errors if "Failed runs:" not in line]
@@ -188,12 +188,10 @@ def live(spec: RunSpec) -> Deployment:
         cache |= {"allocation": squeeze.allocation, "start_size": squeeze.start_size}
         cache = {key: value for key, value in cache.items() if value is not None}
     rest = {"device": spec.device, "dtype": spec.dtype, "seed": spec.seed, "chat": spec.chat}
-    description = ", ".join(
-        [name, *(f"{key} {value}" for key, value in cache.items())] if cache else [name, "full cache"]
-    )
+    words = [f"{key} {value}" for key, value in cache.items()] or ["full cache"]
     return Deployment(
         name=f"squeeze/{engine(run)}",
-        description=description,
+        description=", ".join([name, *words]),
         client="SqueezeClient",
         args={"model": str(model.folder), **cache, **rest},
         folder=model.folder,

@@ -1,4 +1,4 @@
-"""What HELM writes, and what is noted about it: kinds for `squeeze.storage.schema`."""
+"""Files of HELM's, and notes about them: kinds for `squeeze.storage.schema`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Number = Annotated[float, Meta(ge=-1e15, le=1e15)]
 
 
 class HelmRequest(TypedDict):
-    """What of a request HELM writes down."""
+    """The parts of a request that HELM writes down."""
 
     model: str
     prompt: str
@@ -38,7 +38,7 @@ class ScenarioState(TypedDict):
     request_states: list[RequestState]
 
 
-#: What the table says about a run.
+#: Columns of the table that say which run it is.
 Columns = TypedDict(
     "Columns",
     {"model": str, "algorithm": str, "allocation": str, "ini_size": str, "KV_class3": str, "KV kept": str},

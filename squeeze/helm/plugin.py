@@ -58,7 +58,7 @@ class ArticlesScenario(Scenario):
 
     Args:
         articles: the file.
-        task: what HELM calls it, `xsum_local` or `cnndm_local`.
+        task: HELM's name for it, `xsum_local` or `cnndm_local`.
     """
 
     description = "Summaries of news articles in a local file"
@@ -89,7 +89,7 @@ class ArticlesScenario(Scenario):
         return instances
 
     def get_metadata(self) -> ScenarioMetadata:
-        """What `helm-summarize --auto-generate-schema` shows."""
+        """The description that `helm-summarize --auto-generate-schema` shows."""
         return ScenarioMetadata(
             name=self.name,
             display_name=self.name,

@@ -35,7 +35,7 @@ class HelmScenario:
 
     Args:
         run_spec: HELM's name for it.
-        task: what `--pred` calls it.
+        task: its name in `--pred`.
         local: whether it reads articles from a file, and needs nothing from outside.
     """
 
@@ -52,12 +52,12 @@ SCENARIOS = {
     "cnndm_local": HelmScenario("cnndm_local", "cnndm", local=True),
 }
 
-#: What HELM's own scenarios import, and the line of requirements-helm-full.txt that installs it.
+#: Modules that HELM's own scenarios import, and the line of requirements-helm-full.txt that installs it.
 FULL = {"summ_eval": "summ-eval", "bert_score": "bert-score", "sentencepiece": "sentencepiece"}
 
 
 def run_entry(name: str, articles: str | None, temperature: float) -> str:
-    """What `helm-run --run-entries` calls a scenario, but for the model.
+    """A scenario as `helm-run --run-entries` takes it, but for the model.
 
     Raises:
         InputError: there is no such scenario, or its articles are not there.
@@ -79,7 +79,7 @@ def run_entry(name: str, articles: str | None, temperature: float) -> str:
 
 
 def check_full() -> None:
-    """Check that what HELM's own summarization metrics import is there.
+    """Check that the modules and models of HELM's own summarization metrics are there.
 
     Raises:
         InputError: it names everything that is missing.
@@ -94,14 +94,12 @@ def check_full() -> None:
 
 
 def dry_run(entry: str, folder: Path, positions: int, sample_num: int) -> list[RequestState]:
-    """HELM's requests for a run entry, and how many in-context examples each has.
+    """HELM's request states for a run entry: its requests, and how many in-context examples each has.
 
     Args:
         folder: the model's, for its tokenizer.
         positions: the model's window.
         sample_num: the most instances.
-    Returns:
-        HELM's request states.
     Raises:
         InputError: HELM fails.
     """
@@ -151,13 +149,13 @@ def _drop(path: Path, held: Open) -> None:
 
 
 def _folders(suite: str) -> tuple[Path, Path]:
-    """HELM's environment for a dry run, and what the dry run writes."""
+    """The folders of HELM's environment for a dry run, and of its results."""
     return ENVIRONMENT.with_name(suite), OUTPUT / "runs" / suite
 
 
 def published(request: HelmRequest) -> dict[str, Any]:
     """One of HELM's requests in the published layout: as HELM has long put it to completion APIs."""
-    found: dict[str, Any] = {
+    body: dict[str, Any] = {
         "best_of": request["top_k_per_token"],
         "echo": request["echo_prompt"],
         "logprobs": request["top_k_per_token"],
@@ -170,7 +168,7 @@ def published(request: HelmRequest) -> dict[str, Any]:
         "temperature": request["temperature"],
         "top_p": request["top_p"],
     }
-    return found | ({"random": request["random"]} if "random" in request else {})
+    return body | ({"random": request["random"]} if "random" in request else {})
 
 
 def write_requests(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Score `pred.py`'s predictions with HELM itself, and show runs side by side: what `script/helm.sh` calls.
+"""Score `pred.py`'s predictions with HELM itself, and show runs side by side, for `script/helm.sh`.
 
 `helm-run` asks a client that answers from the predictions, so that HELM scores exactly those. All runs of a task are
 one HELM suite, `helm/benchmark_output/runs/<task>`, to which `latest` points.
@@ -34,7 +34,7 @@ RUNS = OUTPUT / "runs"
 ROUGE = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
 COLUMNS = ("model", "algorithm", "allocation", "ini_size", "KV_class3", "instances", *ROUGE.values(), "KV kept")
 
-#: What this module knows of the runs in a suite; a suite without this file is someone else's.
+#: The file that lists a suite's runs; a suite without it is someone else's.
 MARK = "squeeze.json"
 
 
@@ -49,7 +49,7 @@ class Predictions:
         sample_num: the most instances HELM takes, as when it made the requests.
         model: the model's folder, for its tokenizer.
         positions: the model's window.
-        columns: what the table says about the run.
+        columns: the run's cells in the table.
     """
 
     folder: Path
@@ -62,27 +62,27 @@ class Predictions:
 
     @property
     def engine(self) -> str:
-        """What the suite calls the run."""
+        """The suite's name for the run."""
         return engine(self.folder)
 
     @property
     def sha256(self) -> str:
-        """Of the predictions."""
+        """The hash of the predictions."""
         return hashlib.sha256(read_bytes(self.file)).hexdigest()
 
 
 def read_run(folder: Path, args: argparse.Namespace) -> Predictions:
-    """Read what a run's folder says about itself.
+    """Read a run's folder.
 
     Raises:
         InputError: it is no finished run, or does not say which requests it answered and the flags do not either.
     """
     if not (folder / "run.json").is_file():
         raise InputError(f"there is no run in {folder}: python pred.py --pred {args.pred} makes one")
-    found = _summary(folder, args.pred)
-    if found is None:
+    recorded = _summary(folder, args.pred)
+    if recorded is None:
         raise InputError(f"{folder} has no predictions of {args.pred}")
-    settings, summary = found
+    settings, summary = recorded
     file = folder / f"{args.pred}.jsonl"
     if "samples" not in summary or not file.is_file():
         raise InputError(f"{folder} is not finished: start pred.py again to go on")
@@ -101,7 +101,7 @@ def read_run(folder: Path, args: argparse.Namespace) -> Predictions:
 
 
 def _summary(folder: Path, task: str) -> tuple[dict[str, Any], Any] | None:
-    """A run's settings and what it says about a task: `RequestsSummary` where it is finished; None if nothing."""
+    """A run's settings and its summary of a task: `RequestsSummary` where it is finished; None if nothing."""
     path = folder / "run.json"
     manifest = read_json(path, Manifest)
     check_settings(manifest["settings"], path)
@@ -128,12 +128,12 @@ def _scenario(folder: Path, data: AnsweredOrigin, args: argparse.Namespace) -> t
     return note["run_entry"], note["max_eval_instances"]
 
 
-def score(task: str, found: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
+def score(task: str, runs: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
     """Let HELM score the runs that it has not scored yet.
 
     Returns:
-        What is known of all runs in the task's suite, by what HELM calls their models: `predictions`, `sha256`,
-        `scenario`, `columns`, and `run`, the folder of HELM's results.
+        HELM's name for a model → its run in the task's suite: `predictions`, `sha256`, `scenario`, `columns`, and
+        `run`, the folder of HELM's results.
     Raises:
         InputError: the suite, or a run in it, was made by someone else, or HELM fails.
     """
@@ -142,27 +142,27 @@ def score(task: str, found: Sequence[Predictions]) -> dict[str, dict[str, Any]]:
     if suite.is_dir() and not (suite / MARK).is_file() and {*suite.iterdir()} - {*unfinished(suite / MARK)}:
         raise InputError(f"{suite} is there and was not made by this command: move it away")
     known: dict[str, Any] = dict(read_json(suite / MARK, Suite)["runs"]) if (suite / MARK).is_file() else {}
-    fresh = [one for one in found if known.get(one.engine, {}).get("sha256") != one.sha256]
-    if fresh and not all(SCENARIOS[_short(one.entry)].local for one in fresh):
+    fresh = [run for run in runs if known.get(run.engine, {}).get("sha256") != run.sha256]
+    if fresh and not all(SCENARIOS[_short(run.entry)].local for run in fresh):
         check_full()
-    for one in fresh:
-        for stale in _helm_folders(suite, one.engine):
-            if one.engine not in known:
+    for run in fresh:
+        for stale in _helm_folders(suite, run.engine):
+            if run.engine not in known:
                 raise InputError(f"{stale} is there and was not made by this command: move it away")
             say(f"note: {stale} is of earlier predictions and is made anew")
             with writing(stale):
                 shutil.rmtree(stale)
-        known[one.engine] = {"predictions": str(one.folder), "scenario": one.entry, "columns": one.columns}
+        known[run.engine] = {"predictions": str(run.folder), "scenario": run.entry, "columns": run.columns}
     if fresh:
         with writing(f"into {suite}"):
             suite.mkdir(parents=True, exist_ok=True)
             (suite / "summary.json").unlink(missing_ok=True)  # it is of other runs, until HELM has made it again
             write_json(suite / MARK, {"runs": known})
-        for number in sorted({one.sample_num for one in fresh}):
-            _helm_run(task, [one for one in fresh if one.sample_num == number], number)
-        for one in fresh:
-            [run] = _helm_folders(suite, one.engine)
-            known[one.engine] |= {"sha256": one.sha256, "run": run.name}
+        for number in sorted({run.sample_num for run in fresh}):
+            _helm_run(task, [run for run in fresh if run.sample_num == number], number)
+        for run in fresh:
+            [results] = _helm_folders(suite, run.engine)
+            known[run.engine] |= {"sha256": run.sha256, "run": results.name}
         with writing(f"into {suite}"):
             write_json(suite / MARK, {"runs": known})
     if fresh or not (suite / "summary.json").is_file():
@@ -182,31 +182,31 @@ def _helm_folders(suite: Path, name: str) -> list[Path]:
 def _short(entry: str) -> str:
     """The name in `SCENARIOS` of a run entry."""
     name = entry.split(":")[0]
-    found = [short for short, scenario in SCENARIOS.items() if scenario.run_spec == name]
-    if not found:
+    names = [short for short, scenario in SCENARIOS.items() if scenario.run_spec == name]
+    if not names:
         raise InputError(f"the run entry {shown(entry)} is of none of the scenarios {', '.join(SCENARIOS)}")
-    return found[0]
+    return names[0]
 
 
-def _helm_run(task: str, found: Sequence[Predictions], sample_num: int) -> None:
+def _helm_run(task: str, runs: Sequence[Predictions], sample_num: int) -> None:
     deployments = [
         Deployment(
-            name=f"squeeze/{one.engine}",
-            description=", ".join(f"{key} {value}" for key, value in one.columns.items() if value != "-"),
+            name=f"squeeze/{run.engine}",
+            description=", ".join(f"{key} {value}" for key, value in run.columns.items() if value != "-"),
             client="ReplayClient",
-            args={"predictions": str(one.file)},
-            folder=one.model,
-            positions=one.positions,
+            args={"predictions": str(run.file)},
+            folder=run.model,
+            positions=run.positions,
         )
-        for one in found
+        for run in runs
     ]
     write_environment(ENVIRONMENT, deployments)
-    print(f"helm-run: {len(found)} run(s) of {task}, at most {sample_num} instances each")
+    print(f"helm-run: {len(runs)} run(s) of {task}, at most {sample_num} instances each")
     helm(
         "helm-run",
         *("--plugins", "squeeze.helm_plugin", "--local-path", str(ENVIRONMENT), "-o", str(OUTPUT)),
         *("--suite", task, "-m", str(sample_num), "-n", "1", "--disable-cache", "--exit-on-error"),
-        *("--run-entries", *(f"{one.entry},model=squeeze/{one.engine}" for one in found)),
+        *("--run-entries", *(f"{run.entry},model=squeeze/{run.engine}" for run in runs)),
     )
 
 
@@ -226,24 +226,24 @@ def rouge(run: Path) -> dict[str, float]:
     Raises:
         InputError: HELM wrote none.
     """
-    found = {
+    means = {
         stat["name"]["name"]: mean
         for stat in read_json(run / "stats.json", list[Stat])
         if stat["name"].get("split") == "test"
         and stat["name"].get("perturbation") is None
         and (mean := stat.get("mean")) is not None
     }
-    missing = [name for name in (*ROUGE, "num_instances") if name not in found]
+    missing = [name for name in (*ROUGE, "num_instances") if name not in means]
     if missing:
         raise InputError(f"{run / 'stats.json'} has no {missing[0]} of test instances")
-    return {name: found[name] for name in (*ROUGE, "num_instances")}
+    return {name: means[name] for name in (*ROUGE, "num_instances")}
 
 
 def line(suite: Path, known: dict[str, Any]) -> dict[str, str]:
     """A run's line of the table; ROUGE in percent."""
     scores = rouge(suite / known["run"])
-    shown = {title: f"{100 * scores[name]:.2f}" for name, title in ROUGE.items()}
-    return known["columns"] | shown | {"instances": f"{scores['num_instances']:g}"}
+    percents = {title: f"{100 * scores[name]:.2f}" for name, title in ROUGE.items()}
+    return known["columns"] | percents | {"instances": f"{scores['num_instances']:g}"}
 
 
 def write_result(folder: Path, task: str, run: Path) -> None:
@@ -259,20 +259,20 @@ def find_folders(spec: RunSpec) -> list[Path]:
         raise InputError("nothing to score: give folders of runs, or --model and pred.py's other flags")
     named = named_folder(spec)
     data = _finished(named, spec.pred)
-    others = sorted(path.parent for path in Path(*named.parts[:2]).rglob("run.json"))
-    found = [named]
-    for one in others if data is not None else ():
+    candidates = sorted(path.parent for path in Path(*named.parts[:2]).rglob("run.json"))
+    folders = [named]
+    for folder in candidates if data is not None else ():
         try:
-            found += [one] if one != named and _finished(one, spec.pred) == data else []
+            folders += [folder] if folder != named and _finished(folder, spec.pred) == data else []
         except InputError as error:
             print(f"left out: {error}")
-    return found
+    return folders
 
 
 def _finished(folder: Path, task: str) -> AnsweredOrigin | None:
     """The requests that a run has answered; None if it has not answered all of them, or measured something else."""
-    found = _summary(folder, task) if (folder / "run.json").is_file() else None
-    summary = found[1] if found else {}
+    recorded = _summary(folder, task) if (folder / "run.json").is_file() else None
+    summary = recorded[1] if recorded else {}
     return summary["data"] if "samples" in summary and summary["samples"] >= summary["data"]["rows"] else None
 
 
@@ -300,12 +300,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     spec = named_run(args, "pred")
     if args.pred not in tasks:
         raise InputError(f"--pred must be {' or '.join(tasks)} here, got {args.pred}: eval.py scores LongBench")
-    found = [read_run(folder, args) for folder in args.folders or find_folders(spec)]
-    known = score(args.pred, found)
-    for one in found:
-        write_result(one.folder, args.pred, RUNS / args.pred / known[one.engine]["run"])
-    scored = [one for one in known.values() if "run" in one]
-    for entry in dict.fromkeys(one["scenario"] for one in scored):
+    runs = [read_run(folder, args) for folder in args.folders or find_folders(spec)]
+    known = score(args.pred, runs)
+    for run in runs:
+        write_result(run.folder, args.pred, RUNS / args.pred / known[run.engine]["run"])
+    scored = [record for record in known.values() if "run" in record]
+    for entry in dict.fromkeys(record["scenario"] for record in scored):
         print(f"{entry}; ROUGE in percent, KV is what is held after prefill")
-        print(table(COLUMNS, [line(RUNS / args.pred, one) for one in scored if one["scenario"] == entry]))
+        print(table(COLUMNS, [line(RUNS / args.pred, record) for record in scored if record["scenario"] == entry]))
     print(f"{RUNS / args.pred}, also as {RUNS / 'latest'}: helm-server -o {OUTPUT} --suite latest shows every answer")

@@ -59,10 +59,10 @@ def parse_jsonl(data: bytes, source: str | Path, kind: type[Kind]) -> list[tuple
 
     Args:
         data: the file's bytes.
-        source: what the file is called in an error.
+        source: the file's name in an error.
         kind: of every line, see `decode`.
     Returns:
-        (line number counted from 1, what it says) for each line.
+        (number counted from 1, content) of each line.
     Raises:
         InputError: a line is not of that kind; there is no line at all.
     """
@@ -134,7 +134,7 @@ class Open:
 
 
 def check_place(path: Path, folder: bool = False) -> None:
-    """Raises OSError if what is there is a link, or no regular file, or no folder where that is wanted."""
+    """Check that nothing lies there but a regular file, or a folder where that is wanted; OSError otherwise."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -166,34 +166,34 @@ def lock(path: Path, flags: int = os.O_CREAT) -> Open | None:
 
 
 @contextmanager
-def writing(what: object, after: str = "") -> Iterator[None]:
-    """Make InputError of what the system refuses: `cannot write {what}: No space left on device{after}`."""
+def writing(target: object, after: str = "") -> Iterator[None]:
+    """Make InputError of what the system refuses: `cannot write {target}: No space left on device{after}`."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {what}: {error.strerror or error}{after}") from None
+        raise InputError(f"cannot write {target}: {error.strerror or error}{after}") from None
 
 
 def unfinished(path: Path) -> list[Path]:
-    """What `write_whole` has not finished writing to `path`, or never will: `.samsum.jsonl.123` for `samsum.jsonl`."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.\d+")
+    """Files that `write_whole` is writing for `path`, or never finished: `.samsum.jsonl.123` for `samsum.jsonl`."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+")
     if not path.parent.is_dir():
         return []
-    return [path.with_name(one) for one in sorted(os.listdir(path.parent)) if name.fullmatch(one)]
+    return [path.with_name(name) for name in sorted(os.listdir(path.parent)) if pattern.fullmatch(name)]
 
 
 def sweep(path: Path) -> None:
     """Remove what a process that was killed left of writing `path`; a living one has locked what it writes."""
-    for one in unfinished(path):
+    for leftover in unfinished(path):
         with suppress(OSError):  # where there are no locks, nobody knows who lives
-            file = lock(one, flags=0)
+            file = lock(leftover, flags=0)
             if file is not None:
-                one.unlink()
+                leftover.unlink()
                 file.close()
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there, and what was left of writing it."""
+    """Remove a file, if it is there, and leftovers of writing it."""
     path.unlink(missing_ok=True)
     sweep(path)
 
@@ -201,7 +201,7 @@ def remove(path: Path) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write `content` to `path` so that a reader, or a crash, finds the old file or the new one and nothing between.
 
-    What is in its place is replaced, and a symbolic link is not followed.
+    Whatever lies there is replaced; a symbolic link is not followed.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     sweep(path)
@@ -235,7 +235,7 @@ def _temporary(path: Path) -> tuple[Path, Open]:
 
 
 def _is_at(path: Path, file: Open) -> bool:
-    """Whether the open file is what is now called `path`."""
+    """Whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(file.number))
     except FileNotFoundError:

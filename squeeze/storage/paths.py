@@ -1,4 +1,4 @@
-"""Where the project's own files lie, in a checkout and where the package is installed without one."""
+"""Paths of the project's own files, in a checkout and where the package is installed without one."""
 
 from __future__ import annotations
 

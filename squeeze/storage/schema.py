@@ -68,36 +68,36 @@ def decode(data: bytes, kind: type[Kind], where: str | Path, line: int | None = 
     Numbers that no machine number holds, text that is no UTF-8, and nesting without an end are errors as well.
 
     Args:
-        kind: what is wanted. Of a `TypedDict` the fields that it does not name are kept, too.
-        where: what the file is called in an error.
+        kind: the form wanted. Of a `TypedDict` the fields that it does not name are kept, too.
+        where: the file's name in an error.
         line: which of its lines this is, in JSON Lines; None for a file that is one document.
     Raises:
         InputError: it is not that; the message names the file, the line and the field.
     """
     data = data.removeprefix(codecs.BOM_UTF8)
-    place = f"{where} line {line}" if line is not None else str(where)
+    location = f"{where} line {line}" if line is not None else str(where)
     if not data.strip():
-        raise NotJson(f"{place} is empty")
+        raise NotJson(f"{location} is empty")
     if _depth(data) > DEPTH:
-        raise InputError(f"{place} has lists or objects more than {DEPTH} deep in each other")
+        raise InputError(f"{location} has lists or objects more than {DEPTH} deep in each other")
     try:
         document = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _not_decoded(data, place, line, error) from None
-    return check(document, kind, place)
+        raise _not_decoded(data, location, line, error) from None
+    return check(document, kind, location)
 
 
 def check(document: Any, kind: type[Kind], where: str) -> Kind:
-    """What JSON gave, or a part of it, if it is of the kind; InputError, naming the field, if it is not."""
+    """The document, or a part of one, if it is of the kind; InputError, naming the field, if it is not."""
     try:
         made = msgspec.convert(document, kind)
     except msgspec.ValidationError as error:
-        raise InputError(f"{where}{_said(document, kind, str(error))}") from None
+        raise InputError(f"{where}{_in_words(document, kind, str(error))}") from None
     return document if is_typeddict(kind) else made
 
 
 def _depth(data: bytes) -> int:
-    """How deep lists and objects lie in each other."""
+    """The depth of lists and objects in each other; 0 where there are too few to be too deep."""
     if data.count(b"[") + data.count(b"{") <= DEPTH:
         return 0
     depth = deepest = 0
@@ -107,30 +107,30 @@ def _depth(data: bytes) -> int:
     return deepest
 
 
-def _not_decoded(data: bytes, place: str, line: int | None, error: Exception) -> InputError:
-    """Why bytes are no JSON, or none that can be computed with."""
+def _not_decoded(data: bytes, location: str, line: int | None, error: Exception) -> InputError:
+    """The error for bytes that are no JSON, or none that can be computed with."""
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
-        return NotJson(f"{place} is not UTF-8 text")
+        return NotJson(f"{location} is not UTF-8 text")
     if b"\0" in data:
-        return NotJson(f"{place} is not UTF-8 text: it has bytes that are zero")
+        return NotJson(f"{location} is not UTF-8 text: it has bytes that are zero")
     try:
         document = json.loads(data, parse_int=_whole, parse_float=_number, parse_constant=_Outside)
     except (ValueError, RecursionError):
         if line is None:
             reached = re.search(r"byte (\d+)", str(error))
-            place += f" line {data[: int(reached[1]) if reached else len(data)].rstrip().count(NEWLINE) + 1}"
-        return NotJson(f"{place} is not JSON")
+            location += f" line {data[: int(reached[1]) if reached else len(data)].rstrip().count(NEWLINE) + 1}"
+        return NotJson(f"{location} is not JSON")
     for path, value in _texts(document, []):
         if isinstance(value, _Outside):
             why = OUT_OF_RANGE if value[-1].isdigit() else "which is no number that JSON has"
-            return InputError(f"{place}{_field(path)} is {shown(value)}, {why}")
+            return InputError(f"{location}{_field(path)} is {shown(value)}, {why}")
         half = SURROGATE.search(value)
         if half:
             written = ascii(half[0])[1:-1]
-            return InputError(f"{place}{_field(path)} has half of a character, {written}, which is no text")
-    return NotJson(f"{place} is not JSON")
+            return InputError(f"{location}{_field(path)} has half of a character, {written}, which is no text")
+    return NotJson(f"{location} is not JSON")
 
 
 def _whole(text: str) -> int | str:
@@ -145,19 +145,19 @@ def _number(text: str) -> float | str:
 
 
 def _texts(value: Any, path: list[Any]) -> Iterator[tuple[list[Any], str]]:
-    """Every text in a document, keys included, with the way to it."""
+    """Every text in a document, keys included, with the path to it."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, list):
-        for index, one in enumerate(value):
-            yield from _texts(one, [*path, index])
+        for index, item in enumerate(value):
+            yield from _texts(item, [*path, index])
     elif isinstance(value, dict):
-        for key, one in value.items():
+        for key, item in value.items():
             yield path, key
-            yield from _texts(one, [*path, key])
+            yield from _texts(item, [*path, key])
 
 
-def _said(document: Any, kind: Any, error: str) -> str:
+def _in_words(document: Any, kind: Any, error: str) -> str:
     """msgspec's sentence in words that name the field and what is there, such as `: y is not text, got 5`."""
     words, _, pattern = error.partition(" - at `$")
     path = _path(document, kind, error, pattern.removesuffix("`"))
@@ -183,16 +183,16 @@ def _said(document: Any, kind: Any, error: str) -> str:
 
 
 def _path(document: Any, kind: Any, error: str, pattern: str) -> list[Any]:
-    """The way to the value that `error` is about; msgspec says `[...]` where an object's key should stand."""
+    """The path to the value that `error` is about; msgspec says `[...]` where an object's key should stand."""
     path: list[Any] = []
     for name, index, key in STEP.findall(pattern):
         if key:
-            there = _at(document, path)
-            for one in there if isinstance(there, dict) else ():
-                alone = _with(document, path, {one: there[one]})
+            parent = _at(document, path)
+            for member in parent if isinstance(parent, dict) else ():
+                alone = _with(document, path, {member: parent[member]})
                 if _error(alone, kind) == error:
                     document = alone
-                    path.append(one)
+                    path.append(member)
                     break
             else:
                 return path
@@ -225,7 +225,7 @@ def _with(document: Any, path: list[Any], value: Any) -> Any:
 
 
 def _field(path: list[Any]) -> str:
-    """`: datasets.samsum.starts[0]`"""
+    """A path as `: datasets.samsum.starts[0]`; nothing for the document itself."""
     words = "".join(f"[{step}]" if isinstance(step, int) else f".{_plain(step)}" for step in path)
     return f": {words.removeprefix('.')}" if words else ""
 

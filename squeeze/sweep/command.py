@@ -63,7 +63,7 @@ class Engine(Protocol):
         """Check runs and find their models and data, as they are where they will be run."""
 
     def worker(self, group: Sequence[OpenJob], bar: tqdm) -> AbstractContextManager[Worker]:
-        """What does runs on one model and the same data, and moves the bar on."""
+        """A worker that does runs on one model and the same data, and moves the bar on."""
 
 
 class Local:
@@ -120,20 +120,14 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         InputError: there is no file, or more than one, or flags do not go together.
     """
     args = parser().parse_args(argv)
-    files = [one for one in args.arguments if "=" not in one or Path(one).is_file()]
+    files = [argument for argument in args.arguments if "=" not in argument or Path(argument).is_file()]
     if len(files) != 1:
         raise InputError(f"a sweep has one file, got {shortened(' '.join(files)) or 'none'} (changes are KEY=VALUE)")
     try:
         args.grid = user_path(files[0])
     except InputError as error:
         raise InputError(f"a sweep's file {error}") from None
-    args.changes = [one for one in args.arguments if one != files[0]]
-    check(args)
-    return args
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises InputError for flags that do not go together."""
+    args.changes = [argument for argument in args.arguments if argument != files[0]]
     if args.engine not in ("local", "ray"):
         raise InputError(f"--engine must be local or ray, got {shortened(args.engine)}")
     if args.engine == "local":
@@ -141,6 +135,7 @@ def check(args: argparse.Namespace) -> None:
         for flag in ("address", "num_gpus", "num_cpus", "max_retries"):
             if getattr(args, flag) != getattr(defaults, flag):
                 raise InputError(f"--{flag} is for --engine ray")
+    return args
 
 
 def some(problems: Sequence[str]) -> list[str]:
@@ -172,38 +167,29 @@ def open_runs(prepared: Sequence[Job | InputError]) -> tuple[list[list[OpenJob]]
     if not opened:
         raise InputError("no run of the grid is possible: " + "; ".join(some(list(wrong))))
     groups: dict[object, list[OpenJob]] = {}
-    for one in opened.values():
-        groups.setdefault(one.job.model_key, []).append(one)
+    for open_job in opened.values():
+        groups.setdefault(open_job.job.model_key, []).append(open_job)
     return list(groups.values()), list(wrong)
 
 
 def run(groups: Sequence[Sequence[OpenJob]], engine: Engine) -> list[str]:
-    """Do all runs, with a bar over their samples; what went wrong."""
+    """Do all runs, with a bar over their samples; a sentence for each group that cannot go on."""
     wrong = []
-    samples = [one for group in groups for job in group for one in job.samples]
-    total, missing = sum(one.total for one in samples), sum(len(one.missing) for one in samples)
+    points = [point for group in groups for job in group for point in job.samples]
+    total, missing = sum(point.total for point in points), sum(len(point.missing) for point in points)
     done = 0
-    with tqdm(total=total, initial=total - missing, unit="sample", desc=f"0/{len(samples)} points") as bar:
+    with tqdm(total=total, initial=total - missing, unit="sample", desc=f"0/{len(points)} points") as bar:
         for group in groups:
             try:
                 with engine.worker(group, bar) as worker:
-                    for one, index in execute(group, worker):
-                        bar.write(one.report(index))
+                    for job, index in execute(group, worker):
+                        bar.write(job.report(index))
                         done += 1
-                        bar.set_description(f"{done}/{len(samples)} points")
+                        bar.set_description(f"{done}/{len(points)} points")
             except InputError as error:
                 bar.write(printable(f"error: {error}"))
                 wrong.append(str(error))
     return wrong
-
-
-def engine_of(args: argparse.Namespace) -> Engine:
-    """Where the flags want the runs to be done."""
-    if args.engine == "local":
-        return Local()
-    from squeeze.sweep.ray_cluster import Cluster
-
-    return Cluster(args.address, args.num_cpus, args.num_gpus, args.max_retries)
 
 
 def sweep(argv: Sequence[str] | None = None) -> None:
@@ -216,7 +202,11 @@ def sweep(argv: Sequence[str] | None = None) -> None:
     grid = read_grid(args.grid, args.changes)
     for reason in some(grid.left_out):
         say(f"left out: {reason}")
-    engine = engine_of(args)
+    engine: Engine = Local()
+    if args.engine == "ray":
+        from squeeze.sweep.ray_cluster import Cluster
+
+        engine = Cluster(args.address, args.num_cpus, args.num_gpus, args.max_retries)
     groups, wrong = open_runs(engine.prepare(grid.runs))
     for problem in some(wrong):
         say(f"left out: {problem}")
@@ -225,10 +215,10 @@ def sweep(argv: Sequence[str] | None = None) -> None:
 
         print(cost.describe(groups))
     else:
-        for note in dict.fromkeys(note for group in groups for one in group for note in one.job.notes):
+        for note in dict.fromkeys(note for group in groups for open_job in group for note in open_job.job.notes):
             say(f"note: {note}")
         wrong += run(groups, engine)
-        tasks = sorted({one.job.folder.parts[0] for group in groups for one in group})
+        tasks = sorted({open_job.job.folder.parts[0] for group in groups for open_job in group})
         say("What came out: python -m squeeze.report " + shlex.join([*tasks, "--out", "report"]))
     if wrong:
         raise InputError(f"not all runs of {args.grid} are possible: " + "; ".join(some(wrong)))

@@ -1,4 +1,4 @@
-"""What a sweep is going to cost, before it starts: tokens to prefill and to decode, and bytes of keys and values."""
+"""The cost of a sweep, before it starts: tokens to prefill and to decode, and bytes of keys and values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLUMNS = ("run", "data set", "samples", "to do", "prompt tokens", "new tokens",
 
 @dataclass
 class Total:
-    """What all runs come to.
+    """The sums over all runs.
 
     Attributes:
         samples: to do, counted once a run.
@@ -49,7 +49,7 @@ def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
     """
     total = Total()
     lines = [line for group in groups for line in _group(group, total)]
-    said = [
+    sentences = [
         table(COLUMNS, lines),
         "New tokens are the most there can be; KV MB kept is the most that a batch holds while it decodes.",
         f"In all {_count(len(lines), 'point')} with {_count(total.samples, 'sample')} to do: {total.prompt_tokens:,} "
@@ -58,12 +58,12 @@ def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
         "largest prefill.",
     ]
     if total.measured:
-        said.append(f"To measure loss curves on the prompts, {total.measured:,} more tokens are run.")
-    return "\n".join(said)
+        sentences.append(f"To measure loss curves on the prompts, {total.measured:,} more tokens are run.")
+    return "\n".join(sentences)
 
 
 def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
-    """The lines of runs on one model and the same data; what they come to is added to `total`."""
+    """The lines of runs on one model and the same data; their sums are added to `total`."""
     from squeeze.models import loading
     from squeeze.models.folder_config import model_config
 
@@ -71,25 +71,25 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
     lines = []
     tokenizer, config = loading.load_tokenizer(job.model_folder), model_config(job.model_folder)
     for index, data in enumerate(job.data):
-        total_rows = max(one.samples[index].total for one in group)
+        total_rows = max(run.samples[index].total for run in group)
         prompts = job.benchmark.encode(tokenizer, data, total_rows, job.options)
         shared: dict[Any, set[int]] = {}
-        for one in group:
-            samples = one.samples[index]
-            missing = samples.missing
-            for prefill in _prefills(one.job):
+        for run in group:
+            samples = run.samples[index]
+            missing, prefills = samples.missing, _prefills(run.job)
+            for prefill in prefills:
                 shared.setdefault(prefill, set()).update(missing)
-            tokens = sum(len(prompts[index].tokens) for index in missing) * len(_prefills(one.job))
-            measured = _measuring(one.job, config, [len(prompts[index].tokens) for index in missing])
+            lengths = [len(prompts[index].tokens) for index in missing]
+            tokens = sum(lengths) * len(prefills)
             new = sum(prompts[index].settings["max_new_tokens"] for index in missing)
-            kept, full = _most_bytes(one.job, config, prompts[: samples.total])
+            kept, full = _most_bytes(run.job, config, prompts[: samples.total])
             total.samples += len(missing)
             total.prompt_tokens += tokens
-            total.measured += measured
+            total.measured += _measuring(run.job, config, lengths)
             total.new_tokens += new
             if missing:
                 total.prefill_bytes = max(total.prefill_bytes, full)
-            cells = (one.job.folder, samples.dataset, samples.total, len(missing), f"{tokens:,}", f"{new:,}")
+            cells = (run.job.folder, samples.dataset, samples.total, len(missing), f"{tokens:,}", f"{new:,}")
             memory = (f"{kept / 1e6:,.1f}", f"{full / 1e6:,.1f}")
             lines.append(dict(zip(COLUMNS, map(str, (*cells, *memory)), strict=True)))
         total.prefilled += sum(len(prompts[index].tokens) for missing in shared.values() for index in missing)
@@ -135,5 +135,5 @@ def _most_bytes(job: Job, config: PretrainedConfig, prompts: Sequence[Prompt]) -
     return kept, full
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

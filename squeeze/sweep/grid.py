@@ -39,9 +39,11 @@ NOTHING = ("", "~", "null", "Null", "NULL")
 
 @dataclass(frozen=True)
 class Grid:
-    """Args:
-    runs: each run, or what is wrong with its values.
-    left_out: points that cannot be, with the reason.
+    """The points of a sweep.
+
+    Args:
+        runs: each run, or the error in its values.
+        left_out: points that cannot be, with the reason.
     """
 
     runs: list[RunSpec | InputError]
@@ -57,7 +59,7 @@ def read_grid(path: Path, changes: Sequence[str] = ()) -> Grid:
         InputError: it is no YAML file of known keys, each once, a size is no number, or the grid is empty or too
             large.
     """
-    found = _keys(_compose(_read(path), str(path)), str(path))
+    nodes = _keys(_compose(_read(path), str(path)), str(path))
     changed = set()
     for change in changes:
         key, equals, value = change.partition("=")
@@ -66,8 +68,8 @@ def read_grid(path: Path, changes: Sequence[str] = ()) -> Grid:
         if key in changed:
             raise InputError(f"{shortened(key)} is changed twice: write its values as one list, key=[..., ...]")
         changed.add(key)
-        found[key] = _compose(value.encode(), shortened(change))
-    return expand({key: _values(path, key, node) for key, node in found.items()}, str(path))
+        nodes[key] = _compose(value.encode(), shortened(change))
+    return expand({key: _values(path, key, node) for key, node in nodes.items()}, str(path))
 
 
 def _read(path: Path) -> bytes:
@@ -82,7 +84,7 @@ def _read(path: Path) -> bytes:
 
 
 def _compose(text: bytes, where: str) -> yaml.Node | None:
-    """What YAML says, all values as text, so that 0.03 is 3/100 and not the nearest binary number."""
+    """A YAML document, all values as text, so that 0.03 is 3/100 and not the nearest binary number."""
     try:
         return yaml.compose(text.decode("utf-8"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -95,19 +97,19 @@ def _keys(node: yaml.Node | None, where: str) -> dict[str, yaml.Node | None]:
     """A file's keys, each of which is there once."""
     if not isinstance(node, yaml.MappingNode):
         raise InputError(f"{where} is no sweep: it has no keys such as model, datasets, ini_size and KV_class3")
-    found: dict[str, yaml.Node | None] = {}
+    nodes: dict[str, yaml.Node | None] = {}
     lines: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise InputError(f"{where} line {line}: a key is not text")
-        if key.value in found:
+        if key.value in nodes:
             raise InputError(
                 f"{where} has {shortened(key.value)} twice, in lines {lines[key.value]} and {line}: "
                 "write its values as one list"
             )
-        found[key.value], lines[key.value] = value, line
-    return found
+        nodes[key.value], lines[key.value] = value, line
+    return nodes
 
 
 def _values(path: Path, key: str, node: yaml.Node | None) -> list[str]:
@@ -122,16 +124,16 @@ def _values(path: Path, key: str, node: yaml.Node | None) -> list[str]:
     values = _texts(node)
     if values is None:
         raise InputError(f"{path}: {key} must be a value or a list of values")
-    for one in values:
-        check_text(f"{path}: {key}", one)
+    for value in values:
+        check_text(f"{path}: {key}", value)
     if key == "datasets":
         return [",".join(values)] if values else []
     if len(values) > 1 and key not in AXES:
         raise InputError(f"{path}: {key} must be one value; lists are for {', '.join(('datasets', *AXES))}")
     switch = KEYS[key].read is None
-    if switch and not {one.lower() for one in values} <= {"true", "false"}:
+    if switch and not {value.lower() for value in values} <= {"true", "false"}:
         raise InputError(f"{path}: {key} must be true or false, got {shortened(', '.join(values))}")
-    return [one.lower() if switch else one for one in dict.fromkeys(values)]
+    return [value.lower() if switch else value for value in dict.fromkeys(values)]
 
 
 def _texts(node: yaml.Node | None) -> list[str] | None:
@@ -139,9 +141,9 @@ def _texts(node: yaml.Node | None) -> list[str] | None:
     tags = yaml.resolver.BaseResolver
     is_list = isinstance(node, yaml.SequenceNode) and node.tag == tags.DEFAULT_SEQUENCE_TAG
     nodes = node.value if is_list and node else [node] if node is not None else []
-    if not all(isinstance(one, yaml.ScalarNode) and one.tag == tags.DEFAULT_SCALAR_TAG for one in nodes):
+    if not all(isinstance(child, yaml.ScalarNode) and child.tag == tags.DEFAULT_SCALAR_TAG for child in nodes):
         return None
-    return [one.value for one in nodes if one.value not in NOTHING or (one.style and one.value)]
+    return [child.value for child in nodes if child.value not in NOTHING or (child.style and child.value)]
 
 
 def expand(values: dict[str, list[str]], where: str) -> Grid:
@@ -151,16 +153,15 @@ def expand(values: dict[str, list[str]], where: str) -> Grid:
         values: of each key, as text.
         where: they come from, for errors.
     """
-    if not values.get("model"):
-        raise InputError(f"{where}: the grid is empty, model has no value")
-    if not values.get("ini_size"):
-        raise InputError(f"{where}: the grid is empty, ini_size has no value")
+    for key in ("model", "ini_size"):
+        if not values.get(key):
+            raise InputError(f"{where}: the grid is empty, {key} has no value")
     axes = {key: len(values.get(key) or [""]) for key in AXES}
     points = math.prod(axes[key] for key in ("model", "seed", "fidelity", "algorithm", "ini_size"))
     points *= 1 + axes["allocation"] * axes["KV_class3"]
     if points > MOST_POINTS:
         raise InputError(f"{where}: the grid has {points:,} points, and {MOST_POINTS:,} are the most: make several")
-    fixed = {key: found[0] for key, found in values.items() if key not in AXES and found}
+    fixed = {key: choices[0] for key, choices in values.items() if key not in AXES and choices}
     runs: dict[frozenset[tuple[str, str]], dict[str, str]] = {}
     left_out: list[str] = []
     for point in _points(values, left_out):
@@ -192,12 +193,12 @@ def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[
                 if fidelity == "false":
                     yield base
                 for algorithm in values.get("algorithm") or [""]:
-                    some = base | ({"algorithm": algorithm} if algorithm else {})
+                    point = base | ({"algorithm": algorithm} if algorithm else {})
                     for ini_size in sizes:
-                        yield some | {"ini_size": ini_size, "KV_class3": ini_size}
+                        yield point | {"ini_size": ini_size, "KV_class3": ini_size}
                         for allocation in values.get("allocation") or [DEFAULT]:
                             if not _takes_class3(allocation, values):
-                                yield some | {"allocation": allocation, "ini_size": ini_size}
+                                yield point | {"allocation": allocation, "ini_size": ini_size}
                                 continue
                             more = {"allocation": allocation} if allocation != DEFAULT else {}
                             for text in values.get("KV_class3") or []:
@@ -206,16 +207,16 @@ def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[
                                 if larger > 0:
                                     left_out.append(f"KV_class3 {text} is more than ini_size {ini_size}")
                                 elif larger < 0:
-                                    yield some | more | {"ini_size": ini_size, "KV_class3": kv_class3}
+                                    yield point | more | {"ini_size": ini_size, "KV_class3": kv_class3}
 
 
 def _takes_class3(allocation: str, values: dict[str, list[str]]) -> bool:
     """Whether an allocation's points differ by `KV_class3`; no if there is no such allocation, as its run will say."""
     try:
-        found = ALLOCATIONS.find(allocation)
+        strategy = ALLOCATIONS.find(allocation)
     except InputError:
         return False
-    return "class3" in (found.fields if values.get("KV_class3") else found.required)
+    return "class3" in (strategy.fields if values.get("KV_class3") else strategy.required)
 
 
 def class3(text: str, ini_size: str) -> str:

@@ -29,7 +29,7 @@ from squeeze.storage.paths import ROOT
 #: Ray's own take ten minutes to find that an address does not answer. They are read when it is imported.
 PATIENCE = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "10"}
 
-#: Seconds between looks at what the tasks have written.
+#: Seconds between looks at the tasks' files.
 POLL_SECONDS = 0.5
 
 
@@ -55,9 +55,9 @@ class Cluster:
             try:
                 ray.init(address=address, logging_level=logging.WARNING)
             except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-                where, said = address or "this machine", " ".join(str(error).split())
+                where, reason = address or "this machine", " ".join(str(error).split())
                 raise InputError(
-                    f"the Ray cluster at {where} does not answer ({said}): start it with ray start --head, "
+                    f"the Ray cluster at {where} does not answer ({reason}): start it with ray start --head, "
                     "or leave --address out for one on this machine alone"
                 ) from None
         self.ray = ray
@@ -87,10 +87,10 @@ class Cluster:
         """Does runs on one model and the same data in as many tasks as fit on the cluster at once."""
 
         def work(jobs: Sequence[OpenJob], index: int) -> int:
-            for one in jobs:  # before others write
-                if one.samples[index].missing:
-                    one.run.begin(one.samples[index])
-            most = max(one.samples[index].total for one in jobs)
+            for open_job in jobs:  # before others write
+                if open_job.samples[index].missing:
+                    open_job.run.begin(open_job.samples[index])
+            most = max(open_job.samples[index].total for open_job in jobs)
             shards = min(self.workers, -(-most // jobs[0].job.options.batch_size))
             # Where there are fewer batches than workers, the runs are divided as well.
             parts = min(len(jobs), max(1, self.workers // shards))
@@ -98,14 +98,14 @@ class Cluster:
                 self._submit(
                     run_share,
                     os.getcwd(),
-                    [(one.job.spec, one.job.settings) for one in jobs[part::parts]],
+                    [(open_job.job.spec, open_job.job.settings) for open_job in jobs[part::parts]],
                     index,
                     Ranks(shard, shards),
                 )
                 for part in range(parts)
                 for shard in range(shards)
             ]
-            return min(self._results(tasks, [one.samples[index] for one in jobs], bar))
+            return min(self._results(tasks, [open_job.samples[index] for open_job in jobs], bar))
 
         yield work
 
@@ -129,11 +129,11 @@ class Cluster:
                 raise InputError(str(error.cause)) from None
             raise
         except self.ray.exceptions.RayError as error:
-            said = " ".join(str(error).split())
-            raise InputError(f"a Ray task was given up, and no sample is lost ({said})") from None
+            reason = " ".join(str(error).split())
+            raise InputError(f"a Ray task was given up, and no sample is lost ({reason})") from None
         finally:
-            for one in pending:
-                self.ray.cancel(one, force=True)
+            for task in pending:
+                self.ray.cancel(task, force=True)
 
 
 def prepare_in(folder: str, runs: Sequence[RunSpec | InputError]) -> list[Job | InputError]:
