@@ -32,12 +32,12 @@ def parse_fraction(name: str, value: str | float | Fraction) -> Fraction:
         InputError: `value` is no such number, or one of more than `MOST_DIGITS` digits.
     """
     try:
-        found = value if isinstance(value, Fraction) else _fraction(str(value).strip())
+        fraction = value if isinstance(value, Fraction) else _fraction(str(value).strip())
     except (ValueError, ZeroDivisionError):
         raise InputError(f"{name} must be a number in (0, 1], got {shown(value)}") from None
-    if max(abs(found.numerator), found.denominator) > 10**MOST_DIGITS:
+    if max(abs(fraction.numerator), fraction.denominator) > 10**MOST_DIGITS:
         raise InputError(f"{name} must be a number in (0, 1] of at most {MOST_DIGITS} digits, got {shown(value)}")
-    return found
+    return fraction
 
 
 def _fraction(text: str) -> Fraction:

@@ -217,10 +217,10 @@ class Registry(Generic[S]):
     def _entry_point(self, name: str, option: str) -> EntryPoint:
         """What an installed package registers under a name."""
         points = entry_points(group=self.group)
-        found = {point.value: point for point in points if point.name == name}
-        if len(found) > 1:
-            raise InputError(f"{option} {name} is {' and '.join(sorted(found))}: write the one that you mean")
-        for point in found.values():
+        matches = {point.value: point for point in points if point.name == name}
+        if len(matches) > 1:
+            raise InputError(f"{option} {name} is {' and '.join(sorted(matches))}: write the one that you mean")
+        for point in matches.values():
             return point
         known = list(dict.fromkeys([*self.built_in, *sorted(points.names)]))
         near = difflib.get_close_matches(name, known, n=2, cutoff=0.5) if len(name) < 100 else []
@@ -230,10 +230,10 @@ class Registry(Generic[S]):
 
 def _attribute(module: Any, path: str) -> Any:
     """What is called `Class` in `module:Class`; None where nothing is."""
-    found = module
+    attribute = module
     for part in path.partition(":")[2].split("."):
-        found = getattr(found, part, None)
-    return found
+        attribute = getattr(attribute, part, None)
+    return attribute
 
 
 def _parse(text: str, option: str) -> tuple[str, dict[str, Any]]:
@@ -245,16 +245,16 @@ def _parse(text: str, option: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({rest}", mode="eval").body if len(text) <= MOST_TEXT else None
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError
-        found = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if len(found) < len(call.keywords) or "" in found:
+        parameters = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if len(parameters) < len(call.keywords) or "" in parameters:
             raise ValueError
-        json.dumps(found, allow_nan=False)
+        json.dumps(parameters, allow_nan=False)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise InputError(
             f"{option} must be a name, or a name with parameters such as {name or 'name'}(window=16), which are "
             f"numbers, text, True, False, None or lists of these, got {shortened(text)}"
         ) from None
-    return name.strip(), found
+    return name.strip(), parameters
 
 
 def _check_parameters(kind: type[Strategy], parameters: Mapping[str, Any], label: str) -> None:
@@ -274,8 +274,10 @@ def _check_parameters(kind: type[Strategy], parameters: Mapping[str, Any], label
 
 def _said(error: Exception) -> str:
     """What an exception says, in a line, and where in the user's file it was raised."""
-    said = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)
-    own = [one for one in frames if one.filename[0] != "<" and one.filename not in (__file__, importlib.__file__)]
+    own = [
+        frame for frame in frames if frame.filename[0] != "<" and frame.filename not in (__file__, importlib.__file__)
+    ]
     where = f" ({os.path.basename(own[0].filename)} line {own[0].lineno})" if own else ""
-    return f"{type(error).__name__}: {said}{where}" if said else f"{type(error).__name__}{where}"
+    return f"{type(error).__name__}: {message}{where}" if message else f"{type(error).__name__}{where}"

@@ -58,8 +58,8 @@ def _ranged(value: float, low: Any, high: Any, digits: int = 2) -> str:
     return f"{value:.{digits}f}" + ("" if pd.isna(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
 
 
-def _sizes(one: Any) -> str:
-    return f"{one.ini_size:g} / " + ("-" if pd.isna(one.KV_class3) else f"{one.KV_class3:g}")
+def _sizes(run: Any) -> str:
+    return f"{run.ini_size:g} / " + ("-" if pd.isna(run.KV_class3) else f"{run.KV_class3:g}")
 
 
 def _samples(panel: pd.DataFrame) -> str:
@@ -69,9 +69,9 @@ def _samples(panel: pd.DataFrame) -> str:
 
 def score(panel: pd.DataFrame, full: Any | None) -> str:
     """What a panel of scores shows: the full cache, the best run, and the uniform one nearest to its size."""
-    others = len(panel) - int(panel["same"].sum())
+    open_markers = len(panel) - int(panel["same"].sum())
     panel = panel[panel["same"]] if panel["same"].any() else panel
-    best = max(panel.itertuples(), key=lambda one: (one.score, -one.kept, one.folder))
+    best = max(panel.itertuples(), key=lambda run: (run.score, -run.kept, run.folder))
     words = [
         f"Full cache: {_ranged(full.score, full.low, full.high)}."
         if full is not None
@@ -88,8 +88,8 @@ def score(panel: pd.DataFrame, full: Any | None) -> str:
         if not pd.isna(best.low) and best.low <= other.high:
             words.append("The intervals overlap.")
     words.append(f"{_samples(panel)}.")
-    if others:
-        words.append(f"Open markers: on other samples, which do not compare ({others}).")
+    if open_markers:
+        words.append(f"Open markers: on other samples, which do not compare ({open_markers}).")
     return " ".join(words)
 
 
@@ -97,9 +97,9 @@ def kl(panel: pd.DataFrame) -> str:
     """What a panel of KL divergences shows: at each size, the allocations from the closest to the furthest."""
     words = []
     for kept, group in panel.groupby(panel["kept"].round(2)):
-        ordered = sorted(group.itertuples(), key=lambda one: (one.kl, one.folder))
-        found = ", ".join(f"{one.allocation} ({_sizes(one)}) {one.kl:.4f}" for one in ordered[:4])
-        words.append(f"At {100 * kept:.0f}%: {found}{', …' if len(ordered) > 4 else ''}.")
+        ordered = sorted(group.itertuples(), key=lambda run: (run.kl, run.folder))
+        closest = ", ".join(f"{run.allocation} ({_sizes(run)}) {run.kl:.4f}" for run in ordered[:4])
+        words.append(f"At {100 * kept:.0f}%: {closest}{', …' if len(ordered) > 4 else ''}.")
     return " ".join(["Closest to the full cache first.", *words, f"{_samples(panel)}."])
 
 
@@ -141,14 +141,14 @@ def budgets(layers: pd.DataFrame, run: Any) -> str:
     )
 
 
-def losses(found: np.ndarray, curves: Calibration, share: float, algorithm: str) -> str:
+def losses(relative: np.ndarray, curves: Calibration, share: float, algorithm: str) -> str:
     """What a model's loss curves show.
 
     Args:
-        found: `curves.relative` at that share.
+        relative: `curves.relative` at that share.
     """
-    multiples = [float(one) for one in curves.multiples]
-    most = ", ".join(str(layer) for layer in np.argsort(-found[:, 0], kind="stable")[:3])
+    multiples = [float(multiple) for multiple in curves.multiples]
+    most = ", ".join(str(layer) for layer in np.argsort(-relative[:, 0], kind="stable")[:3])
     return (
         f"{algorithm}: KL divergence from the full cache where one layer alone keeps more or less and all others "
         f"keep {100 * share:g}% of the prompt, over that of {100 * share:g}% everywhere, less 1, mean over "
@@ -175,8 +175,8 @@ def bench(group: pd.DataFrame, value: str, title: str, first: Any) -> str:
     unit = {"tokens_per_second": "tokens/s", "peak": "GB", "kv": "MB"}[value]
 
     def named(index: Any) -> str:
-        one = group.loc[index]
-        return f"{one.engine} {one.cache}, {one['dtype']} ({one[value]:.1f} {unit})"
+        row = group.loc[index]
+        return f"{row.engine} {row.cache}, {row['dtype']} ({row[value]:.1f} {unit})"
 
     if len(largest) == 1:
         words = f"at batch size {largest.iloc[0].batch_size}: {named(good)}"
@@ -185,9 +185,9 @@ def bench(group: pd.DataFrame, value: str, title: str, first: Any) -> str:
     return f"{title} {words}. {first.file}, {first.machine}."
 
 
-def best(one: Any) -> str:
+def best(run: Any) -> str:
     """A cell of the table of cheapest runs."""
-    return f"{100 * one.kept:.1f}%: {one.allocation} {_sizes(one)}, {one.score:.2f}"
+    return f"{100 * run.kept:.1f}%: {run.allocation} {_sizes(run)}, {run.score:.2f}"
 
 
 def run_cells(row: dict[Any, Any]) -> dict[str, tuple[Any, ...]]:

@@ -63,7 +63,7 @@ def measured(entries: Sequence[Entry], problems: list[str]) -> dict[int, Measure
     in `problems`.
     """
     compared = {(run.folder.resolve(), run.dataset): run for run in entries if run.fidelity}
-    found = {}
+    comparisons = {}
     for number, entry in enumerate(entries):
         other = compared.get((entry.folder.resolve() / "fidelity", entry.dataset))
         if other is None or _asked_for(entry) != _asked_for(other):
@@ -71,10 +71,10 @@ def measured(entries: Sequence[Entry], problems: list[str]) -> dict[int, Measure
         try:
             rows = read_jsonl(other.folder / f"{entry.dataset}.jsonl", Compared)
             check_count(other.folder, entry.dataset, len(rows))
-            found[number] = Measured(entry, other.summary, [row["kl"] for _, row in rows], _interval(entry))
+            comparisons[number] = Measured(entry, other.summary, [row["kl"] for _, row in rows], _interval(entry))
         except InputError as error:
             problems.append(str(error))
-    return found
+    return comparisons
 
 
 def _asked_for(entry: Entry) -> tuple[Any, ...]:
@@ -95,20 +95,20 @@ def cells(summary: dict[str, Any] | None) -> dict[str, str]:
     return {"KL": f"{summary['kl']['mean']:.4f}", "agreement": f"{100 * summary['agreement']['mean']:.1f}%"}
 
 
-def cells_beside(entry: Entry, found: Measured | None) -> dict[str, str]:
+def cells_beside(entry: Entry, comparison: Measured | None) -> dict[str, str]:
     """`COLUMNS` of a run of predictions; the full cache is no distance from itself."""
     if entry.settings["cache"] == "full":
         return {"KL": f"{0:.4f}", "agreement": f"{100:.1f}%"}
-    return cells(None if found is None else found.summary)
+    return cells(None if comparison is None else comparison.summary)
 
 
-def sentence(model: str, dataset: str, found: Iterable[Measured]) -> str:
+def sentence(model: str, dataset: str, runs: Iterable[Measured]) -> str:
     """What was seen: with each evictor, the allocation nearest to the full cache at the same KV kept.
 
     To four digits, as the table shows them, so that what is the same there is the same here.
     """
     groups: dict[str, list[Measured]] = {}
-    for run in found:
+    for run in runs:
         if "kl" in run.summary:
             common = {key: value for key, value in run.entry.settings.items() if key not in ALLOCATED}
             group = groups.setdefault(repr((common, _asked_for(run.entry)[1:], _kept(run))), [])
@@ -116,14 +116,14 @@ def sentence(model: str, dataset: str, found: Iterable[Measured]) -> str:
                 group.append(run)
     chosen = [group for group in groups.values() if len(group) > 1]
     if not chosen:
-        said = "no two allocations were compared with the full cache at the same KV kept, so none is the nearer"
+        clause = "no two allocations were compared with the full cache at the same KV kept, so none is the nearer"
     elif len(chosen) <= MOST_NAMED:
-        said = f"nearest to the full cache at the same KV kept was {listed([_nearest(group) for group in chosen])}"
+        clause = f"nearest to the full cache at the same KV kept was {listed([_nearest(group) for group in chosen])}"
     else:
         counts = Counter(_allocation(run) for group in chosen for run in _first(group))
         names = listed([f"{name} in {count}" for name, count in counts.most_common()])
-        said = f"nearest to the full cache at the same KV kept was, of {len(chosen)} comparisons, {names}"
-    return f"{model} on {dataset}: {said}{_scores(chosen)}."
+        clause = f"nearest to the full cache at the same KV kept was, of {len(chosen)} comparisons, {names}"
+    return f"{model} on {dataset}: {clause}{_scores(chosen)}."
 
 
 def _first(group: Sequence[Measured]) -> list[Measured]:

@@ -103,8 +103,8 @@ def spread(points: pd.DataFrame, step: float) -> np.ndarray:
         else:
             clusters.append([index])
     for cluster in clusters:
-        for place, index in enumerate(sorted(cluster)):
-            where[index] += (place - (len(cluster) - 1) / 2) * step
+        for position, index in enumerate(sorted(cluster)):
+            where[index] += (position - (len(cluster) - 1) / 2) * step
     return where
 
 
@@ -228,7 +228,7 @@ def by_batch(points: pd.DataFrame, value: str, title: str, label: str, intervals
 
 def limits(*numbers: Iterable[float | None]) -> tuple[float, float] | None:
     """Limits of a y axis that hold all numbers, with a margin, not far below 0; None without numbers."""
-    values = np.array([value for some in numbers for value in some], dtype=float)
+    values = np.array([value for series in numbers for value in series], dtype=float)
     values = values[np.isfinite(values)]
     if not len(values):
         return None

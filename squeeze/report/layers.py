@@ -50,9 +50,9 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
         ):
             row = {"prompt": sample["index"], "layer": layer, "similarity": similarity, "layer_class": layer_class}
             rows.append(row | {"budget": budget, "share": budget / stats.prompt_tokens})
-    found = pd.DataFrame(rows)
-    found["similarity"] = found["similarity"].astype(float)
-    return found
+    frame = pd.DataFrame(rows)
+    frame["similarity"] = frame["similarity"].astype(float)
+    return frame
 
 
 def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibration | None:
@@ -68,7 +68,7 @@ def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibratio
     if sha256 is None:
         return None
     path = calibration.curves_file(name, algorithm)
-    found = calibration.read_calibration(path) if path.exists() else None
-    if found is None or found.sha256 != sha256:
+    curves = calibration.read_calibration(path) if path.exists() else None
+    if curves is None or curves.sha256 != sha256:
         raise InputError(f"{folder} was made from loss curves that are not in {path} any more")
-    return found
+    return curves

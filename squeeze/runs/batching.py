@@ -37,7 +37,7 @@ def batches(lengths: Sequence[int], batch_size: int, kinds: Sequence[Any] = ()) 
             known.append(kind)
             alike.append([])
         alike[known.index(kind)].append(index)
-    return [some[start : start + batch_size] for some in alike for start in range(0, len(some), batch_size)]
+    return [group[start : start + batch_size] for group in alike for start in range(0, len(group), batch_size)]
 
 
 @dataclass

@@ -79,16 +79,16 @@ def cache_settings(config: SqueezeConfig | None) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Versions of what computes the results, and this project's own revision where git knows it."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    found |= {package: version(package) for package in PACKAGES}
+    record: dict[str, str | None] = {"python": platform.python_version()}
+    record |= {package: version(package) for package in PACKAGES}
     if not in_checkout():  # git would speak of whatever the environment lies in
-        return found | {"git": None}
+        return record | {"git": None}
     try:
         git = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-        return found | {"git": done.stdout.strip() or None}
+        return record | {"git": done.stdout.strip() or None}
     except OSError:  # no git here
-        return found | {"git": None}
+        return record | {"git": None}
 
 
 class Run:
@@ -161,8 +161,8 @@ class Run:
         if not self.path.exists():
             return None
         try:
-            found = read_json(self.path, Begun)
-            return {"settings": found["settings"], "datasets": found["datasets"]}
+            manifest = read_json(self.path, Begun)
+            return {"settings": manifest["settings"], "datasets": manifest["datasets"]}
         except InputError as error:
             if self.overwrite:
                 return {"settings": {}, "datasets": {}}
@@ -216,7 +216,7 @@ class Run:
 
     def _take(self) -> None:
         """Make the folder where it is not there, and lock it."""
-        self._made = [one for one in (self.folder, *self.folder.parents) if not one.exists()][::-1]
+        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()][::-1]
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / ".lock"
         fresh = not path.exists()
@@ -262,12 +262,12 @@ class Run:
         for dataset in filter(PLAIN.fullmatch, known):  # what a kill left of data sets that this start does not want
             Samples(self.folder, dataset, {}, 0).sweep()
 
-    def note(self, samples: Samples, **found: Any) -> None:
+    def note(self, samples: Samples, **facts: Any) -> None:
         """Add to what `run.json` will say about the latest start."""
         if self.ranks.first:
             if samples.begin is not None:
                 samples.begin()
-            self.manifest["datasets"][samples.dataset]["starts"][-1] |= found
+            self.manifest["datasets"][samples.dataset]["starts"][-1] |= facts
 
     def finish(self, samples: Samples, summarize: Callable[[Sequence[Any]], dict[str, Any]], **more: Any) -> None:
         """Write the published file of a data set whose samples are all there; every process of the run calls this.

@@ -83,7 +83,7 @@ def find(paths: Sequence[Path]) -> Inventory:
     Raises:
         InputError: a path holds neither.
     """
-    found = Inventory()
+    inventory = Inventory()
     runs: dict[Path, Path] = {}
     benches: dict[Path, Path] = {}
     for path in paths:
@@ -92,43 +92,43 @@ def find(paths: Sequence[Path]) -> Inventory:
         measured += sorted(path.rglob("bench.json"))
         if not manifests and not measured:
             raise InputError(f"{path} holds no run: pred.py makes one")
-        for one in manifests:
-            runs.setdefault(one.parent.resolve(), one.parent)
-        for one in measured:
-            benches.setdefault(one.resolve(), one)
-    found.benches = list(benches.values())
+        for manifest in manifests:
+            runs.setdefault(manifest.parent.resolve(), manifest.parent)
+        for bench in measured:
+            benches.setdefault(bench.resolve(), bench)
+    inventory.benches = list(benches.values())
     for folder in runs.values():
-        _read(folder, found)
-    return found
+        _read(folder, inventory)
+    return inventory
 
 
-def _read(folder: Path, found: Inventory) -> None:
-    """Add a run's data sets to `found`, or why they are left out."""
+def _read(folder: Path, inventory: Inventory) -> None:
+    """Add a run's data sets to `inventory`, or why they are left out."""
     path = folder / "run.json"
     try:
         manifest = read_json(path, Manifest)
         settings, datasets = manifest["settings"], manifest["datasets"]
         check_settings(settings, path)
     except InputError as error:
-        found.problems.append(str(error))
-        found.damaged = True
+        inventory.problems.append(str(error))
+        inventory.damaged = True
         return
     partial = {path.name.split(".")[0]: path.name for path in sorted(folder.glob("*.partial*.jsonl"))}
     for dataset in {**dict.fromkeys(partial), **datasets}:
         summary = datasets.get(dataset, {})
         if dataset in partial or "samples" not in summary:
             which = f" ({partial[dataset]} is there)" if dataset in partial else ""
-            found.problems.append(f"{folder}: {dataset} is not finished{which}: {GO_ON}")
+            inventory.problems.append(f"{folder}: {dataset} is not finished{which}: {GO_ON}")
             continue
         entry = Entry(folder, dataset, settings, summary)
         try:
             check_summary(summary, entry.fidelity, path, dataset)
-            found.entries.append(entry)
+            inventory.entries.append(entry)
         except InputError as error:
-            found.problems.append(str(error))
-            found.damaged = True
+            inventory.problems.append(str(error))
+            inventory.damaged = True
     if not datasets:
-        found.problems.append(f"{folder} has no data set yet: {GO_ON}")
+        inventory.problems.append(f"{folder} has no data set yet: {GO_ON}")
 
 
 def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:

@@ -103,7 +103,7 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
     model = resolve(spec, read)
     name, model_type = model.source.name, model.described.model_type
     max_length, note = benchmark.prompt_limit(model.source, model.described.max_position_embeddings)
-    said = benchmark.note(datasets, name, model.folder, spec.chat)
+    benchmark_note = benchmark.note(datasets, name, model.folder, spec.chat)
     settings = {"model": model.identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"attn": "sdpa" if spec.attn == "auto" else spec.attn, "seed": spec.seed}
     settings |= cache_settings(model.config)
@@ -116,7 +116,7 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
         device=device,
         dtype=dtype,
         data=data,
-        notes=tuple(filter(None, (note, said))),
+        notes=tuple(filter(None, (note, benchmark_note))),
         folder=folder / "fidelity" if spec.fidelity else folder,
         settings=settings | _asked_for(spec, model.folder),
         info={
@@ -154,8 +154,10 @@ def prepare_all(specs: Iterable[RunSpec | InputError]) -> list[Job | InputError]
 
 def _asked_for(spec: RunSpec, model_folder: Path) -> dict[str, Any]:
     """Settings that change results and are named in a run's settings only where they are not the default."""
-    found: dict[str, Any] = {"chat": True, "chat_template": sources.chat_identity(model_folder)} if spec.chat else {}
+    settings: dict[str, Any] = (
+        {"chat": True, "chat_template": sources.chat_identity(model_folder)} if spec.chat else {}
+    )
     wishes = sources.greedy_wishes(model_folder)
-    found |= {"without_effect": wishes} if wishes else {}
-    found |= {"temperature": spec.temperature, "top_p": spec.top_p} if spec.temperature > 0 else {}
-    return found | ({"measure": "fidelity"} if spec.fidelity else {})
+    settings |= {"without_effect": wishes} if wishes else {}
+    settings |= {"temperature": spec.temperature, "top_p": spec.top_p} if spec.temperature > 0 else {}
+    return settings | ({"measure": "fidelity"} if spec.fidelity else {})

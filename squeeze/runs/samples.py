@@ -108,7 +108,11 @@ class Samples:
         """Put what `read` found into one partial file, whatever it was in, and take back what was published."""
         if not self._gathered:
             write_whole(self.partial, _lines(self.records))
-        for path in (*(one for one in self.partials if one != self.partial), self.published, self.finished):
+        for path in (
+            *(partial for partial in self.partials if partial != self.partial),
+            self.published,
+            self.finished,
+        ):
             remove(path)
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
