@@ -165,7 +165,7 @@ def check_whole(samples: Samples, shares: int, multiples: int) -> None:
 
 
 def _shown(source: str) -> str:
-    """Where rows come from; those that the project ships by their place in it."""
+    """The path of rows, within the project where it ships them."""
     path, top = Path(source), shipped("")
     return path.relative_to(top).as_posix() if path.is_relative_to(top) else source
 

@@ -1,4 +1,4 @@
-"""What a run is asked to do: one validated, frozen SqueezeConfig.
+"""The configuration of a squeezed cache: one validated, frozen SqueezeConfig.
 
 The words are those of the paper's command line (SqueezeAttention, arXiv 2404.04793): `ini_size` is the initial
 budget of every layer and `KV_class3` the budget of the least important layers, both as fractions of the prompt.
@@ -33,7 +33,7 @@ START_SIZE = 4
 
 @dataclass(frozen=True)
 class SqueezeConfig:
-    """How much KV cache each layer may keep, and which tokens it keeps.
+    """The KV cache that each layer may keep: how much, and which tokens.
 
     Args:
         algorithm: an `Evictor`, or what names one: `sliding_window`, `streaming` (StreamingLLM), `h2o`, an entry
@@ -95,7 +95,7 @@ class SqueezeConfig:
 
     @cached_property
     def allocator(self) -> Allocation:
-        """What makes the budgets."""
+        """The strategy that makes the budgets."""
         if self.budgets is not None:
             return Explicit(self.budgets)
         if isinstance(self.allocation, Allocation):
@@ -106,12 +106,12 @@ class SqueezeConfig:
 
     @property
     def algorithm_name(self) -> str | None:
-        """What names the eviction method, for files and errors; the same for all texts that mean the same."""
+        """The eviction method's name, for files and errors; the same for all texts that mean the same."""
         return None if self.algorithm is None else str(self.algorithm)
 
     @property
     def allocation_name(self) -> str:
-        """What names the allocation."""
+        """The allocation's name."""
         return str(self.allocation)
 
     @property

@@ -104,7 +104,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def unless_out_of_memory(work: Callable[[], T]) -> T | None:
-    """What `work` gives, or None where memory ran out; what the attempt held is free again on return."""
+    """The result of `work`, or None where memory ran out; what the attempt held is free again on return."""
     try:
         return work()
     except (torch.OutOfMemoryError, MemoryError):

@@ -40,7 +40,7 @@ MOST_TEXT = 1000
 
 
 class Strategy:
-    """What evictors and allocations have in common.
+    """The base of evictors and allocations.
 
     Attributes:
         name: what the command line calls the class; `module:Class` where it says nothing else.
@@ -137,7 +137,7 @@ class Named(Generic[S]):
         except Exception as error:  # whatever a class of the user's own raises over its parameters
             if self.kind.built_in:
                 raise
-            raise InputError(f"{self.label} refuses its parameters: {_said(error)}") from error
+            raise InputError(f"{self.label} refuses its parameters: {_message(error)}") from error
 
 
 class Registry(Generic[S]):
@@ -196,7 +196,7 @@ class Registry(Generic[S]):
         try:
             module = importlib.import_module(path.partition(":")[0])
         except Exception as error:  # whatever a file of the user's own raises
-            raise InputError(f"{label} cannot be imported: {_said(error)}") from error
+            raise InputError(f"{label} cannot be imported: {_message(error)}") from error
         kind = _attribute(module, path)
         if kind is None:
             near = difflib.get_close_matches(path.partition(":")[2], vars(module), n=1)
@@ -215,7 +215,7 @@ class Registry(Generic[S]):
         return kind
 
     def _entry_point(self, name: str, option: str) -> EntryPoint:
-        """What an installed package registers under a name."""
+        """The entry point that an installed package registers under a name."""
         points = entry_points(group=self.group)
         matches = {point.value: point for point in points if point.name == name}
         if len(matches) > 1:
@@ -229,7 +229,7 @@ class Registry(Generic[S]):
 
 
 def _attribute(module: Any, path: str) -> Any:
-    """What is called `Class` in `module:Class`; None where nothing is."""
+    """The object called `Class` in `module:Class`; None where there is none."""
     attribute = module
     for part in path.partition(":")[2].split("."):
         attribute = getattr(attribute, part, None)
@@ -272,12 +272,11 @@ def _check_parameters(kind: type[Strategy], parameters: Mapping[str, Any], label
             raise InputError(f"{label}: {key} must be {wanted}, got {shortened(repr(value))}")
 
 
-def _said(error: Exception) -> str:
-    """What an exception says, in a line, and where in the user's file it was raised."""
+def _message(error: Exception) -> str:
+    """An exception in one line, with the place in the user's file that raised it."""
     message = " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        frame for frame in frames if frame.filename[0] != "<" and frame.filename not in (__file__, importlib.__file__)
-    ]
+    loaders = (__file__, importlib.__file__)
+    own = [frame for frame in frames if frame.filename[0] != "<" and frame.filename not in loaders]
     where = f" ({os.path.basename(own[0].filename)} line {own[0].lineno})" if own else ""
     return f"{type(error).__name__}: {message}{where}" if message else f"{type(error).__name__}{where}"

@@ -20,12 +20,8 @@ def printable(text: object) -> str:
     if line.isprintable():
         return line
     return "".join(
-        character if character.isprintable() or character in KEPT else _escape(character) for character in line
+        char if char.isprintable() or char in KEPT else char.encode("unicode_escape").decode("ascii") for char in line
     )
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def fitted(text: object, most: int) -> str:

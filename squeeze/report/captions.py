@@ -1,4 +1,4 @@
-"""What the figures show, in words."""
+"""Captions: the figures in words."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _samples(panel: pd.DataFrame) -> str:
 
 
 def score(panel: pd.DataFrame, full: Any | None) -> str:
-    """What a panel of scores shows: the full cache, the best run, and the uniform one nearest to its size."""
+    """A panel of scores in words: the full cache, the best run, and the uniform one nearest to its size."""
     open_markers = len(panel) - int(panel["same"].sum())
     panel = panel[panel["same"]] if panel["same"].any() else panel
     best = max(panel.itertuples(), key=lambda run: (run.score, -run.kept, run.folder))
@@ -94,7 +94,7 @@ def score(panel: pd.DataFrame, full: Any | None) -> str:
 
 
 def kl(panel: pd.DataFrame) -> str:
-    """What a panel of KL divergences shows: at each size, the allocations from the closest to the furthest."""
+    """A panel of KL divergences in words: at each size, the allocations from the closest to the furthest."""
     words = []
     for kept, group in panel.groupby(panel["kept"].round(2)):
         ordered = sorted(group.itertuples(), key=lambda run: (run.kl, run.folder))
@@ -104,7 +104,7 @@ def kl(panel: pd.DataFrame) -> str:
 
 
 def sensitivity(panel: pd.DataFrame) -> str:
-    """What a panel of sensitivity shows: for each ini_size, its best ratio and its spread."""
+    """A panel of sensitivity in words: for each ini_size, its best ratio and its spread."""
     words = []
     for size, line in panel.groupby("ini_size"):
         means = line.groupby("ratio")["score"].mean()
@@ -116,7 +116,7 @@ def sensitivity(panel: pd.DataFrame) -> str:
 
 
 def similarity(layers: pd.DataFrame, run: Any) -> str:
-    """What a map of similarities shows."""
+    """A map of similarities in words."""
     means = layers.groupby("layer")["similarity"].mean()
     numbers = "the classes" if layers["prompt"].nunique() <= MANY_PROMPTS else "the most frequent classes"
     low = ", ".join(str(layer) for layer in means.nsmallest(3).index)
@@ -129,7 +129,7 @@ def similarity(layers: pd.DataFrame, run: Any) -> str:
 
 
 def budgets(layers: pd.DataFrame, run: Any) -> str:
-    """What the bars of a run's budgets show."""
+    """The bars of a run's budgets in words."""
     classes = layers.groupby("prompt")["layer_class"].agg(tuple)
     share = layers.groupby("prompt")["share"].mean().mean()
     varied = "the same" if classes.nunique() == 1 else f"{classes.nunique()} different sets of"
@@ -142,7 +142,7 @@ def budgets(layers: pd.DataFrame, run: Any) -> str:
 
 
 def losses(relative: np.ndarray, curves: Calibration, share: float, algorithm: str) -> str:
-    """What a model's loss curves show.
+    """A model's loss curves in words.
 
     Args:
         relative: `curves.relative` at that share.
@@ -159,7 +159,7 @@ def losses(relative: np.ndarray, curves: Calibration, share: float, algorithm: s
 
 
 def no_similarities(run: Any) -> str:
-    """Why there is no map."""
+    """The reason why there is no map."""
     return (
         f"{run.model}, {run.dataset}: the runs were made by a version that did not keep the similarities, so there is "
         "no map of them; pred.py --overwrite makes them anew."
@@ -167,7 +167,7 @@ def no_similarities(run: Any) -> str:
 
 
 def bench(group: pd.DataFrame, value: str, title: str, first: Any) -> str:
-    """What a panel of measurements shows at the largest batch."""
+    """A panel of measurements in words, at the largest batch."""
     largest = group[group["batch_size"] == group["batch_size"].max()]
     good, bad = largest[value].idxmax(), largest[value].idxmin()
     if value != "tokens_per_second":
@@ -178,11 +178,8 @@ def bench(group: pd.DataFrame, value: str, title: str, first: Any) -> str:
         row = group.loc[index]
         return f"{row.engine} {row.cache}, {row['dtype']} ({row[value]:.1f} {unit})"
 
-    if len(largest) == 1:
-        words = f"at batch size {largest.iloc[0].batch_size}: {named(good)}"
-    else:
-        words = f"at batch size {largest.iloc[0].batch_size}, best: {named(good)}; worst: {named(bad)}"
-    return f"{title} {words}. {first.file}, {first.machine}."
+    words = f": {named(good)}" if len(largest) == 1 else f", best: {named(good)}; worst: {named(bad)}"
+    return f"{title} at batch size {largest.iloc[0].batch_size}{words}. {first.file}, {first.machine}."
 
 
 def best(run: Any) -> str:

@@ -7,9 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-from msgspec import Meta
+from typing import Any
 
 from squeeze.bench.files import read_bench
 from squeeze.cli.arguments import Parser, as_path
@@ -21,7 +19,6 @@ from squeeze.runs.inventory import COLUMNS, Entry, Inventory, describe, find
 from squeeze.storage.files import read_json
 from squeeze.text import say
 
-Score = Annotated[float, Meta(ge=0, le=100)]
 FIDELITY_COLUMNS = (*COLUMNS[:6], "KL", "95% interval", "agreement", "KV kept", "tokens")
 EXAMPLES = """examples
   every run below pred_Long as a table, with the scores that eval.py wrote:
@@ -93,7 +90,7 @@ def recorded_score(entry: Entry) -> Any:
         InputError: what is there is damaged.
     """
     path = entry.folder / "result.json"
-    kind: Any = dict[str, Score | dict[str, Score | None]]
+    kind: Any = dict[str, distance.Percent | dict[str, distance.Percent | None]]
     return read_json(path, kind).get(entry.dataset) if path.exists() else None
 
 

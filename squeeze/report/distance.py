@@ -30,7 +30,7 @@ Percent = Annotated[float, Meta(ge=0, le=100)]
 
 
 class Detail(TypedDict):
-    """What is read of a data set's part of `result_detail.json`."""
+    """The fields that are read of a data set in `result_detail.json`."""
 
     interval: Annotated[list[Percent], Meta(min_length=2, max_length=2)]
 
@@ -103,7 +103,7 @@ def cells_beside(entry: Entry, comparison: Measured | None) -> dict[str, str]:
 
 
 def sentence(model: str, dataset: str, runs: Iterable[Measured]) -> str:
-    """What was seen: with each evictor, the allocation nearest to the full cache at the same KV kept.
+    """One sentence on which allocation is nearest to the full cache at the same KV kept, with each evictor.
 
     To four digits, as the table shows them, so that what is the same there is the same here.
     """
@@ -162,7 +162,7 @@ def _is_noise(leads: Sequence[float]) -> bool:
 
 
 def _scores(groups: Sequence[Sequence[Measured]]) -> str:
-    """What the scores of the same runs tell: nothing where their intervals overlap."""
+    """A clause on the scores of the same runs, which tell nothing where their intervals overlap."""
     pairs = [
         pair
         for group in groups

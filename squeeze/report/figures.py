@@ -87,7 +87,7 @@ def _label(name: str, most: int) -> str:
 
 
 def spread(points: pd.DataFrame, step: float) -> np.ndarray:
-    """Where to draw points on the x axis, so that those of the same `kept` stand beside each other, in points' order.
+    """Positions on the x axis, where points of the same `kept` stand beside each other, in points' order.
 
     Args:
         points: with `kept`.

@@ -94,7 +94,7 @@ def budget_bars(layers: pd.DataFrame, ini_size: float, title: str) -> Figure:
 
 
 def loss_lines(losses: np.ndarray, multiples: Sequence[float], share: float, title: str) -> Figure:
-    """What cutting or enlarging one layer alone does to the output, from what uniform budgets lose.
+    """Loss curves: the loss with one layer alone cut or enlarged, against that of uniform budgets.
 
     Args:
         losses: KL divergence from the full cache, in multiples of uniform budgets', `(layers, multiples)`.

@@ -1,4 +1,4 @@
-"""Which runs' layers are shown, and what a run measured on each of them."""
+"""The runs whose layers are shown, and the measurements of a run on each of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def chosen(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
-    """What a squeezed run measured on each prompt and layer.
+    """The measurements of a squeezed run on each prompt and layer.
 
     Returns:
         A row for each prompt and layer, in order: `prompt` and `layer` from 0, `similarity` (NaN in runs that did not

@@ -100,7 +100,7 @@ def _sorted(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _common(entry: Entry) -> dict[str, Any]:
-    """What `run.json` says about predictions and about fidelity alike."""
+    """The columns of predictions and fidelity alike, as `run.json` has them."""
     settings, summary, start = entry.settings, entry.summary, entry.start
     named = describe(settings, summary)
     full = settings["cache"] == "full"
@@ -193,7 +193,8 @@ def cheapest(runs: pd.DataFrame) -> pd.DataFrame:
             for within in WITHIN:
                 row: dict[Hashable, Any] = {**dict(zip([*GROUP, "algorithm"], key, strict=True)), "kind": kind}
                 row |= {"within": within, "full": compared[0][1].score if compared else None}
-                good = [(run, full) for run, full in compared if _is_within(run.score, full.score, within)]
+                # Scores have two decimals.
+                good = [(run, full) for run, full in compared if 100 * run.score >= (100 - within) * full.score - 1e-7]
                 if good:
                     best, full = min(good, key=lambda pair: (pair[0].kept, -pair[0].score, pair[0].folder))
                     row |= {"full": full.score, "reason": ""}
@@ -204,10 +205,6 @@ def cheapest(runs: pd.DataFrame) -> pd.DataFrame:
                 rows.append(row)
     columns = [*GROUP, "algorithm", "kind", "within", "kept", "score", "full", "allocation", "ini_size", "KV_class3"]
     return pd.DataFrame(rows, columns=[*columns, "reason", "folder"])
-
-
-def _is_within(score: float, full: float, within: int) -> bool:
-    return 100 * score >= (100 - within) * full - 1e-7  # scores have two decimals
 
 
 def _reason(runs: pd.DataFrame, group: pd.DataFrame, kind: str, tried: list[Any], compared: list[Any]) -> str:
@@ -245,10 +242,7 @@ def sensitivity(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown_score(row: dict[Hashable, Any]) -> Any:
-    """What a table of text shows of a row of `Results.runs`: its score, or several by name, such as LongBench-E's.
-
-    None where there is none.
-    """
+    """A row's score for tables of text, or several by name, such as LongBench-E's; None where there is none."""
 
     def pick(*names: str) -> dict[str, float | None]:
         return {name: None if pd.isna(row[name]) else float(row[name]) for name in names}

@@ -205,17 +205,12 @@ def cheapest(tables: Results) -> Section | None:
 
 def all_runs(tables: Results) -> Section | None:
     """Every run, with what made it."""
-    frame = (
-        pd.concat([part for part in (tables.runs, tables.fidelity) if not part.empty]) if _any(tables) else tables.runs
-    )
-    if frame.empty:
+    frames = [frame for frame in (tables.runs, tables.fidelity) if not frame.empty]
+    if not frames:
         return None
+    frame = pd.concat(frames)
     rows = [captions.run_cells(row) for row in frame.to_dict("records")]
     columns = [name for name in rows[0] if any(row[name][0] not in ("", "-") for row in rows)]
     cells = [[Cell(*row[name]) for name in columns] for row in rows]
     numbers = [name for name in columns if name in captions.NUMBERS]
     return Section("runs", "All runs", captions.RUNS, frame, table=Table(columns, cells, numbers, captions.ASIDE))
-
-
-def _any(tables: Results) -> bool:
-    return not (tables.runs.empty and tables.fidelity.empty)

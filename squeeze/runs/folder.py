@@ -35,7 +35,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 
 
 def run_folder(task: str, name: str, config: SqueezeConfig | None, model_type: str, seed: int = 42) -> Path:
-    """Where a run lies, relative to the working directory.
+    """A run's folder, relative to the working directory.
 
     Args:
         task: `Long`.
@@ -80,15 +80,13 @@ def cache_settings(config: SqueezeConfig | None) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Versions of what computes the results, and this project's own revision where git knows it."""
     record: dict[str, str | None] = {"python": platform.python_version()}
-    record |= {package: version(package) for package in PACKAGES}
-    if not in_checkout():  # git would speak of whatever the environment lies in
-        return record | {"git": None}
-    try:
-        git = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-        return record | {"git": done.stdout.strip() or None}
-    except OSError:  # no git here
-        return record | {"git": None}
+    record |= {package: version(package) for package in PACKAGES} | {"git": None}
+    if in_checkout():  # elsewhere git would speak of whatever the environment lies in
+        with suppress(OSError):  # no git
+            git = ["git", "describe", "--always", "--dirty"]
+            done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+            record["git"] = done.stdout.strip() or None
+    return record
 
 
 class Run:

@@ -1,4 +1,4 @@
-"""What runs there are: folders → what each run says about itself, and what is left out and why."""
+"""The runs in folders: what each says about itself, and what is left out and why."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ COLUMNS = (
     *("model", "algorithm", "allocation", "ini_size", "KV_class3"),
     *("samples", "score", "KV kept", "KV MB", "tokens/s", "classes"),
 )
-
-
 GO_ON = "start pred.py with the same flags to go on"
 
 
@@ -45,7 +43,7 @@ class Entry:
 
     @property
     def start(self) -> dict[str, Any]:
-        """How the run was started last: `command`, `model`, `device`, `versions`."""
+        """The run's last start: `command`, `model`, `device`, `versions`."""
         return self.summary["starts"][-1]
 
     @property
@@ -83,7 +81,6 @@ def find(paths: Sequence[Path]) -> Inventory:
     Raises:
         InputError: a path holds neither.
     """
-    inventory = Inventory()
     runs: dict[Path, Path] = {}
     benches: dict[Path, Path] = {}
     for path in paths:
@@ -96,7 +93,7 @@ def find(paths: Sequence[Path]) -> Inventory:
             runs.setdefault(manifest.parent.resolve(), manifest.parent)
         for bench in measured:
             benches.setdefault(bench.resolve(), bench)
-    inventory.benches = list(benches.values())
+    inventory = Inventory(benches=list(benches.values()))
     for folder in runs.values():
         _read(folder, inventory)
     return inventory
@@ -132,7 +129,7 @@ def _read(folder: Path, inventory: Inventory) -> None:
 
 
 def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
-    """What was asked of a run: its algorithm, allocation and sizes, and how its layers fell into classes."""
+    """A run's algorithm, allocation and sizes as text, and how its layers fell into classes."""
     if settings["cache"] == "full":
         return dict.fromkeys(COLUMNS, "-") | {"algorithm": "full cache"}
     uniform = settings["ini_size"] == settings.get("KV_class3")

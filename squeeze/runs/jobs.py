@@ -56,17 +56,13 @@ class Job:
 
     @property
     def model_key(self) -> tuple[Any, ...]:
-        """What jobs must have in common to share a loaded model."""
+        """Equal for jobs that can share a loaded model."""
         spec = self.spec
         return self.model_folder, self.device, self.dtype, spec.attn, spec.allow_pickle, spec.device_map, spec.chat
 
     def settings_of(self, data: DataSet) -> dict[str, Any]:
-        """What changes the results of one data set, for `Run.open`."""
+        """The settings that change the results of one data set, for `Run.open`."""
         return self.benchmark.settings(data, self.options)
-
-    def facts_of(self, data: DataSet) -> dict[str, Any]:
-        """What `run.json` says about one data set beside that."""
-        return self.benchmark.facts(data, self.options)
 
     def count(self, data: DataSet) -> int:
         """Samples of one data set."""

@@ -1,4 +1,4 @@
-"""What `run.json` must say, by who reads it: kinds of JSON. Other fields may stand beside these."""
+"""The fields of `run.json` that each reader needs, as kinds of JSON. Other fields may stand beside these."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class ModelName(TypedDict):
 
 
 class Start(TypedDict):
-    """How a data set's run was started."""
+    """A start of a data set's run."""
 
     model: ModelName
     device: NotRequired[str]
@@ -106,7 +106,7 @@ class Origin(TypedDict):
 
 
 class Summary(TypedDict):
-    """What both kinds of finished data sets say."""
+    """The fields of both kinds of finished data sets."""
 
     samples: Positive
     kept: Kept
@@ -138,7 +138,7 @@ class ShareInterval(TypedDict):
 
 
 class ComparedSummary(FidelitySummary):
-    """Where there were tokens to compare."""
+    """A comparison of one token or more."""
 
     kl: NatsInterval
     agreement: ShareInterval

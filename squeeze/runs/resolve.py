@@ -92,7 +92,7 @@ def with_curves(config: SqueezeConfig | None, name: str, model: dict[str, Any]) 
 
 
 def named_folder(spec: RunSpec) -> Path:
-    """Where the predictions of a run lie whose model need not be at hand.
+    """The folder of a run whose model need not be at hand.
 
     Raises:
         InputError: the sizes are none.

@@ -108,11 +108,8 @@ class Samples:
         """Put what `read` found into one partial file, whatever it was in, and take back what was published."""
         if not self._gathered:
             write_whole(self.partial, _lines(self.records))
-        for path in (
-            *(partial for partial in self.partials if partial != self.partial),
-            self.published,
-            self.finished,
-        ):
+        stale = [path for path in self.partials if path != self.partial]
+        for path in (*stale, self.published, self.finished):
             remove(path)
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
