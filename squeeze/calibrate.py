@@ -165,7 +165,7 @@ def check_whole(samples: Samples, shares: int, multiples: int) -> None:
 
 
 def _shown(source: str) -> str:
-    """The path of rows, within the project where it ships them."""
+    """The source of rows, as a path within the project where it ships them."""
     path, top = Path(source), shipped("")
     return path.relative_to(top).as_posix() if path.is_relative_to(top) else source
 

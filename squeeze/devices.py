@@ -63,7 +63,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """AVX512-BF16 or AMX: without them it is emulated, and float32 is faster."""
+    """True with AVX512-BF16 or AMX: without them it is emulated, and float32 is faster."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

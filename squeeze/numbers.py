@@ -41,7 +41,7 @@ def parse_fraction(name: str, value: str | float | Fraction) -> Fraction:
 
 
 def _fraction(text: str) -> Fraction:
-    """ValueError or ZeroDivisionError where it is none; an exponent is looked at before it is computed with."""
+    """A text's fraction; ValueError or ZeroDivisionError where it is none. A huge exponent is not computed with."""
     if len(text) > 4 * MOST_DIGITS or not (DECIMAL.fullmatch(text) or QUOTIENT.fullmatch(text)):
         raise ValueError
     exponent = int(text.lower().partition("e")[2] or 0)

@@ -35,7 +35,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that reads and writes what is the run's."""
+        """True for the process that reads and writes what is the run's."""
         return self.rank == 0
 
     def share(self, value: Shared) -> Shared:

@@ -63,7 +63,7 @@ class Strategy:
 
     @classmethod
     def has(cls, parameter: str) -> bool:
-        """Whether the class has a parameter."""
+        """True if the class has that parameter."""
         return parameter in fields_of(cls)
 
     def __str__(self) -> str:
@@ -112,12 +112,12 @@ class Named(Generic[S]):
 
     @property
     def text(self) -> str:
-        """The same for all texts that mean the same, without the parameters that flags give."""
+        """The spelling of all texts that mean the same, without the parameters that flags give."""
         own = {key: value for key, value in self.parameters.items() if key not in FLAGS}
         return spelled(self.name, self.fields, own)
 
     def make(self, given: Mapping[str, Any]) -> S:
-        """The strategy itself.
+        """Make the strategy.
 
         Args:
             given: values of fields beside those in the text; those that the class does not have are left out.
@@ -156,7 +156,7 @@ class Registry(Generic[S]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The built-in ones."""
+        """Names of the built-in strategies."""
         return tuple(self.built_in)
 
     def check(self, text: str, option: str | None = None) -> None:
@@ -181,7 +181,7 @@ class Registry(Generic[S]):
         return Named(name, kind, parameters, label)
 
     def record(self, text: str, made: S) -> dict[str, Any]:
-        """For files: every parameter of a strategy that is not built in, beside those that flags give."""
+        """Every parameter of a strategy that is not built in, beside those that flags give, for files."""
         if text in self.built_in:
             return {}
         return {f"{self.option}_parameters": json.loads(json.dumps(made.parameters, default=str))}

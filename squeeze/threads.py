@@ -38,7 +38,7 @@ def cores() -> int:
 
 
 def is_calm(threads: int) -> bool:
-    """Whether this machine has cores for so many threads now, beside what else is running on it.
+    """True if this machine has cores for so many threads now, beside what else is running on it.
 
     Programs that end or begin just now are there for a moment: looked at for a tenth of a second, half a core counts
     as none.

@@ -95,7 +95,7 @@ def recorded_score(entry: Entry) -> Any:
 
 
 def _text(score: Any) -> str:
-    """A score; LongBench-E's are one for each range of lengths, shortest first, HELM's one for each ROUGE."""
+    """A score as text; LongBench-E has one for each range of lengths, shortest first, HELM one for each ROUGE."""
     if isinstance(score, dict):
         return "/".join(_text(value) for value in score.values())
     return f"{score:.2f}" if isinstance(score, int | float) else "-"
@@ -129,9 +129,9 @@ def print_tables(inventory: Inventory, scores: dict[tuple[str, str], Any] | None
         if entry.fidelity:
             compared.append(fidelity_line(entry))
             continue
-        score = None if scores is None else scores[str(entry.folder), entry.dataset]
+        score = None
         try:
-            score = recorded_score(entry) if scores is None else score
+            score = recorded_score(entry) if scores is None else scores[str(entry.folder), entry.dataset]
         except InputError as error:
             inventory.problems.append(str(error))
         lines.append(line(entry, score) | distance.cells_beside(entry, measured.get(number)))

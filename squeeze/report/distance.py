@@ -59,8 +59,8 @@ class Measured:
 def measured(entries: Sequence[Entry], problems: list[str]) -> dict[int, Measured]:
     """The comparison of each run of predictions that has one, by the run's place among `entries`.
 
-    One is a run's where it lies beside it, with the same settings and prompts. What is damaged is left out, and named
-    in `problems`.
+    A comparison belongs to the run that it lies beside, of the same settings and prompts. What is damaged is left
+    out, and named in `problems`.
     """
     compared = {(run.folder.resolve(), run.dataset): run for run in entries if run.fidelity}
     comparisons = {}
@@ -151,12 +151,12 @@ def _nearest(group: Sequence[Measured]) -> str:
 
 
 def _leads(run: Measured, other: Measured) -> list[float]:
-    """By how much one is nearer than another on each prompt, in nats a token."""
+    """The lead of one run over another on each prompt, in nats a token."""
     return [b - a for a, b in zip(run.kl, other.kl, strict=True) if a is not None and b is not None]
 
 
 def _is_noise(leads: Sequence[float]) -> bool:
-    """Whether the 95% interval of their mean holds 0; one alone has no interval, and none are no lead."""
+    """True if the 95% interval of the mean holds 0; a single lead has no interval, and no leads are noise."""
     low, high = interval(leads) if leads else (0.0, 0.0)
     return low <= 0 <= high
 

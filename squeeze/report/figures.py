@@ -94,7 +94,7 @@ def spread(points: pd.DataFrame, step: float) -> np.ndarray:
         step: from one to the next, in the unit of `kept`.
     """
     kept = points["kept"].to_numpy(dtype=float)
-    where = kept.copy()
+    positions = kept.copy()
     order = np.argsort(kept, kind="stable")
     clusters: list[list[int]] = []
     for index in order:
@@ -104,8 +104,8 @@ def spread(points: pd.DataFrame, step: float) -> np.ndarray:
             clusters.append([index])
     for cluster in clusters:
         for position, index in enumerate(sorted(cluster)):
-            where[index] += (position - (len(cluster) - 1) / 2) * step
-    return where
+            positions[index] += (position - (len(cluster) - 1) / 2) * step
+    return positions
 
 
 def by_kept(

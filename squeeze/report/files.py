@@ -50,7 +50,7 @@ def check_folder(folder: Path) -> list[str]:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is there, and is a regular file: a link was not written by this command."""
+    """True for a regular file that is there: a link was not written by this command."""
     return path.is_file() and not path.is_symlink()
 
 

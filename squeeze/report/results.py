@@ -100,7 +100,7 @@ def _sorted(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _common(entry: Entry) -> dict[str, Any]:
-    """The columns of predictions and fidelity alike, as `run.json` has them."""
+    """The columns that predictions and comparisons share, from `run.json`."""
     settings, summary, start = entry.settings, entry.summary, entry.start
     named = describe(settings, summary)
     full = settings["cache"] == "full"

@@ -185,7 +185,7 @@ def bench(tables: Results, names: Names) -> Section | None:
 
 
 def cheapest(tables: Results) -> Section | None:
-    """The table a user came for."""
+    """The least KV within some percent of the full cache's score, as a table."""
     frame = results.cheapest(tables.runs)
     if frame.empty:
         return None

@@ -171,9 +171,7 @@ def work_on(
         _point(job, samples, measures.setdefault(job.spec.fidelity, measure_of(job)), workload)
         for job, samples in jobs
     ]
-    if bar is not None:
-        return run_batches(points, prompts, options.batch_size, process, bar)
-    with progress_bar(points, prompts, options.batch_size, process) as own:
+    with progress_bar(points, prompts, options.batch_size, process) if bar is None else nullcontext(bar) as own:
         return run_batches(points, prompts, options.batch_size, process, own)
 
 

@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def unscored(self) -> str | None:
-        """The command that scores it, where that is a benchmark's own; None where there is a score, or needs none."""
+        """The command that scores it, where the benchmark has its own; None if there is a score, or none is needed."""
         scorer = self.benchmark.scorer
         if scorer is None or self.fidelity or (self.folder / "result.json").exists():
             return None

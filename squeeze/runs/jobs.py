@@ -136,7 +136,7 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
 
 
 def prepare_all(specs: Iterable[RunSpec | InputError]) -> list[Job | InputError]:
-    """Prepare runs for this process alone; what is wrong with one, now or before, stands in its job's place."""
+    """Prepare runs for this process alone; an error of one, now or before, stands in its job's place."""
     read = reader()
 
     def attempt(spec: RunSpec | InputError) -> Job | InputError:

@@ -59,7 +59,7 @@ class Algorithm(TypedDict):
 
 
 class OwnAlgorithm(TypedDict):
-    """One that is not built in."""
+    """An algorithm that is not built in."""
 
     algorithm: str
     algorithm_parameters: dict[str, Any]
@@ -70,7 +70,7 @@ class Allocation(TypedDict):
 
 
 class OwnAllocation(TypedDict):
-    """One that is not built in."""
+    """An allocation that is not built in."""
 
     allocation: str
     allocation_parameters: dict[str, Any]
@@ -82,7 +82,7 @@ class Sizes(TypedDict):
 
 
 class ClassSizes(TypedDict):
-    """Of allocations that cannot do without `KV_class3`."""
+    """Sizes of allocations that cannot do without `KV_class3`."""
 
     ini_size: Size
     KV_class3: Size

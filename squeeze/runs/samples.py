@@ -65,7 +65,7 @@ class Samples:
 
     @property
     def files(self) -> list[Path]:
-        """All that it writes, whether it is there or not."""
+        """Every file of this data set, whether it is there or not."""
         return sorted({*self.partials, self.partial, self.finished, self.published})
 
     @property
