@@ -110,9 +110,6 @@ def sensitivity(tables: Results, names: Names) -> Section | None:
 
 def layers(tables: Results, names: Names, problems: list[str]) -> Section | None:
     """Similarities of a run of each model and data set, and budgets of one for each allocation."""
-    squeezed = tables.runs[~tables.runs["allocation"].isin(["full", "uniform"])]
-    if squeezed.empty:
-        return None
     parts: list[pd.DataFrame] = []
     made = Section("layers", "Layers: similarities, classes and budgets", captions.LAYERS, pd.DataFrame())
     for _, group in chosen(tables.runs).groupby(GROUP, sort=False):

@@ -127,7 +127,7 @@ class Run:
 
     def _read(self) -> None:
         previous = self._previous()
-        difference = _difference(previous["settings"], _plain(self.settings)) if previous else None
+        difference = _difference(previous["settings"], self.settings) if previous else None
         if difference and not self.overwrite:
             raise InputError(f"{self.folder} holds a run with {difference}: --overwrite replaces it")
         #: Data sets of a run with other settings, whose files are dropped.
@@ -190,7 +190,7 @@ class Run:
             raise InputError(
                 f"{self.folder} has {dataset} samples that run.json does not know: --overwrite drops them"
             )
-        difference = _difference(previous["settings"], _plain(settings)) if previous else None
+        difference = _difference(previous["settings"], settings) if previous else None
         if difference:
             raise InputError(f"{self.folder} holds {dataset} with {difference}: --overwrite replaces it")
         samples.read()
@@ -297,13 +297,9 @@ def check_count(folder: Path, dataset: str, lines: int) -> None:
         raise InputError(f"{folder / dataset}.jsonl has {lines} lines, but run.json counts {samples} samples")
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` as they read back from JSON."""
-    return json.loads(json.dumps(settings))
-
-
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """Words for the settings that differ, or None."""
+    new = json.loads(json.dumps(new))  # as it reads back
     known = {**old, **{key: value for key, value in new.items() if key in old or key not in LATER}}
     changed = [key for key in known if old.get(key) != new.get(key)]
     return ", ".join(f"{key} {_short(old.get(key))} (now {_short(new.get(key))})" for key in changed) or None
