@@ -21,10 +21,10 @@ def chosen(runs: pd.DataFrame) -> pd.DataFrame:
     squeezed = runs[~runs["allocation"].isin(["full", "uniform"])]
     for _, group in squeezed.groupby([*GROUP, "allocation"], sort=False):
         for size in ("ini_size", "KV_class3"):
-            there = sorted(set(group[size].dropna()))
-            if not there:  # loss curves take no KV_class3
+            values = sorted(set(group[size].dropna()))
+            if not values:  # loss curves take no KV_class3
                 continue
-            group = group[group[size] == there[(len(there) - 1) // 2]]
+            group = group[group[size] == values[(len(values) - 1) // 2]]
         rows.append(group.iloc[0])
     return pd.DataFrame(rows, columns=runs.columns)
 
