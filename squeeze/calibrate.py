@@ -105,7 +105,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
         InputError: a flag, the model or a prompt is wrong.
     """
     args = parser().parse_args(argv)
-    shares = sorted({parse_fraction("ini_size", one) for one in args.ini_size})
+    shares = sorted({parse_fraction("ini_size", size) for size in args.ini_size})
     if not all(0 < share <= 1 for share in shares):
         raise InputError(f"--ini_size must be in (0, 1], got {', '.join(args.ini_size)}")
     job = prepare(spec_of(args), ALONE)
@@ -124,13 +124,13 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
         "multiples": [str(multiple) for multiple in loss_curves.MULTIPLES],
         "tail": loss_curves.TAIL,
     }
-    data = [{"dataset": one.dataset, **one.origin, "source": _shown(one.origin["source"])} for one in job.data]
-    rows = [(one, row) for one in job.data for row in range(job.count(one))]
+    origins = [{"dataset": data.dataset, **data.origin, "source": _shown(data.origin["source"])} for data in job.data]
+    rows = [(data, row) for data in job.data for row in range(job.count(data))]
     settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | method
     folder = Path("calibration") / name / file_name(algorithm)
     with Run(folder, settings, job.info, args.overwrite, MeasuredSample) as run:
-        measured = {"data": data, "rows": [[one.dataset, row] for one, row in rows]}
-        formats = {one.dataset: found for one in job.data if (found := chat_settings(one.dataset, name, False))}
+        measured = {"data": origins, "rows": [[data.dataset, row] for data, row in rows]}
+        formats = {data.dataset: chat for data in job.data if (chat := chat_settings(data.dataset, name, False))}
         samples = run.open("curves", measured | ({"chat_formats": formats} if formats else {}), len(rows))
         check_whole(samples, len(shares), len(loss_curves.MULTIPLES))
         run.start(samples)
@@ -145,7 +145,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
         "name": name,
         "dtype": job.settings["dtype"],
         "prompts": [{key: record[key] for key in ("dataset", "row", "prompt_tokens")} for record in samples.records],
-        "data": data,
+        "data": origins,
         "versions": versions(),
         "loss": np.round(losses, 7).tolist(),
     }
@@ -165,7 +165,7 @@ def check_whole(samples: Samples, shares: int, multiples: int) -> None:
 
 
 def _shown(source: str) -> str:
-    """Where rows come from; those that the project ships by their place in it."""
+    """The source of rows, as a path within the project where it ships them."""
     path, top = Path(source), shipped("")
     return path.relative_to(top).as_posix() if path.is_relative_to(top) else source
 

@@ -1,4 +1,4 @@
-"""Which packages the project works with; asked before anything of them is imported, since names in them move."""
+"""The packages that the project works with; checked before anything of them is imported, since names in them move."""
 
 from __future__ import annotations
 

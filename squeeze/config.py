@@ -1,4 +1,4 @@
-"""What a run is asked to do: one validated, frozen SqueezeConfig.
+"""The configuration of a squeezed cache: one validated, frozen SqueezeConfig.
 
 The words are those of the paper's command line (SqueezeAttention, arXiv 2404.04793): `ini_size` is the initial
 budget of every layer and `KV_class3` the budget of the least important layers, both as fractions of the prompt.
@@ -33,7 +33,7 @@ START_SIZE = 4
 
 @dataclass(frozen=True)
 class SqueezeConfig:
-    """How much KV cache each layer may keep, and which tokens it keeps.
+    """The KV cache that each layer may keep: how much, and which tokens.
 
     Args:
         algorithm: an `Evictor`, or what names one: `sliding_window`, `streaming` (StreamingLLM), `h2o`, an entry
@@ -95,23 +95,23 @@ class SqueezeConfig:
 
     @cached_property
     def allocator(self) -> Allocation:
-        """What makes the budgets."""
+        """The strategy that makes the budgets."""
         if self.budgets is not None:
             return Explicit(self.budgets)
         if isinstance(self.allocation, Allocation):
             return self.allocation
-        found = allocations.ALLOCATIONS.find(self.allocation)
+        named = allocations.ALLOCATIONS.find(self.allocation)
         sizes = {"ini_size": self.ini_size, "class3": self.kv_class3}
-        return found.make(sizes | {"calibration": self.calibration})
+        return named.make(sizes | {"calibration": self.calibration})
 
     @property
     def algorithm_name(self) -> str | None:
-        """What names the eviction method, for files and errors; the same for all texts that mean the same."""
+        """The eviction method's name, for files and errors; the same for all texts that mean the same."""
         return None if self.algorithm is None else str(self.algorithm)
 
     @property
     def allocation_name(self) -> str:
-        """What names the allocation."""
+        """The allocation's name."""
         return str(self.allocation)
 
     @property
@@ -131,8 +131,8 @@ class SqueezeConfig:
     @property
     def sizes(self) -> dict[str, float]:
         """`ini_size` and `KV_class3`, as far as they are given."""
-        found = {"ini_size": self.allocator.size, "KV_class3": self.allocator.class3_size}
-        return {name: float(value) for name, value in found.items() if value is not None}
+        sizes = {"ini_size": self.allocator.size, "KV_class3": self.allocator.class3_size}
+        return {name: float(value) for name, value in sizes.items() if value is not None}
 
     def _name_evictor(self) -> None:
         """Check the algorithm, and spell it in one way; sink tokens that its text asks for become `start_size`."""
@@ -140,11 +140,11 @@ class SqueezeConfig:
             return
         if not isinstance(self.algorithm, str):
             raise InputError(f"algorithm must be a name or an Evictor, got {shown(self.algorithm)}")
-        found = EVICTORS.find(self.algorithm)
-        sinks = found.parameters.get("sinks", self.start_size)
+        named = EVICTORS.find(self.algorithm)
+        sinks = named.parameters.get("sinks", self.start_size)
         if self.start_size not in (START_SIZE, sinks):
             raise InputError(f"{shown(self.algorithm)} contradicts start_size {self.start_size}: give one of them")
-        self._set(algorithm=found.text, start_size=sinks)
+        self._set(algorithm=named.text, start_size=sinks)
         whole_number("start_size", sinks, 0, "a whole number of tokens")
         self.evictor  # noqa: B018 (a sentence, where the parameters are wrong)
 
@@ -165,22 +165,22 @@ class SqueezeConfig:
         else:
             self._check_sizes(allocations.ALLOCATIONS.find(self.allocation))
 
-    def _check_sizes(self, found: Named[Allocation]) -> None:
-        if "ini_size" not in found.fields:
-            raise InputError(f"{found.label} has no parameter ini_size, by which its runs are named: add the field")
-        if self.kv_class3 is not None and "class3" not in found.fields:
-            raise InputError(f"KV_class3 is not for the {found.label}, which has no such parameter: leave it out")
-        if "class3" in found.required and (self.ini_size is None or self.kv_class3 is None):
+    def _check_sizes(self, named: Named[Allocation]) -> None:
+        if "ini_size" not in named.fields:
+            raise InputError(f"{named.label} has no parameter ini_size, by which its runs are named: add the field")
+        if self.kv_class3 is not None and "class3" not in named.fields:
+            raise InputError(f"KV_class3 is not for the {named.label}, which has no such parameter: leave it out")
+        if "class3" in named.required and (self.ini_size is None or self.kv_class3 is None):
             missing = "ini_size" if self.ini_size is None else "KV_class3"
             raise InputError(f"{missing} is missing: ini_size and KV_class3 are given together")
         if self.ini_size is None:
-            raise InputError(f"ini_size is missing: the {found.label} needs it")
-        if self.calibration is not None and "calibration" not in found.fields:
-            raise InputError(f"calibration is not for the {found.label}: leave it out")
+            raise InputError(f"ini_size is missing: the {named.label} needs it")
+        if self.calibration is not None and "calibration" not in named.fields:
+            raise InputError(f"calibration is not for the {named.label}: leave it out")
         sizes = self.allocator.size, self.allocator.class3_size
         if not all(isinstance(size, Fraction | None) for size in sizes):
-            raise InputError(f"{found.label}: its __post_init__ must call super().__post_init__(), which reads sizes")
-        self._set(allocation=found.text, ini_size=sizes[0], kv_class3=sizes[1])
+            raise InputError(f"{named.label}: its __post_init__ must call super().__post_init__(), which reads sizes")
+        self._set(allocation=named.text, ini_size=sizes[0], kv_class3=sizes[1])
 
     def _check_prefill_chunk(self) -> None:
         whole_number("prefill_chunk", self.prefill_chunk, 1, "a whole number of tokens")

@@ -34,16 +34,16 @@ def pick_device(device: str | None, local_rank: int = 0) -> torch.device:
     if device == "cuda":
         device = f"cuda:{local_rank}"
     try:
-        found = torch.device(device)
+        target = torch.device(device)
     except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
+        target = None
+    if target is None or target.type not in ("cpu", "cuda"):
         raise InputError(f"--device must be cpu, cuda or cuda:N, got {shortened(device)}")
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if target.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {device}: PyTorch finds no CUDA here; use --device cpu")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
-    return found
+    return target
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -63,7 +63,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """AVX512-BF16 or AMX: without them it is emulated, and float32 is faster."""
+    """True with AVX512-BF16 or AMX: without them it is emulated, and float32 is faster."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -104,7 +104,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def unless_out_of_memory(work: Callable[[], T]) -> T | None:
-    """What `work` gives, or None where memory ran out; what the attempt held is free again on return."""
+    """The result of `work`, or None where memory ran out; what the attempt held is free again on return."""
     try:
         return work()
     except (torch.OutOfMemoryError, MemoryError):

@@ -1,4 +1,4 @@
-"""How much a layer's self-attention changes the residual stream (SqueezeAttention, arXiv 2404.04793, section 4.1)."""
+"""The change of the residual stream by a layer's self-attention (SqueezeAttention, arXiv 2404.04793, section 4.1)."""
 
 from __future__ import annotations
 

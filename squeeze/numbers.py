@@ -32,16 +32,16 @@ def parse_fraction(name: str, value: str | float | Fraction) -> Fraction:
         InputError: `value` is no such number, or one of more than `MOST_DIGITS` digits.
     """
     try:
-        found = value if isinstance(value, Fraction) else _fraction(str(value).strip())
+        fraction = value if isinstance(value, Fraction) else _fraction(str(value).strip())
     except (ValueError, ZeroDivisionError):
         raise InputError(f"{name} must be a number in (0, 1], got {shown(value)}") from None
-    if max(abs(found.numerator), found.denominator) > 10**MOST_DIGITS:
+    if max(abs(fraction.numerator), fraction.denominator) > 10**MOST_DIGITS:
         raise InputError(f"{name} must be a number in (0, 1] of at most {MOST_DIGITS} digits, got {shown(value)}")
-    return found
+    return fraction
 
 
 def _fraction(text: str) -> Fraction:
-    """ValueError or ZeroDivisionError where it is none; an exponent is looked at before it is computed with."""
+    """A text's fraction; ValueError or ZeroDivisionError where it is none. A huge exponent is not computed with."""
     if len(text) > 4 * MOST_DIGITS or not (DECIMAL.fullmatch(text) or QUOTIENT.fullmatch(text)):
         raise ValueError
     exponent = int(text.lower().partition("e")[2] or 0)

@@ -35,7 +35,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that reads and writes what is the run's."""
+        """True for the process that reads and writes what is the run's."""
         return self.rank == 0
 
     def share(self, value: Shared) -> Shared:
@@ -69,11 +69,11 @@ def ranks() -> Ranks:
     Raises:
         InputError: a variable is no number, or this process is none of so many.
     """
-    found = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    for name, value in found.items():
+    variables = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    for name, value in variables.items():
         if not re.fullmatch("[0-9]{1,6}", value):
             raise InputError(f"{name} in the environment must be a whole number, got {shortened(value)}")
-    rank, world, local = map(int, found.values())
+    rank, world, local = map(int, variables.values())
     if rank >= max(world, 1):
         raise InputError(f"RANK is {rank} in the environment, and WORLD_SIZE {world}: ranks are counted from 0")
     return Ranks(rank, max(world, 1), local)

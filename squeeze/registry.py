@@ -40,7 +40,7 @@ MOST_TEXT = 1000
 
 
 class Strategy:
-    """What evictors and allocations have in common.
+    """The base of evictors and allocations.
 
     Attributes:
         name: what the command line calls the class; `module:Class` where it says nothing else.
@@ -63,7 +63,7 @@ class Strategy:
 
     @classmethod
     def has(cls, parameter: str) -> bool:
-        """Whether the class has a parameter."""
+        """True if the class has that parameter."""
         return parameter in fields_of(cls)
 
     def __str__(self) -> str:
@@ -112,12 +112,12 @@ class Named(Generic[S]):
 
     @property
     def text(self) -> str:
-        """The same for all texts that mean the same, without the parameters that flags give."""
+        """The spelling of all texts that mean the same, without the parameters that flags give."""
         own = {key: value for key, value in self.parameters.items() if key not in FLAGS}
         return spelled(self.name, self.fields, own)
 
     def make(self, given: Mapping[str, Any]) -> S:
-        """The strategy itself.
+        """Make the strategy.
 
         Args:
             given: values of fields beside those in the text; those that the class does not have are left out.
@@ -137,7 +137,7 @@ class Named(Generic[S]):
         except Exception as error:  # whatever a class of the user's own raises over its parameters
             if self.kind.built_in:
                 raise
-            raise InputError(f"{self.label} refuses its parameters: {_said(error)}") from error
+            raise InputError(f"{self.label} refuses its parameters: {_message(error)}") from error
 
 
 class Registry(Generic[S]):
@@ -156,7 +156,7 @@ class Registry(Generic[S]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The built-in ones."""
+        """Names of the built-in strategies."""
         return tuple(self.built_in)
 
     def check(self, text: str, option: str | None = None) -> None:
@@ -181,7 +181,7 @@ class Registry(Generic[S]):
         return Named(name, kind, parameters, label)
 
     def record(self, text: str, made: S) -> dict[str, Any]:
-        """For files: every parameter of a strategy that is not built in, beside those that flags give."""
+        """Every parameter of a strategy that is not built in, beside those that flags give, for files."""
         if text in self.built_in:
             return {}
         return {f"{self.option}_parameters": json.loads(json.dumps(made.parameters, default=str))}
@@ -196,7 +196,7 @@ class Registry(Generic[S]):
         try:
             module = importlib.import_module(path.partition(":")[0])
         except Exception as error:  # whatever a file of the user's own raises
-            raise InputError(f"{label} cannot be imported: {_said(error)}") from error
+            raise InputError(f"{label} cannot be imported: {_message(error)}") from error
         kind = _attribute(module, path)
         if kind is None:
             near = difflib.get_close_matches(path.partition(":")[2], vars(module), n=1)
@@ -215,12 +215,12 @@ class Registry(Generic[S]):
         return kind
 
     def _entry_point(self, name: str, option: str) -> EntryPoint:
-        """What an installed package registers under a name."""
+        """The entry point that an installed package registers under a name."""
         points = entry_points(group=self.group)
-        found = {point.value: point for point in points if point.name == name}
-        if len(found) > 1:
-            raise InputError(f"{option} {name} is {' and '.join(sorted(found))}: write the one that you mean")
-        for point in found.values():
+        matches = {point.value: point for point in points if point.name == name}
+        if len(matches) > 1:
+            raise InputError(f"{option} {name} is {' and '.join(sorted(matches))}: write the one that you mean")
+        for point in matches.values():
             return point
         known = list(dict.fromkeys([*self.built_in, *sorted(points.names)]))
         near = difflib.get_close_matches(name, known, n=2, cutoff=0.5) if len(name) < 100 else []
@@ -229,11 +229,11 @@ class Registry(Generic[S]):
 
 
 def _attribute(module: Any, path: str) -> Any:
-    """What is called `Class` in `module:Class`; None where nothing is."""
-    found = module
+    """The object called `Class` in `module:Class`; None where there is none."""
+    attribute = module
     for part in path.partition(":")[2].split("."):
-        found = getattr(found, part, None)
-    return found
+        attribute = getattr(attribute, part, None)
+    return attribute
 
 
 def _parse(text: str, option: str) -> tuple[str, dict[str, Any]]:
@@ -245,16 +245,16 @@ def _parse(text: str, option: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({rest}", mode="eval").body if len(text) <= MOST_TEXT else None
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError
-        found = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if len(found) < len(call.keywords) or "" in found:
+        parameters = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if len(parameters) < len(call.keywords) or "" in parameters:
             raise ValueError
-        json.dumps(found, allow_nan=False)
+        json.dumps(parameters, allow_nan=False)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise InputError(
             f"{option} must be a name, or a name with parameters such as {name or 'name'}(window=16), which are "
             f"numbers, text, True, False, None or lists of these, got {shortened(text)}"
         ) from None
-    return name.strip(), found
+    return name.strip(), parameters
 
 
 def _check_parameters(kind: type[Strategy], parameters: Mapping[str, Any], label: str) -> None:
@@ -272,10 +272,11 @@ def _check_parameters(kind: type[Strategy], parameters: Mapping[str, Any], label
             raise InputError(f"{label}: {key} must be {wanted}, got {shortened(repr(value))}")
 
 
-def _said(error: Exception) -> str:
-    """What an exception says, in a line, and where in the user's file it was raised."""
-    said = " ".join(str(error).split())
+def _message(error: Exception) -> str:
+    """An exception in one line, with the place in the user's file that raised it."""
+    message = " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)
-    own = [one for one in frames if one.filename[0] != "<" and one.filename not in (__file__, importlib.__file__)]
+    loaders = (__file__, importlib.__file__)
+    own = [frame for frame in frames if frame.filename[0] != "<" and frame.filename not in loaders]
     where = f" ({os.path.basename(own[0].filename)} line {own[0].lineno})" if own else ""
-    return f"{type(error).__name__}: {said}{where}" if said else f"{type(error).__name__}{where}"
+    return f"{type(error).__name__}: {message}{where}" if message else f"{type(error).__name__}{where}"

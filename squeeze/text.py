@@ -16,23 +16,21 @@ KEPT = frozenset("\u200c\u200d\u00a0\u3000")
 
 def printable(text: object) -> str:
     """Text without control characters, line breaks and halves of characters, which are written out in ASCII."""
-    said = str(text)
-    if said.isprintable():
-        return said
-    return "".join(one if one.isprintable() or one in KEPT else _escape(one) for one in said)
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(
+        char if char.isprintable() or char in KEPT else char.encode("unicode_escape").decode("ascii") for char in line
+    )
 
 
 def fitted(text: object, most: int) -> str:
     """`printable` text of at most `most` characters: of longer text the middle is left out."""
-    said = printable(text)
-    if len(said) <= most:
-        return said
+    line = printable(text)
+    if len(line) <= most:
+        return line
     head = (most - 1) // 2
-    return f"{said[:head]}…{said[len(said) - (most - 1 - head) :]}"
+    return f"{line[:head]}…{line[len(line) - (most - 1 - head) :]}"
 
 
 def shortened(text: str, most: int = 80) -> str:

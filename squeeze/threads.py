@@ -38,20 +38,20 @@ def cores() -> int:
 
 
 def is_calm(threads: int) -> bool:
-    """Whether this machine has cores for so many threads now, beside what else is running on it.
+    """True if this machine has cores for so many threads now, beside what else is running on it.
 
     Programs that end or begin just now are there for a moment: looked at for a tenth of a second, half a core counts
     as none.
     """
-    others = []
+    counts = []
     for _ in range(20):
         try:
             running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
         except (OSError, IndexError):
             return False
-        others.append(int(running) - 1)  # without this process
+        counts.append(int(running) - 1)  # without this process
         time.sleep(0.005)
-    return statistics.fmean(others) + threads < (os.cpu_count() or 1) + 0.6
+    return statistics.fmean(counts) + threads < (os.cpu_count() or 1) + 0.6
 
 
 def settings(threads: int | None = None) -> dict[str, str]:
@@ -64,17 +64,17 @@ def settings(threads: int | None = None) -> dict[str, str]:
             torchrun started for one run.
     """
     asked = {name for name, value in os.environ.items() if _given.get(name) != value}
-    found: dict[str, str] = {}
+    variables: dict[str, str] = {}
     count = max(1, cores() // _processes() if threads is None else threads)
     if asked.isdisjoint(COUNTS):
-        found["OMP_NUM_THREADS"] = str(count)
+        variables["OMP_NUM_THREADS"] = str(count)
     if asked.isdisjoint(POLICIES):
-        found["OMP_WAIT_POLICY"] = "PASSIVE"
+        variables["OMP_WAIT_POLICY"] = "PASSIVE"
         if threads is None and is_calm(count):
-            found["GOMP_SPINCOUNT"] = str(SPINS)
+            variables["GOMP_SPINCOUNT"] = str(SPINS)
     if threads is None:
-        _given.update(found)
-    return found
+        _given.update(variables)
+    return variables
 
 
 def _processes() -> int:

@@ -1,4 +1,4 @@
-"""What the figures show, in words."""
+"""Captions: the figures in words."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def _ranged(value: float, low: Any, high: Any, digits: int = 2) -> str:
     return f"{value:.{digits}f}" + ("" if pd.isna(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
 
 
-def _sizes(one: Any) -> str:
-    return f"{one.ini_size:g} / " + ("-" if pd.isna(one.KV_class3) else f"{one.KV_class3:g}")
+def _sizes(run: Any) -> str:
+    return f"{run.ini_size:g} / " + ("-" if pd.isna(run.KV_class3) else f"{run.KV_class3:g}")
 
 
 def _samples(panel: pd.DataFrame) -> str:
@@ -68,10 +68,10 @@ def _samples(panel: pd.DataFrame) -> str:
 
 
 def score(panel: pd.DataFrame, full: Any | None) -> str:
-    """What a panel of scores shows: the full cache, the best run, and the uniform one nearest to its size."""
-    others = len(panel) - int(panel["same"].sum())
+    """A panel of scores in words: the full cache, the best run, and the uniform one nearest to its size."""
+    open_markers = len(panel) - int(panel["same"].sum())
     panel = panel[panel["same"]] if panel["same"].any() else panel
-    best = max(panel.itertuples(), key=lambda one: (one.score, -one.kept, one.folder))
+    best = max(panel.itertuples(), key=lambda run: (run.score, -run.kept, run.folder))
     words = [
         f"Full cache: {_ranged(full.score, full.low, full.high)}."
         if full is not None
@@ -88,23 +88,23 @@ def score(panel: pd.DataFrame, full: Any | None) -> str:
         if not pd.isna(best.low) and best.low <= other.high:
             words.append("The intervals overlap.")
     words.append(f"{_samples(panel)}.")
-    if others:
-        words.append(f"Open markers: on other samples, which do not compare ({others}).")
+    if open_markers:
+        words.append(f"Open markers: on other samples, which do not compare ({open_markers}).")
     return " ".join(words)
 
 
 def kl(panel: pd.DataFrame) -> str:
-    """What a panel of KL divergences shows: at each size, the allocations from the closest to the furthest."""
+    """A panel of KL divergences in words: at each size, the allocations from the closest to the furthest."""
     words = []
     for kept, group in panel.groupby(panel["kept"].round(2)):
-        ordered = sorted(group.itertuples(), key=lambda one: (one.kl, one.folder))
-        found = ", ".join(f"{one.allocation} ({_sizes(one)}) {one.kl:.4f}" for one in ordered[:4])
-        words.append(f"At {100 * kept:.0f}%: {found}{', …' if len(ordered) > 4 else ''}.")
+        ordered = sorted(group.itertuples(), key=lambda run: (run.kl, run.folder))
+        closest = ", ".join(f"{run.allocation} ({_sizes(run)}) {run.kl:.4f}" for run in ordered[:4])
+        words.append(f"At {100 * kept:.0f}%: {closest}{', …' if len(ordered) > 4 else ''}.")
     return " ".join(["Closest to the full cache first.", *words, f"{_samples(panel)}."])
 
 
 def sensitivity(panel: pd.DataFrame) -> str:
-    """What a panel of sensitivity shows: for each ini_size, its best ratio and its spread."""
+    """A panel of sensitivity in words: for each ini_size, its best ratio and its spread."""
     words = []
     for size, line in panel.groupby("ini_size"):
         means = line.groupby("ratio")["score"].mean()
@@ -116,7 +116,7 @@ def sensitivity(panel: pd.DataFrame) -> str:
 
 
 def similarity(layers: pd.DataFrame, run: Any) -> str:
-    """What a map of similarities shows."""
+    """A map of similarities in words."""
     means = layers.groupby("layer")["similarity"].mean()
     numbers = "the classes" if layers["prompt"].nunique() <= MANY_PROMPTS else "the most frequent classes"
     low = ", ".join(str(layer) for layer in means.nsmallest(3).index)
@@ -129,7 +129,7 @@ def similarity(layers: pd.DataFrame, run: Any) -> str:
 
 
 def budgets(layers: pd.DataFrame, run: Any) -> str:
-    """What the bars of a run's budgets show."""
+    """The bars of a run's budgets in words."""
     classes = layers.groupby("prompt")["layer_class"].agg(tuple)
     share = layers.groupby("prompt")["share"].mean().mean()
     varied = "the same" if classes.nunique() == 1 else f"{classes.nunique()} different sets of"
@@ -141,14 +141,14 @@ def budgets(layers: pd.DataFrame, run: Any) -> str:
     )
 
 
-def losses(found: np.ndarray, curves: Calibration, share: float, algorithm: str) -> str:
-    """What a model's loss curves show.
+def losses(relative: np.ndarray, curves: Calibration, share: float, algorithm: str) -> str:
+    """A model's loss curves in words.
 
     Args:
-        found: `curves.relative` at that share.
+        relative: `curves.relative` at that share.
     """
-    multiples = [float(one) for one in curves.multiples]
-    most = ", ".join(str(layer) for layer in np.argsort(-found[:, 0], kind="stable")[:3])
+    multiples = [float(multiple) for multiple in curves.multiples]
+    most = ", ".join(str(layer) for layer in np.argsort(-relative[:, 0], kind="stable")[:3])
     return (
         f"{algorithm}: KL divergence from the full cache where one layer alone keeps more or less and all others "
         f"keep {100 * share:g}% of the prompt, over that of {100 * share:g}% everywhere, less 1, mean over "
@@ -159,7 +159,7 @@ def losses(found: np.ndarray, curves: Calibration, share: float, algorithm: str)
 
 
 def no_similarities(run: Any) -> str:
-    """Why there is no map."""
+    """The reason why there is no map."""
     return (
         f"{run.model}, {run.dataset}: the runs were made by a version that did not keep the similarities, so there is "
         "no map of them; pred.py --overwrite makes them anew."
@@ -167,7 +167,7 @@ def no_similarities(run: Any) -> str:
 
 
 def bench(group: pd.DataFrame, value: str, title: str, first: Any) -> str:
-    """What a panel of measurements shows at the largest batch."""
+    """A panel of measurements in words, at the largest batch."""
     largest = group[group["batch_size"] == group["batch_size"].max()]
     good, bad = largest[value].idxmax(), largest[value].idxmin()
     if value != "tokens_per_second":
@@ -175,19 +175,16 @@ def bench(group: pd.DataFrame, value: str, title: str, first: Any) -> str:
     unit = {"tokens_per_second": "tokens/s", "peak": "GB", "kv": "MB"}[value]
 
     def named(index: Any) -> str:
-        one = group.loc[index]
-        return f"{one.engine} {one.cache}, {one['dtype']} ({one[value]:.1f} {unit})"
+        row = group.loc[index]
+        return f"{row.engine} {row.cache}, {row['dtype']} ({row[value]:.1f} {unit})"
 
-    if len(largest) == 1:
-        words = f"at batch size {largest.iloc[0].batch_size}: {named(good)}"
-    else:
-        words = f"at batch size {largest.iloc[0].batch_size}, best: {named(good)}; worst: {named(bad)}"
-    return f"{title} {words}. {first.file}, {first.machine}."
+    words = f": {named(good)}" if len(largest) == 1 else f", best: {named(good)}; worst: {named(bad)}"
+    return f"{title} at batch size {largest.iloc[0].batch_size}{words}. {first.file}, {first.machine}."
 
 
-def best(one: Any) -> str:
+def best(run: Any) -> str:
     """A cell of the table of cheapest runs."""
-    return f"{100 * one.kept:.1f}%: {one.allocation} {_sizes(one)}, {one.score:.2f}"
+    return f"{100 * run.kept:.1f}%: {run.allocation} {_sizes(run)}, {run.score:.2f}"
 
 
 def run_cells(row: dict[Any, Any]) -> dict[str, tuple[Any, ...]]:

@@ -7,9 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-from msgspec import Meta
+from typing import Any
 
 from squeeze.bench.files import read_bench
 from squeeze.cli.arguments import Parser, as_path
@@ -21,7 +19,6 @@ from squeeze.runs.inventory import COLUMNS, Entry, Inventory, describe, find
 from squeeze.storage.files import read_json
 from squeeze.text import say
 
-Score = Annotated[float, Meta(ge=0, le=100)]
 FIDELITY_COLUMNS = (*COLUMNS[:6], "KL", "95% interval", "agreement", "KV kept", "tokens")
 EXAMPLES = """examples
   every run below pred_Long as a table, with the scores that eval.py wrote:
@@ -64,7 +61,7 @@ def parser() -> Parser:
 
 def rows(folder: Path) -> list[dict[str, str]]:
     """One run's line for each of its finished data sets: the columns and `dataset`, as text."""
-    entries = [one for one in find([folder / "run.json"]).entries if not one.fidelity]
+    entries = [entry for entry in find([folder / "run.json"]).entries if not entry.fidelity]
     return [line(entry, recorded_score(entry)) for entry in entries]
 
 
@@ -93,12 +90,12 @@ def recorded_score(entry: Entry) -> Any:
         InputError: what is there is damaged.
     """
     path = entry.folder / "result.json"
-    kind: Any = dict[str, Score | dict[str, Score | None]]
+    kind: Any = dict[str, distance.Percent | dict[str, distance.Percent | None]]
     return read_json(path, kind).get(entry.dataset) if path.exists() else None
 
 
 def _text(score: Any) -> str:
-    """A score; LongBench-E's are one for each range of lengths, shortest first, HELM's one for each ROUGE."""
+    """A score as text; LongBench-E has one for each range of lengths, shortest first, HELM one for each ROUGE."""
     if isinstance(score, dict):
         return "/".join(_text(value) for value in score.values())
     return f"{score:.2f}" if isinstance(score, int | float) else "-"
@@ -107,15 +104,15 @@ def _text(score: Any) -> str:
 def fidelity_line(entry: Entry) -> dict[str, str]:
     """A line of the table of comparisons with the full cache."""
     summary = entry.summary
-    found = describe(entry.settings, summary) | {"dataset": entry.dataset, "model": entry.start["model"]["name"]}
-    found |= {"samples": str(summary["samples"]), "KV kept": f"{100 * summary['kept']:.1f}%"}
-    found |= distance.cells(summary) | {"95% interval": "-", "tokens": str(summary.get("tokens", "-"))}
+    cells = describe(entry.settings, summary) | {"dataset": entry.dataset, "model": entry.start["model"]["name"]}
+    cells |= {"samples": str(summary["samples"]), "KV kept": f"{100 * summary['kept']:.1f}%"}
+    cells |= distance.cells(summary) | {"95% interval": "-", "tokens": str(summary.get("tokens", "-"))}
     if "kl" in summary:
-        found["95% interval"] = f"{summary['kl']['low']:.4f}–{summary['kl']['high']:.4f}"
-    return found
+        cells["95% interval"] = f"{summary['kl']['low']:.4f}–{summary['kl']['high']:.4f}"
+    return cells
 
 
-def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = None) -> None:
+def print_tables(inventory: Inventory, scores: dict[tuple[str, str], Any] | None = None) -> None:
     """Print a table for every data set, the full cache first, then as the folders came.
 
     Args:
@@ -124,45 +121,45 @@ def print_tables(found: Inventory, scores: dict[tuple[str, str], Any] | None = N
         InputError: there is nothing that could be printed.
     """
     benches = []
-    entries = [one for one in found.entries if scores is None or (str(one.folder), one.dataset) in scores]
-    measured = distance.measured(entries, found.problems)
+    entries = [entry for entry in inventory.entries if scores is None or (str(entry.folder), entry.dataset) in scores]
+    measured = distance.measured(entries, inventory.problems)
     lines, compared = [], []
     scales: dict[str, str] = {}
     for number, entry in enumerate(entries):
         if entry.fidelity:
             compared.append(fidelity_line(entry))
             continue
-        score = None if scores is None else scores[str(entry.folder), entry.dataset]
+        score = None
         try:
-            score = recorded_score(entry) if scores is None else score
+            score = recorded_score(entry) if scores is None else scores[str(entry.folder), entry.dataset]
         except InputError as error:
-            found.problems.append(str(error))
+            inventory.problems.append(str(error))
         lines.append(line(entry, score) | distance.cells_beside(entry, measured.get(number)))
         scales.setdefault(entry.dataset, entry.benchmark.scale)
-    for path in found.benches:
+    for path in inventory.benches:
         try:
             benches.append((path, read_bench(path)["runs"]))
         except InputError as error:
-            found.problems.append(str(error))
+            inventory.problems.append(str(error))
     if not lines and not compared and not benches:
-        raise InputError("; ".join(found.problems))
+        raise InputError("; ".join(inventory.problems))
     for dataset, scale in scales.items():
-        chosen = [one for one in lines if one["dataset"] == dataset]
-        said = f"{dataset}: {scale}; KV is what is held after prefill, mean of the samples"
+        chosen = [row for row in lines if row["dataset"] == dataset]
+        heading = f"{dataset}: {scale}; KV is what is held after prefill, mean of the samples"
         columns: Sequence[str] = COLUMNS
-        if any(one.entry.dataset == dataset for one in measured.values()):
-            said += "; KL in nats a token, and agreement of the likeliest token, are with the full cache"
+        if any(run.entry.dataset == dataset for run in measured.values()):
+            heading += "; KL in nats a token, and agreement of the likeliest token, are with the full cache"
             columns = (*COLUMNS[:7], *distance.COLUMNS, *COLUMNS[7:])
-        say(said)
-        print(table(columns, sorted(chosen, key=lambda one: one["algorithm"] != "full cache")))
-    for dataset in dict.fromkeys(one["dataset"] for one in compared):
+        say(heading)
+        print(table(columns, sorted(chosen, key=lambda row: row["algorithm"] != "full cache")))
+    for dataset in dict.fromkeys(row["dataset"] for row in compared):
         say(f"{dataset}: KL divergence from the full cache, nats a token, and agreement of the likeliest token")
-        print(table(FIDELITY_COLUMNS, [one for one in compared if one["dataset"] == dataset]))
+        print(table(FIDELITY_COLUMNS, [row for row in compared if row["dataset"] == dataset]))
     for path, records in benches:
         print_bench(path, records)
     together: dict[tuple[str, str], list[distance.Measured]] = {}
-    for one in measured.values():
-        together.setdefault((one.entry.start["model"]["name"], one.entry.dataset), []).append(one)
+    for run in measured.values():
+        together.setdefault((run.entry.start["model"]["name"], run.entry.dataset), []).append(run)
     for (model, dataset), runs in together.items():
         say(distance.sentence(model, dataset, runs))
 
@@ -185,14 +182,14 @@ def report(argv: Sequence[str] | None = None) -> None:
         InputError: there is no finished run, or the folder of `--out` is not the command's own.
     """
     args = parser().parse_args(argv)
-    found = find(args.runs)
-    if not found.entries and not found.benches:
-        if found.damaged:
-            raise InputError("; ".join(found.problems))
+    inventory = find(args.runs)
+    if not inventory.entries and not inventory.benches:
+        if inventory.damaged:
+            raise InputError("; ".join(inventory.problems))
         raise InputError(f"no run in {', '.join(map(str, args.runs))} is finished: start pred.py again to go on")
     if args.out is None:
-        print_tables(found)
-        for problem in found.problems:
+        print_tables(inventory)
+        for problem in inventory.problems:
             say(f"left out: {problem}", sys.stderr)
         return
 
@@ -200,18 +197,18 @@ def report(argv: Sequence[str] | None = None) -> None:
     from squeeze.report.files import check_folder, write_folder
 
     check_folder(args.out)
-    read = results.read(found)
+    read = results.read(inventory)
     if not (len(read.runs) or len(read.fidelity) or len(read.bench)):
         raise InputError("; ".join(read.problems))
-    scores = {(one["folder"], one["dataset"]): results.shown_score(one) for one in read.runs.to_dict("records")}
-    scores |= {(one["folder"], one["dataset"]): None for one in read.fidelity.to_dict("records")}
-    print_tables(found, scores)
+    scores = {(row["folder"], row["dataset"]): results.shown_score(row) for row in read.runs.to_dict("records")}
+    scores |= {(row["folder"], row["dataset"]): None for row in read.fidelity.to_dict("records")}
+    print_tables(inventory, scores)
     command = shlex.join(["python", "-m", "squeeze.report", *(sys.argv[1:] if argv is None else argv)])
     made = sections.make(read)
     for problem in made.problems:
         say(f"left out: {problem}")
-    for what in read.unscored:
-        say(f"not scored yet: {what}")
+    for scorer in read.unscored:
+        say(f"not scored yet: {scorer}")
     say(write_folder(args.out, page.files(made, command)))
 
 

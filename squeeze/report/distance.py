@@ -30,7 +30,7 @@ Percent = Annotated[float, Meta(ge=0, le=100)]
 
 
 class Detail(TypedDict):
-    """What is read of a data set's part of `result_detail.json`."""
+    """The fields that are read of a data set in `result_detail.json`."""
 
     interval: Annotated[list[Percent], Meta(min_length=2, max_length=2)]
 
@@ -59,11 +59,11 @@ class Measured:
 def measured(entries: Sequence[Entry], problems: list[str]) -> dict[int, Measured]:
     """The comparison of each run of predictions that has one, by the run's place among `entries`.
 
-    One is a run's where it lies beside it, with the same settings and prompts. What is damaged is left out, and named
-    in `problems`.
+    A comparison belongs to the run that it lies beside, of the same settings and prompts. What is damaged is left
+    out, and named in `problems`.
     """
     compared = {(run.folder.resolve(), run.dataset): run for run in entries if run.fidelity}
-    found = {}
+    comparisons = {}
     for number, entry in enumerate(entries):
         other = compared.get((entry.folder.resolve() / "fidelity", entry.dataset))
         if other is None or _asked_for(entry) != _asked_for(other):
@@ -71,10 +71,10 @@ def measured(entries: Sequence[Entry], problems: list[str]) -> dict[int, Measure
         try:
             rows = read_jsonl(other.folder / f"{entry.dataset}.jsonl", Compared)
             check_count(other.folder, entry.dataset, len(rows))
-            found[number] = Measured(entry, other.summary, [row["kl"] for _, row in rows], _interval(entry))
+            comparisons[number] = Measured(entry, other.summary, [row["kl"] for _, row in rows], _interval(entry))
         except InputError as error:
             problems.append(str(error))
-    return found
+    return comparisons
 
 
 def _asked_for(entry: Entry) -> tuple[Any, ...]:
@@ -95,20 +95,20 @@ def cells(summary: dict[str, Any] | None) -> dict[str, str]:
     return {"KL": f"{summary['kl']['mean']:.4f}", "agreement": f"{100 * summary['agreement']['mean']:.1f}%"}
 
 
-def cells_beside(entry: Entry, found: Measured | None) -> dict[str, str]:
+def cells_beside(entry: Entry, comparison: Measured | None) -> dict[str, str]:
     """`COLUMNS` of a run of predictions; the full cache is no distance from itself."""
     if entry.settings["cache"] == "full":
         return {"KL": f"{0:.4f}", "agreement": f"{100:.1f}%"}
-    return cells(None if found is None else found.summary)
+    return cells(None if comparison is None else comparison.summary)
 
 
-def sentence(model: str, dataset: str, found: Iterable[Measured]) -> str:
-    """What was seen: with each evictor, the allocation nearest to the full cache at the same KV kept.
+def sentence(model: str, dataset: str, runs: Iterable[Measured]) -> str:
+    """One sentence on which allocation is nearest to the full cache at the same KV kept, with each evictor.
 
     To four digits, as the table shows them, so that what is the same there is the same here.
     """
     groups: dict[str, list[Measured]] = {}
-    for run in found:
+    for run in runs:
         if "kl" in run.summary:
             common = {key: value for key, value in run.entry.settings.items() if key not in ALLOCATED}
             group = groups.setdefault(repr((common, _asked_for(run.entry)[1:], _kept(run))), [])
@@ -116,14 +116,14 @@ def sentence(model: str, dataset: str, found: Iterable[Measured]) -> str:
                 group.append(run)
     chosen = [group for group in groups.values() if len(group) > 1]
     if not chosen:
-        said = "no two allocations were compared with the full cache at the same KV kept, so none is the nearer"
+        clause = "no two allocations were compared with the full cache at the same KV kept, so none is the nearer"
     elif len(chosen) <= MOST_NAMED:
-        said = f"nearest to the full cache at the same KV kept was {listed([_nearest(group) for group in chosen])}"
+        clause = f"nearest to the full cache at the same KV kept was {listed([_nearest(group) for group in chosen])}"
     else:
         counts = Counter(_allocation(run) for group in chosen for run in _first(group))
         names = listed([f"{name} in {count}" for name, count in counts.most_common()])
-        said = f"nearest to the full cache at the same KV kept was, of {len(chosen)} comparisons, {names}"
-    return f"{model} on {dataset}: {said}{_scores(chosen)}."
+        clause = f"nearest to the full cache at the same KV kept was, of {len(chosen)} comparisons, {names}"
+    return f"{model} on {dataset}: {clause}{_scores(chosen)}."
 
 
 def _first(group: Sequence[Measured]) -> list[Measured]:
@@ -151,18 +151,18 @@ def _nearest(group: Sequence[Measured]) -> str:
 
 
 def _leads(run: Measured, other: Measured) -> list[float]:
-    """By how much one is nearer than another on each prompt, in nats a token."""
+    """The lead of one run over another on each prompt, in nats a token."""
     return [b - a for a, b in zip(run.kl, other.kl, strict=True) if a is not None and b is not None]
 
 
 def _is_noise(leads: Sequence[float]) -> bool:
-    """Whether the 95% interval of their mean holds 0; one alone has no interval, and none are no lead."""
+    """True if the 95% interval of the mean holds 0; a single lead has no interval, and no leads are noise."""
     low, high = interval(leads) if leads else (0.0, 0.0)
     return low <= 0 <= high
 
 
 def _scores(groups: Sequence[Sequence[Measured]]) -> str:
-    """What the scores of the same runs tell: nothing where their intervals overlap."""
+    """A clause on the scores of the same runs, which tell nothing where their intervals overlap."""
     pairs = [
         pair
         for group in groups

@@ -87,14 +87,14 @@ def _label(name: str, most: int) -> str:
 
 
 def spread(points: pd.DataFrame, step: float) -> np.ndarray:
-    """Where to draw points on the x axis, so that those of the same `kept` stand beside each other, in points' order.
+    """Positions on the x axis, where points of the same `kept` stand beside each other, in points' order.
 
     Args:
         points: with `kept`.
         step: from one to the next, in the unit of `kept`.
     """
     kept = points["kept"].to_numpy(dtype=float)
-    where = kept.copy()
+    positions = kept.copy()
     order = np.argsort(kept, kind="stable")
     clusters: list[list[int]] = []
     for index in order:
@@ -103,9 +103,9 @@ def spread(points: pd.DataFrame, step: float) -> np.ndarray:
         else:
             clusters.append([index])
     for cluster in clusters:
-        for place, index in enumerate(sorted(cluster)):
-            where[index] += (place - (len(cluster) - 1) / 2) * step
-    return where
+        for position, index in enumerate(sorted(cluster)):
+            positions[index] += (position - (len(cluster) - 1) / 2) * step
+    return positions
 
 
 def by_kept(
@@ -228,7 +228,7 @@ def by_batch(points: pd.DataFrame, value: str, title: str, label: str, intervals
 
 def limits(*numbers: Iterable[float | None]) -> tuple[float, float] | None:
     """Limits of a y axis that hold all numbers, with a margin, not far below 0; None without numbers."""
-    values = np.array([value for some in numbers for value in some], dtype=float)
+    values = np.array([value for series in numbers for value in series], dtype=float)
     values = values[np.isfinite(values)]
     if not len(values):
         return None

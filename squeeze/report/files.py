@@ -29,7 +29,7 @@ def check_folder(folder: Path) -> list[str]:
         return []
     if not folder.is_dir():
         raise InputError(f"--out {folder} is there and is not a folder")
-    there = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir())
     known: list[str] = []
     if _is_file(folder / MARK):
         try:
@@ -40,17 +40,17 @@ def check_folder(folder: Path) -> list[str]:
             known = [*(name for name in mark["files"] if Path(name).name == name), MARK]
     # What an earlier report was writing when it was killed is its own as well, its first file's included.
     cut = {path.name for name in {*known, MARK} for path in unfinished(folder / name) if _is_file(path)}
-    foreign = [name for name in there if name not in cut and (name not in known or not _is_file(folder / name))]
+    foreign = [name for name in names if name not in cut and (name not in known or not _is_file(folder / name))]
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise InputError(
             f"--out {folder} holds {foreign[0]}{more}, which this command did not write: give a new folder"
         )
-    return [name for name in known if name in there]
+    return [name for name in known if name in names]
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is there, and is a regular file: a link was not written by this command."""
+    """True for a regular file that is there: a link was not written by this command."""
     return path.is_file() and not path.is_symlink()
 
 

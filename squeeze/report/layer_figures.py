@@ -58,10 +58,10 @@ def similarity_map(layers: pd.DataFrame, title: str) -> Figure:
             top.tick_params(length=0, labelsize=6.5, pad=1)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(prompts, 10)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-        places = np.linspace(scaled.min(), scaled.max(), 5)
-        shown = [f"{1 - 10.0**-place:.4f}" for place in places]
+        ticks = np.linspace(scaled.min(), scaled.max(), 5)
+        shown = [f"{1 - 10.0**-tick:.4f}" for tick in ticks]
         bar = figure.colorbar(image, orientation="horizontal", aspect=40, pad=0.02, label="cosine similarity")
-        bar.set_ticks(list(places), labels=shown)
+        bar.set_ticks(list(ticks), labels=shown)
     return figure
 
 
@@ -80,10 +80,10 @@ def budget_bars(layers: pd.DataFrame, ini_size: float, title: str) -> Figure:
             title, "layer", "budget, % of the prompt", (max(4.6, min(0.13 * len(shares) + 1, 13)), 3.3)
         )
         axes.grid(False, axis="x")
-        for one, (color, hatch) in CLASSES.items():
-            part = shares[classes == one]
+        for layer_class, (color, hatch) in CLASSES.items():
+            part = shares[classes == layer_class]
             bars: Any = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.4}
-            axes.bar(part.index, part["mean"], width=0.9, label=f"class {one}, layers: {len(part)}", **bars)
+            axes.bar(part.index, part["mean"], width=0.9, label=f"class {layer_class}, layers: {len(part)}", **bars)
         varied = shares[shares["max"] - shares["min"] > 0.5]
         axes.vlines(varied.index, varied["min"], varied["max"], color="#222222", linewidth=0.9)
         axes.axhline(100 * ini_size, color="#222222", linewidth=1, linestyle="--", label=f"uniform, {ini_size:g}")
@@ -94,7 +94,7 @@ def budget_bars(layers: pd.DataFrame, ini_size: float, title: str) -> Figure:
 
 
 def loss_lines(losses: np.ndarray, multiples: Sequence[float], share: float, title: str) -> Figure:
-    """What cutting or enlarging one layer alone does to the output, from what uniform budgets lose.
+    """Loss curves: the loss with one layer alone cut or enlarged, against that of uniform budgets.
 
     Args:
         losses: KL divergence from the full cache, in multiples of uniform budgets', `(layers, multiples)`.

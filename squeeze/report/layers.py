@@ -1,4 +1,4 @@
-"""Which runs' layers are shown, and what a run measured on each of them."""
+"""The runs whose layers are shown, and the measurements of a run on each of them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def chosen(runs: pd.DataFrame) -> pd.DataFrame:
     squeezed = runs[~runs["allocation"].isin(["full", "uniform"])]
     for _, group in squeezed.groupby([*GROUP, "allocation"], sort=False):
         for size in ("ini_size", "KV_class3"):
-            there = sorted(set(group[size].dropna()))
-            if not there:  # loss curves take no KV_class3
+            values = sorted(set(group[size].dropna()))
+            if not values:  # loss curves take no KV_class3
                 continue
-            group = group[group[size] == there[(len(there) - 1) // 2]]
+            group = group[group[size] == values[(len(values) - 1) // 2]]
         rows.append(group.iloc[0])
     return pd.DataFrame(rows, columns=runs.columns)
 
 
 def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
-    """What a squeezed run measured on each prompt and layer.
+    """The measurements of a squeezed run on each prompt and layer.
 
     Returns:
         A row for each prompt and layer, in order: `prompt` and `layer` from 0, `similarity` (NaN in runs that did not
@@ -50,9 +50,9 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
         ):
             row = {"prompt": sample["index"], "layer": layer, "similarity": similarity, "layer_class": layer_class}
             rows.append(row | {"budget": budget, "share": budget / stats.prompt_tokens})
-    found = pd.DataFrame(rows)
-    found["similarity"] = found["similarity"].astype(float)
-    return found
+    frame = pd.DataFrame(rows)
+    frame["similarity"] = frame["similarity"].astype(float)
+    return frame
 
 
 def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibration | None:
@@ -68,7 +68,7 @@ def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibratio
     if sha256 is None:
         return None
     path = calibration.curves_file(name, algorithm)
-    found = calibration.read_calibration(path) if path.exists() else None
-    if found is None or found.sha256 != sha256:
+    curves = calibration.read_calibration(path) if path.exists() else None
+    if curves is None or curves.sha256 != sha256:
         raise InputError(f"{folder} was made from loss curves that are not in {path} any more")
-    return found
+    return curves

@@ -14,8 +14,6 @@ from squeeze.report import figures, results
 from squeeze.report.page_parts import Sections
 from squeeze.text import printable
 
-TEMPLATE = "report.html.j2"
-
 
 def files(made: Sections, command: str) -> dict[str, bytes]:
     """Every file of a report, by its name.
@@ -45,7 +43,7 @@ def files(made: Sections, command: str) -> dict[str, bytes]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(TEMPLATE).render(
+    page = environment.get_template("report.html.j2").render(
         shown=shown,
         problems=made.problems,
         unscored=made.unscored,

@@ -1,4 +1,4 @@
-"""What a page is made of: sections of figures and tables, and the names of files and panels."""
+"""The parts of a page: sections of figures and tables, and the names of files and panels."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def heading(row: Any, *more: str) -> str:
 
 
 def label_of(row: Any) -> str:
-    """What the axis of scores is called."""
+    """The label of the axis of scores."""
     return titled(row.benchmark).score_label
 
 

@@ -66,10 +66,10 @@ class Results:
     unscored: list[str]
 
 
-def read(found: Inventory) -> Results:
+def read(inventory: Inventory) -> Results:
     """Score and tabulate what is there; what is damaged is named in `problems` and left out."""
-    runs, compared, benches, problems = [], [], [], list(found.problems)
-    for entry in found.entries:
+    runs, compared, benches, problems = [], [], [], list(inventory.problems)
+    for entry in inventory.entries:
         try:
             if entry.fidelity:
                 compared.append(_fidelity(entry))
@@ -77,7 +77,7 @@ def read(found: Inventory) -> Results:
                 runs.append(_run(entry))
         except InputError as error:
             problems.append(str(error))
-    for path in found.benches:
+    for path in inventory.benches:
         try:
             benches += _bench(path)
         except InputError as error:
@@ -87,7 +87,7 @@ def read(found: Inventory) -> Results:
         _sorted(pd.DataFrame(compared, columns=FIDELITY_COLUMNS)),
         pd.DataFrame(benches, columns=BENCH_COLUMNS),
         problems,
-        [entry.unscored for entry in found.entries if entry.unscored],
+        [entry.unscored for entry in inventory.entries if entry.unscored],
     )
 
 
@@ -100,7 +100,7 @@ def _sorted(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _common(entry: Entry) -> dict[str, Any]:
-    """What `run.json` says about predictions and about fidelity alike."""
+    """The columns that predictions and comparisons share, from `run.json`."""
     settings, summary, start = entry.settings, entry.summary, entry.start
     named = describe(settings, summary)
     full = settings["cache"] == "full"
@@ -151,26 +151,26 @@ def _bench(path: Path) -> list[dict[str, Any]]:
     content = read_bench(path)
     rows = []
     for record in content["runs"]:
-        spec, found = record["spec"], record["result"]
-        if "error" in found:
+        spec, result = record["spec"], record["result"]
+        if "error" in result:
             continue
         row: dict[str, Any] = {
             key: spec[key] for key in ("device", "prompt_length", "engine", "cache", "dtype", "batch_size")
         }
         row |= {"file": str(path), "machine": content.get("machine", ""), "model": Path(spec["model"]).name}
-        step = found["step_seconds"]
-        row |= {"tokens_per_second": speed(record), "prefill_seconds": found["prefill_seconds"]["median"]}
+        step = result["step_seconds"]
+        row |= {"tokens_per_second": speed(record), "prefill_seconds": result["prefill_seconds"]["median"]}
         row |= {"low": spec["batch_size"] / step["high"], "high": spec["batch_size"] / step["low"]}
-        rows.append(row | {key: found[key] for key in ("kv_bytes", "peak_bytes")})
+        rows.append(row | {key: result[key] for key in ("kv_bytes", "peak_bytes")})
     return rows
 
 
-def full_of(runs: pd.DataFrame, one: Any) -> Any | None:
-    """The full cache's run on the same samples as the run `one`, with its seed if there is such; None if none is."""
+def full_of(runs: pd.DataFrame, run: Any) -> Any | None:
+    """The full cache's run on the same samples as `run`, with its seed if there is such; None if none is."""
     same = runs[(runs["allocation"] == "full") & runs["score"].notna()]
     for key in (*GROUP, "samples", "data"):
-        same = same[same[key] == getattr(one, key)]
-    seeded = same[same["seed"] == one.seed]
+        same = same[same[key] == getattr(run, key)]
+    seeded = same[same["seed"] == run.seed]
     return next((seeded if len(seeded) else same).itertuples(), None)
 
 
@@ -187,13 +187,14 @@ def cheapest(runs: pd.DataFrame) -> pd.DataFrame:
     bounded = runs[(runs["allocation"] != "full") & runs["score"].notna()]
     for key, group in bounded.groupby([*GROUP, "algorithm"], sort=False):
         for kind in ("uniform", "squeezed"):
-            tried = [one for one in group.itertuples() if (one.allocation == "uniform") == (kind == "uniform")]
-            pairs = [(one, full_of(runs, one)) for one in tried]
-            compared = [(one, full) for one, full in pairs if full is not None]
+            tried = [run for run in group.itertuples() if (run.allocation == "uniform") == (kind == "uniform")]
+            pairs = [(run, full_of(runs, run)) for run in tried]
+            compared = [(run, full) for run, full in pairs if full is not None]
             for within in WITHIN:
                 row: dict[Hashable, Any] = {**dict(zip([*GROUP, "algorithm"], key, strict=True)), "kind": kind}
                 row |= {"within": within, "full": compared[0][1].score if compared else None}
-                good = [(one, full) for one, full in compared if _is_within(one.score, full.score, within)]
+                # Scores have two decimals.
+                good = [(run, full) for run, full in compared if 100 * run.score >= (100 - within) * full.score - 1e-7]
                 if good:
                     best, full = min(good, key=lambda pair: (pair[0].kept, -pair[0].score, pair[0].folder))
                     row |= {"full": full.score, "reason": ""}
@@ -204,10 +205,6 @@ def cheapest(runs: pd.DataFrame) -> pd.DataFrame:
                 rows.append(row)
     columns = [*GROUP, "algorithm", "kind", "within", "kept", "score", "full", "allocation", "ini_size", "KV_class3"]
     return pd.DataFrame(rows, columns=[*columns, "reason", "folder"])
-
-
-def _is_within(score: float, full: float, within: int) -> bool:
-    return 100 * score >= (100 - within) * full - 1e-7  # scores have two decimals
 
 
 def _reason(runs: pd.DataFrame, group: pd.DataFrame, kind: str, tried: list[Any], compared: list[Any]) -> str:
@@ -245,10 +242,7 @@ def sensitivity(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown_score(row: dict[Hashable, Any]) -> Any:
-    """What a table of text shows of a row of `Results.runs`: its score, or several by name, such as LongBench-E's.
-
-    None where there is none.
-    """
+    """A row's score for tables of text, or several by name, such as LongBench-E's; None where there is none."""
 
     def pick(*names: str) -> dict[str, float | None]:
         return {name: None if pd.isna(row[name]) else float(row[name]) for name in names}

@@ -17,31 +17,31 @@ from squeeze.report.results import GROUP, Results
 from squeeze.text import fitted
 
 
-def make(found: Results) -> Sections:
+def make(tables: Results) -> Sections:
     """Choose and draw what there is to be seen."""
-    problems = list(found.problems)
+    problems = list(tables.problems)
     names = Names()
     made = [
-        cheapest(found),
-        scores(found, names),
-        fidelity(found, names),
-        sensitivity(found, names),
-        layers(found, names, problems),
-        bench(found, names),
-        all_runs(found),
+        cheapest(tables),
+        scores(tables, names),
+        fidelity(tables, names),
+        sensitivity(tables, names),
+        layers(tables, names, problems),
+        bench(tables, names),
+        all_runs(tables),
     ]
-    return Sections([one for one in made if one is not None], problems, found.unscored)
+    return Sections([section for section in made if section is not None], problems, tables.unscored)
 
 
-def scores(found: Results, names: Names) -> Section | None:
+def scores(tables: Results, names: Names) -> Section | None:
     """Score against KV kept: a panel for each model, data set and algorithm."""
-    scored = found.runs[found.runs["score"].notna()]
+    scored = tables.runs[tables.runs["score"].notna()]
     bounded = scored[scored["allocation"] != "full"]
     if bounded.empty:
         return None
     made = Section("score", "Score against KV kept", captions.SCORE, scored.drop(columns=["versions", "command"]))
     for _, group in bounded.groupby(GROUP, sort=False):
-        full = _full(found, group)
+        full = _full(tables, group)
         limits = _limits(group, full)
         for algorithm, panel in group.groupby("algorithm", sort=False):
             first = panel.iloc[0]
@@ -53,9 +53,9 @@ def scores(found: Results, names: Names) -> Section | None:
     return made
 
 
-def _full(found: Results, group: pd.DataFrame) -> Any | None:
+def _full(tables: Results, group: pd.DataFrame) -> Any | None:
     """The full cache's run that most of the runs of a data set compare with."""
-    fulls = [full for one in group.itertuples() if (full := results.full_of(found.runs, one)) is not None]
+    fulls = [full for run in group.itertuples() if (full := results.full_of(tables.runs, run)) is not None]
     folders = [full.folder for full in fulls]
     return max(fulls, key=lambda full: folders.count(full.folder)) if fulls else None
 
@@ -72,11 +72,11 @@ def _limits(group: pd.DataFrame, full: Any | None) -> tuple[float, float] | None
     return figures.limits(group["score"], group["low"], group["high"], line)
 
 
-def fidelity(found: Results, names: Names) -> Section | None:
+def fidelity(tables: Results, names: Names) -> Section | None:
     """KL divergence against KV kept: a panel for each model, data set and algorithm."""
-    if found.fidelity.empty:
+    if tables.fidelity.empty:
         return None
-    frame = found.fidelity
+    frame = tables.fidelity
     made = Section("kl", "KL divergence against KV kept", captions.KL, frame.drop(columns=["versions", "command"]))
     for _, panel in frame.groupby([*GROUP, "algorithm"], sort=False):
         first = panel.iloc[0]
@@ -89,14 +89,14 @@ def fidelity(found: Results, names: Names) -> Section | None:
     return made
 
 
-def sensitivity(found: Results, names: Names) -> Section | None:
+def sensitivity(tables: Results, names: Names) -> Section | None:
     """Score over KV_class3 at fixed ini_size: a panel for each model, data set, algorithm and allocation."""
-    frame = results.sensitivity(found.runs)
+    frame = results.sensitivity(tables.runs)
     if frame.empty:
         return None
     made = Section("sensitivity", "Sensitivity to KV_class3", captions.SENSITIVITY, frame)
     for _, group in frame.groupby([*GROUP, "samples", "data"], sort=False):
-        full = _full(found, found.runs[found.runs["folder"].isin(group["folder"])])
+        full = _full(tables, tables.runs[tables.runs["folder"].isin(group["folder"])])
         line = None if full is None else full.score
         limits = _limits(group, full)
         for _, panel in group.groupby(["algorithm", "allocation"], sort=False):
@@ -108,14 +108,11 @@ def sensitivity(found: Results, names: Names) -> Section | None:
     return made
 
 
-def layers(found: Results, names: Names, problems: list[str]) -> Section | None:
+def layers(tables: Results, names: Names, problems: list[str]) -> Section | None:
     """Similarities of a run of each model and data set, and budgets of one for each allocation."""
-    squeezed = found.runs[~found.runs["allocation"].isin(["full", "uniform"])]
-    if squeezed.empty:
-        return None
     parts: list[pd.DataFrame] = []
     made = Section("layers", "Layers: similarities, classes and budgets", captions.LAYERS, pd.DataFrame())
-    for _, group in chosen(found.runs).groupby(GROUP, sort=False):
+    for _, group in chosen(tables.runs).groupby(GROUP, sort=False):
         budgets: list[Plot] = []
         mapped = False
         for run in group.itertuples():
@@ -153,7 +150,7 @@ def losses(run: Any, curves: Calibration, names: Names) -> Plot:
     """The loss curves that a calibrated run was made from."""
     first = curves.first(parse_fraction("ini_size", run.ini_size))
     measured, share = curves.relative(first), curves.shares[first]
-    multiples = [float(one) for one in curves.multiples]
+    multiples = [float(multiple) for multiple in curves.multiples]
     title = heading(run, "loss curves", run.algorithm)
     figure = layer_figures.loss_lines(measured, multiples, float(share), title)
     return Plot(
@@ -163,12 +160,12 @@ def losses(run: Any, curves: Calibration, names: Names) -> Plot:
     )
 
 
-def bench(found: Results, names: Names) -> Section | None:
+def bench(tables: Results, names: Names) -> Section | None:
     """Speed, memory and KV held over the batch size, for each file and prompt length."""
-    if found.bench.empty:
+    if tables.bench.empty:
         return None
-    made = Section("bench", "Throughput and memory", captions.BENCH, found.bench)
-    for _, group in found.bench.groupby(["file", "model", "device", "prompt_length"], sort=False):
+    made = Section("bench", "Throughput and memory", captions.BENCH, tables.bench)
+    for _, group in tables.bench.groupby(["file", "model", "device", "prompt_length"], sort=False):
         first = group.iloc[0]
         group = group.assign(peak=group["peak_bytes"] / 1e9, kv=group["kv_bytes"] / 1e6)
         where = fitted(f"{first.model}, {first.prompt_length} tokens, {first.device}", 120)
@@ -184,9 +181,9 @@ def bench(found: Results, names: Names) -> Section | None:
     return made
 
 
-def cheapest(found: Results) -> Section | None:
-    """The table a user came for."""
-    frame = results.cheapest(found.runs)
+def cheapest(tables: Results) -> Section | None:
+    """The least KV within some percent of the full cache's score, as a table."""
+    frame = results.cheapest(tables.runs)
     if frame.empty:
         return None
     rows = []
@@ -194,26 +191,23 @@ def cheapest(found: Results) -> Section | None:
         cells = [Cell(str(word)) for word in key]
         full = group["full"].max()
         cells.append(Cell("-" if pd.isna(full) else f"{full:.2f}", -1.0 if pd.isna(full) else full))
-        for one in group.itertuples():
-            order = 9.0 if pd.isna(one.kept) else one.kept
-            cells.append(Cell(one.reason or captions.best(one), order))
+        for row in group.itertuples():
+            order = 9.0 if pd.isna(row.kept) else row.kept
+            cells.append(Cell(row.reason or captions.best(row), order))
         rows.append(cells)
     titles = ["model", "benchmark", "data set", "algorithm", "budgets", "full score"]
     table = Table([*titles, *(f"within {within}%" for within in results.WITHIN)], rows, ["full score"])
     return Section("cheapest", "How little KV is enough", captions.CHEAPEST, frame, table=table)
 
 
-def all_runs(found: Results) -> Section | None:
+def all_runs(tables: Results) -> Section | None:
     """Every run, with what made it."""
-    frame = pd.concat([one for one in (found.runs, found.fidelity) if not one.empty]) if _any(found) else found.runs
-    if frame.empty:
+    frames = [frame for frame in (tables.runs, tables.fidelity) if not frame.empty]
+    if not frames:
         return None
-    rows = [captions.run_cells(one) for one in frame.to_dict("records")]
+    frame = pd.concat(frames)
+    rows = [captions.run_cells(row) for row in frame.to_dict("records")]
     columns = [name for name in rows[0] if any(row[name][0] not in ("", "-") for row in rows)]
     cells = [[Cell(*row[name]) for name in columns] for row in rows]
     numbers = [name for name in columns if name in captions.NUMBERS]
     return Section("runs", "All runs", captions.RUNS, frame, table=Table(columns, cells, numbers, captions.ASIDE))
-
-
-def _any(found: Results) -> bool:
-    return not (found.runs.empty and found.fidelity.empty)

@@ -1,4 +1,4 @@
-"""Which samples run together, and running them until all are done, also when memory is short."""
+"""Batches of samples, run until all are done, also when memory is short."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def batches(lengths: Sequence[int], batch_size: int, kinds: Sequence[Any] = ()) -> list[list[int]]:
-    """Which samples go together: the longest prompts first, so that little is padded and too much fails early.
+    """Samples that go together: the longest prompts first, so that little is padded and too much fails early.
 
     A pure function of its arguments: a run that goes on makes the batches that it had made uninterrupted.
 
@@ -37,7 +37,7 @@ def batches(lengths: Sequence[int], batch_size: int, kinds: Sequence[Any] = ()) 
             known.append(kind)
             alike.append([])
         alike[known.index(kind)].append(index)
-    return [some[start : start + batch_size] for some in alike for start in range(0, len(some), batch_size)]
+    return [group[start : start + batch_size] for group in alike for start in range(0, len(group), batch_size)]
 
 
 @dataclass

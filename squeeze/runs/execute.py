@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def measure_of(job: Job) -> Measure[Any]:
-    """What a job computes on its prompts: the benchmark's answers, or their distance from the full cache."""
+    """A job's work on its prompts: the benchmark's answers, or their distance from the full cache."""
     if not job.spec.fidelity:
         return job.benchmark
     from squeeze.benchmarks.fidelity import Fidelity
@@ -52,8 +52,8 @@ class OpenJob:
 
     def finish(self, index: int) -> None:
         """Publish a data set whose samples are all there."""
-        data = self.job.data[index]
-        self.run.finish(self.samples[index], self.measure.summarize, **self.job.facts_of(data))
+        facts = self.job.benchmark.facts(self.job.data[index], self.job.options)
+        self.run.finish(self.samples[index], self.measure.summarize, **facts)
 
     def report(self, index: int) -> str:
         """A line or two on what a data set has come to."""
@@ -171,9 +171,7 @@ def work_on(
         _point(job, samples, measures.setdefault(job.spec.fidelity, measure_of(job)), workload)
         for job, samples in jobs
     ]
-    if bar is not None:
-        return run_batches(points, prompts, options.batch_size, process, bar)
-    with progress_bar(points, prompts, options.batch_size, process) as own:
+    with progress_bar(points, prompts, options.batch_size, process) if bar is None else nullcontext(bar) as own:
         return run_batches(points, prompts, options.batch_size, process, own)
 
 

@@ -35,7 +35,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 
 
 def run_folder(task: str, name: str, config: SqueezeConfig | None, model_type: str, seed: int = 42) -> Path:
-    """Where a run lies, relative to the working directory.
+    """A run's folder, relative to the working directory.
 
     Args:
         task: `Long`.
@@ -79,16 +79,14 @@ def cache_settings(config: SqueezeConfig | None) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Versions of what computes the results, and this project's own revision where git knows it."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    found |= {package: version(package) for package in PACKAGES}
-    if not in_checkout():  # git would speak of whatever the environment lies in
-        return found | {"git": None}
-    try:
-        git = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-        return found | {"git": done.stdout.strip() or None}
-    except OSError:  # no git here
-        return found | {"git": None}
+    record: dict[str, str | None] = {"python": platform.python_version()}
+    record |= {package: version(package) for package in PACKAGES} | {"git": None}
+    if in_checkout():  # elsewhere git would speak of whatever the environment lies in
+        with suppress(OSError):  # no git
+            git = ["git", "describe", "--always", "--dirty"]
+            done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+            record["git"] = done.stdout.strip() or None
+    return record
 
 
 class Run:
@@ -129,7 +127,7 @@ class Run:
 
     def _read(self) -> None:
         previous = self._previous()
-        difference = _difference(previous["settings"], _plain(self.settings)) if previous else None
+        difference = _difference(previous["settings"], self.settings) if previous else None
         if difference and not self.overwrite:
             raise InputError(f"{self.folder} holds a run with {difference}: --overwrite replaces it")
         #: Data sets of a run with other settings, whose files are dropped.
@@ -161,8 +159,8 @@ class Run:
         if not self.path.exists():
             return None
         try:
-            found = read_json(self.path, Begun)
-            return {"settings": found["settings"], "datasets": found["datasets"]}
+            manifest = read_json(self.path, Begun)
+            return {"settings": manifest["settings"], "datasets": manifest["datasets"]}
         except InputError as error:
             if self.overwrite:
                 return {"settings": {}, "datasets": {}}
@@ -192,7 +190,7 @@ class Run:
             raise InputError(
                 f"{self.folder} has {dataset} samples that run.json does not know: --overwrite drops them"
             )
-        difference = _difference(previous["settings"], _plain(settings)) if previous else None
+        difference = _difference(previous["settings"], settings) if previous else None
         if difference:
             raise InputError(f"{self.folder} holds {dataset} with {difference}: --overwrite replaces it")
         samples.read()
@@ -216,7 +214,7 @@ class Run:
 
     def _take(self) -> None:
         """Make the folder where it is not there, and lock it."""
-        self._made = [one for one in (self.folder, *self.folder.parents) if not one.exists()][::-1]
+        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()][::-1]
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / ".lock"
         fresh = not path.exists()
@@ -262,12 +260,12 @@ class Run:
         for dataset in filter(PLAIN.fullmatch, known):  # what a kill left of data sets that this start does not want
             Samples(self.folder, dataset, {}, 0).sweep()
 
-    def note(self, samples: Samples, **found: Any) -> None:
+    def note(self, samples: Samples, **facts: Any) -> None:
         """Add to what `run.json` will say about the latest start."""
         if self.ranks.first:
             if samples.begin is not None:
                 samples.begin()
-            self.manifest["datasets"][samples.dataset]["starts"][-1] |= found
+            self.manifest["datasets"][samples.dataset]["starts"][-1] |= facts
 
     def finish(self, samples: Samples, summarize: Callable[[Sequence[Any]], dict[str, Any]], **more: Any) -> None:
         """Write the published file of a data set whose samples are all there; every process of the run calls this.
@@ -299,13 +297,9 @@ def check_count(folder: Path, dataset: str, lines: int) -> None:
         raise InputError(f"{folder / dataset}.jsonl has {lines} lines, but run.json counts {samples} samples")
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` as they read back from JSON."""
-    return json.loads(json.dumps(settings))
-
-
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """Words for the settings that differ, or None."""
+    new = json.loads(json.dumps(new))  # as it reads back
     known = {**old, **{key: value for key, value in new.items() if key in old or key not in LATER}}
     changed = [key for key in known if old.get(key) != new.get(key)]
     return ", ".join(f"{key} {_short(old.get(key))} (now {_short(new.get(key))})" for key in changed) or None

@@ -1,4 +1,4 @@
-"""What runs there are: folders → what each run says about itself, and what is left out and why."""
+"""The runs in folders: what each says about itself, and what is left out and why."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ COLUMNS = (
     *("model", "algorithm", "allocation", "ini_size", "KV_class3"),
     *("samples", "score", "KV kept", "KV MB", "tokens/s", "classes"),
 )
-
-
 GO_ON = "start pred.py with the same flags to go on"
 
 
@@ -45,7 +43,7 @@ class Entry:
 
     @property
     def start(self) -> dict[str, Any]:
-        """How the run was started last: `command`, `model`, `device`, `versions`."""
+        """The run's last start: `command`, `model`, `device`, `versions`."""
         return self.summary["starts"][-1]
 
     @property
@@ -55,7 +53,7 @@ class Entry:
 
     @property
     def unscored(self) -> str | None:
-        """The command that scores it, where that is a benchmark's own; None where there is a score, or needs none."""
+        """The command that scores it, where the benchmark has its own; None if there is a score, or none is needed."""
         scorer = self.benchmark.scorer
         if scorer is None or self.fidelity or (self.folder / "result.json").exists():
             return None
@@ -83,7 +81,6 @@ def find(paths: Sequence[Path]) -> Inventory:
     Raises:
         InputError: a path holds neither.
     """
-    found = Inventory()
     runs: dict[Path, Path] = {}
     benches: dict[Path, Path] = {}
     for path in paths:
@@ -92,47 +89,47 @@ def find(paths: Sequence[Path]) -> Inventory:
         measured += sorted(path.rglob("bench.json"))
         if not manifests and not measured:
             raise InputError(f"{path} holds no run: pred.py makes one")
-        for one in manifests:
-            runs.setdefault(one.parent.resolve(), one.parent)
-        for one in measured:
-            benches.setdefault(one.resolve(), one)
-    found.benches = list(benches.values())
+        for manifest in manifests:
+            runs.setdefault(manifest.parent.resolve(), manifest.parent)
+        for bench in measured:
+            benches.setdefault(bench.resolve(), bench)
+    inventory = Inventory(benches=list(benches.values()))
     for folder in runs.values():
-        _read(folder, found)
-    return found
+        _read(folder, inventory)
+    return inventory
 
 
-def _read(folder: Path, found: Inventory) -> None:
-    """Add a run's data sets to `found`, or why they are left out."""
+def _read(folder: Path, inventory: Inventory) -> None:
+    """Add a run's data sets to `inventory`, or why they are left out."""
     path = folder / "run.json"
     try:
         manifest = read_json(path, Manifest)
         settings, datasets = manifest["settings"], manifest["datasets"]
         check_settings(settings, path)
     except InputError as error:
-        found.problems.append(str(error))
-        found.damaged = True
+        inventory.problems.append(str(error))
+        inventory.damaged = True
         return
     partial = {path.name.split(".")[0]: path.name for path in sorted(folder.glob("*.partial*.jsonl"))}
     for dataset in {**dict.fromkeys(partial), **datasets}:
         summary = datasets.get(dataset, {})
         if dataset in partial or "samples" not in summary:
             which = f" ({partial[dataset]} is there)" if dataset in partial else ""
-            found.problems.append(f"{folder}: {dataset} is not finished{which}: {GO_ON}")
+            inventory.problems.append(f"{folder}: {dataset} is not finished{which}: {GO_ON}")
             continue
         entry = Entry(folder, dataset, settings, summary)
         try:
             check_summary(summary, entry.fidelity, path, dataset)
-            found.entries.append(entry)
+            inventory.entries.append(entry)
         except InputError as error:
-            found.problems.append(str(error))
-            found.damaged = True
+            inventory.problems.append(str(error))
+            inventory.damaged = True
     if not datasets:
-        found.problems.append(f"{folder} has no data set yet: {GO_ON}")
+        inventory.problems.append(f"{folder} has no data set yet: {GO_ON}")
 
 
 def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
-    """What was asked of a run: its algorithm, allocation and sizes, and how its layers fell into classes."""
+    """A run's algorithm, allocation and sizes as text, and how its layers fell into classes."""
     if settings["cache"] == "full":
         return dict.fromkeys(COLUMNS, "-") | {"algorithm": "full cache"}
     uniform = settings["ini_size"] == settings.get("KV_class3")

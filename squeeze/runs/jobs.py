@@ -56,17 +56,13 @@ class Job:
 
     @property
     def model_key(self) -> tuple[Any, ...]:
-        """What jobs must have in common to share a loaded model."""
+        """Equal for jobs that can share a loaded model."""
         spec = self.spec
         return self.model_folder, self.device, self.dtype, spec.attn, spec.allow_pickle, spec.device_map, spec.chat
 
     def settings_of(self, data: DataSet) -> dict[str, Any]:
-        """What changes the results of one data set, for `Run.open`."""
+        """The settings that change the results of one data set, for `Run.open`."""
         return self.benchmark.settings(data, self.options)
-
-    def facts_of(self, data: DataSet) -> dict[str, Any]:
-        """What `run.json` says about one data set beside that."""
-        return self.benchmark.facts(data, self.options)
 
     def count(self, data: DataSet) -> int:
         """Samples of one data set."""
@@ -103,7 +99,7 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
     model = resolve(spec, read)
     name, model_type = model.source.name, model.described.model_type
     max_length, note = benchmark.prompt_limit(model.source, model.described.max_position_embeddings)
-    said = benchmark.note(datasets, name, model.folder, spec.chat)
+    benchmark_note = benchmark.note(datasets, name, model.folder, spec.chat)
     settings = {"model": model.identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"attn": "sdpa" if spec.attn == "auto" else spec.attn, "seed": spec.seed}
     settings |= cache_settings(model.config)
@@ -116,7 +112,7 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
         device=device,
         dtype=dtype,
         data=data,
-        notes=tuple(filter(None, (note, said))),
+        notes=tuple(filter(None, (note, benchmark_note))),
         folder=folder / "fidelity" if spec.fidelity else folder,
         settings=settings | _asked_for(spec, model.folder),
         info={
@@ -140,7 +136,7 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
 
 
 def prepare_all(specs: Iterable[RunSpec | InputError]) -> list[Job | InputError]:
-    """Prepare runs for this process alone; what is wrong with one, now or before, stands in its job's place."""
+    """Prepare runs for this process alone; an error of one, now or before, stands in its job's place."""
     read = reader()
 
     def attempt(spec: RunSpec | InputError) -> Job | InputError:
@@ -154,8 +150,10 @@ def prepare_all(specs: Iterable[RunSpec | InputError]) -> list[Job | InputError]
 
 def _asked_for(spec: RunSpec, model_folder: Path) -> dict[str, Any]:
     """Settings that change results and are named in a run's settings only where they are not the default."""
-    found: dict[str, Any] = {"chat": True, "chat_template": sources.chat_identity(model_folder)} if spec.chat else {}
+    settings: dict[str, Any] = (
+        {"chat": True, "chat_template": sources.chat_identity(model_folder)} if spec.chat else {}
+    )
     wishes = sources.greedy_wishes(model_folder)
-    found |= {"without_effect": wishes} if wishes else {}
-    found |= {"temperature": spec.temperature, "top_p": spec.top_p} if spec.temperature > 0 else {}
-    return found | ({"measure": "fidelity"} if spec.fidelity else {})
+    settings |= {"without_effect": wishes} if wishes else {}
+    settings |= {"temperature": spec.temperature, "top_p": spec.top_p} if spec.temperature > 0 else {}
+    return settings | ({"measure": "fidelity"} if spec.fidelity else {})

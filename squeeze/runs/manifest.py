@@ -1,4 +1,4 @@
-"""What `run.json` must say, by who reads it: kinds of JSON. Other fields may stand beside these."""
+"""The fields of `run.json` that each reader needs, as kinds of JSON. Other fields may stand beside these."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Algorithm(TypedDict):
 
 
 class OwnAlgorithm(TypedDict):
-    """One that is not built in."""
+    """An algorithm that is not built in."""
 
     algorithm: str
     algorithm_parameters: dict[str, Any]
@@ -70,7 +70,7 @@ class Allocation(TypedDict):
 
 
 class OwnAllocation(TypedDict):
-    """One that is not built in."""
+    """An allocation that is not built in."""
 
     allocation: str
     allocation_parameters: dict[str, Any]
@@ -82,7 +82,7 @@ class Sizes(TypedDict):
 
 
 class ClassSizes(TypedDict):
-    """Of allocations that cannot do without `KV_class3`."""
+    """Sizes of allocations that cannot do without `KV_class3`."""
 
     ini_size: Size
     KV_class3: Size
@@ -93,7 +93,7 @@ class ModelName(TypedDict):
 
 
 class Start(TypedDict):
-    """How a data set's run was started."""
+    """A start of a data set's run."""
 
     model: ModelName
     device: NotRequired[str]
@@ -106,7 +106,7 @@ class Origin(TypedDict):
 
 
 class Summary(TypedDict):
-    """What both kinds of finished data sets say."""
+    """The fields of both kinds of finished data sets."""
 
     samples: Positive
     kept: Kept
@@ -138,7 +138,7 @@ class ShareInterval(TypedDict):
 
 
 class ComparedSummary(FidelitySummary):
-    """Where there were tokens to compare."""
+    """A comparison of one token or more."""
 
     kl: NatsInterval
     agreement: ShareInterval

@@ -86,13 +86,13 @@ def with_curves(config: SqueezeConfig | None, name: str, model: dict[str, Any]) 
             f"{path} is not there, from which the allocation {config.allocation} makes budgets: "
             f"python -m squeeze.calibrate --model {name} --algorithm {shlex.quote(algorithm)}"
         )
-    found = calibration.read_calibration(path)
-    found.check(algorithm, config.evictor, found.losses.shape[2], model)
-    return dataclasses.replace(config, calibration=found)
+    curves = calibration.read_calibration(path)
+    curves.check(algorithm, config.evictor, curves.losses.shape[2], model)
+    return dataclasses.replace(config, calibration=curves)
 
 
 def named_folder(spec: RunSpec) -> Path:
-    """Where the predictions of a run lie whose model need not be at hand.
+    """The folder of a run whose model need not be at hand.
 
     Raises:
         InputError: the sizes are none.

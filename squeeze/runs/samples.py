@@ -65,7 +65,7 @@ class Samples:
 
     @property
     def files(self) -> list[Path]:
-        """All that it writes, whether it is there or not."""
+        """Every file of this data set, whether it is there or not."""
         return sorted({*self.partials, self.partial, self.finished, self.published})
 
     @property
@@ -108,7 +108,8 @@ class Samples:
         """Put what `read` found into one partial file, whatever it was in, and take back what was published."""
         if not self._gathered:
             write_whole(self.partial, _lines(self.records))
-        for path in (*(one for one in self.partials if one != self.partial), self.published, self.finished):
+        stale = [path for path in self.partials if path != self.partial]
+        for path in (*stale, self.published, self.finished):
             remove(path)
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:

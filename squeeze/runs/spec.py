@@ -208,7 +208,7 @@ class RunSpec:
                 raise InputError(benchmark.refusal(name, takers))
 
     def config(self, model_type: str | None = None) -> SqueezeConfig | None:
-        """What the flags ask of the cache; None for the full cache.
+        """The configuration of the cache that the flags ask for; None for the full one.
 
         Args:
             model_type: the model's architecture, whose own algorithm is taken where none is asked for.
