@@ -65,8 +65,6 @@ def parser() -> Parser:
         prog="python -m squeeze.calibrate",
         description="Measure how much the output loses when a layer's cache is cut, for --allocation calibrated.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     FLAGS["model"].add_to(made, help="as in pred.py")
     FLAGS["model_path"].add_to(made, help="as in pred.py")

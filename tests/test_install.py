@@ -81,7 +81,7 @@ def test_commands_run_where_there_is_no_checkout(installed, tmp_path):
     listed = installed("squeeze", "--help")
     assert "pred   " in listed and "score predictions" in listed
     assert "usage: python -m squeeze.report" in installed("python", "-m", "squeeze.report", "--help")
-    assert installed("squeeze", "evil", code=2) == "error: there is no command evil: squeeze has eval\n"
+    assert installed("squeeze", "evil", code=2) == "error: there is no command evil: did you mean eval?\n"
     save_tiny(tmp_path / "tiny")
     save_rows(tmp_path / "data")
     sizes = ["--enable_squeeze", "--ini_size", "0.3", "--KV_class3", "0.1"]

@@ -58,8 +58,6 @@ def parser() -> Parser:
         prog="python -m squeeze.bench",
         description="Measure prefill, decode and memory of full, uniform and squeezed KV caches.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     made.add_argument(
         "--model", type=path_text, default="SmolLM2-135M", help="as in pred.py (default: the embedded model)"

@@ -23,7 +23,15 @@ LEAST_REAL, MOST_REAL = 1e-30, 1e30
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, and which takes flags before, between and after the rest."""
+    """An argument parser whose errors are one sentence, and which takes flags before, between and after the rest.
+
+    Flags are not abbreviated, and an `epilog` of several lines, such as examples, is shown as it is written.
+    """
+
+    def __init__(self, *, epilog: str | None = None, **more: Any) -> None:
+        written = "\n" in (epilog or "")
+        layout = argparse.RawDescriptionHelpFormatter if written else argparse.HelpFormatter
+        super().__init__(epilog=epilog, formatter_class=layout, allow_abbrev=False, **more)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Read a command line.

@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         print(usage())
         return None
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name[:80], COMMANDS, cutoff=0.5) or list(COMMANDS)
-        raise InputError(f"there is no command {shortened(name)}: squeeze has {', '.join(near)}")
+        near = difflib.get_close_matches(name[:80], COMMANDS, cutoff=0.6)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"squeeze has {', '.join(COMMANDS)}"
+        raise InputError(f"there is no command {shortened(name)}: {hint}")
     sys.argv[0] = f"squeeze {name}"  # what the command calls itself in its own --help
     return import_module(COMMANDS[name][0]).main(arguments)
 

@@ -203,7 +203,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         prog="python -m squeeze.helm_env",
         description="Write what HELM needs to run any of its scenarios on a squeezed model.",
-        allow_abbrev=False,
     )
     for name in CACHE:
         FLAGS[name].add_to(parser)

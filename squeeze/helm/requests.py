@@ -214,7 +214,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Write HELM's prompts as the file of requests that pred.py --pred xsum or cnndm reads.",
         epilog="HELM's own scenarios (xsum, xsum_sampled, cnndm) download their articles and unpickle them, which can "
         "run code: use them if you trust their source. xsum_local and cnndm_local read --articles, offline.",
-        allow_abbrev=False,
     )
     parser.add_argument("--scenario", required=True, help=", ".join(SCENARIOS))
     FLAGS["model"].add_to(parser, required=True, help="as in pred.py: its tokenizer and window decide what fits")

@@ -281,7 +281,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="script/helm.sh",
         description="Score predictions of HELM's requests with HELM, and show all runs scored so far side by side.",
         epilog="The settings at the top of the script, or in the environment, come first; flags win over them.",
-        allow_abbrev=False,
     )
     parser.add_argument("folders", nargs="*", type=as_path, help="run folders, in place of the flags that name one")
     FLAGS["pred"].add_to(

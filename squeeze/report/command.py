@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
@@ -40,8 +39,6 @@ def parser() -> Parser:
         prog="python -m squeeze.report",
         description="Show runs side by side: scores, KV kept and speed, as text tables or as a page with figures.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     made.add_argument(
         "runs",

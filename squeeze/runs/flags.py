@@ -78,8 +78,6 @@ def _parser(description: str, examples: str) -> Parser:
     return Parser(
         description=description,
         epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
 

@@ -87,8 +87,6 @@ def parser() -> Parser:
         prog="python -m squeeze.sweep",
         description="Run a grid of models, data sets, algorithms, sizes and seeds; every point is a run of pred.py.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     made.add_argument(
         "arguments",

@@ -100,7 +100,7 @@ def test_counts_of_tokens_are_bounded(name, value):
     ids=ascii_start,
 )
 def test_whole_numbers(text, words):
-    parser = Parser(allow_abbrev=False)
+    parser = Parser()
     parser.add_argument("--n", type=whole(1, 9))
     assert parser.parse_args(["--n", " 9 "]).n == 9
     with pytest.raises(InputError) as error:
@@ -112,7 +112,7 @@ def test_whole_numbers(text, words):
     "text", ["nan", "inf", "1e400", "1e31", "-1", "1e-400", "1e-31", "0x1p3", "1_0", "٣", "", "1e"]
 )
 def test_real_numbers(text):
-    parser = Parser(allow_abbrev=False)
+    parser = Parser()
     parser.add_argument("--t", type=real("a number, 0 or more"))
     assert [parser.parse_args([f"--t={one}"]).t for one in ("0", "0.0e5", ".5", "1e-30")] == [0, 0, 0.5, 1e-30]
     with pytest.raises(InputError, match="--t must be a number, 0 or more"):
