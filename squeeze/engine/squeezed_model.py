@@ -153,7 +153,7 @@ class SqueezedModel:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """A forward pass that is no part of the prefill under way: one that a hook of the user's starts meanwhile."""
+        """A forward pass of its own: a prefill of another one is not under way in it, and its own ends with it."""
         outer, self.under_way = self.under_way, None
         try:
             yield
@@ -183,8 +183,6 @@ class SqueezedModel:
         except BaseException:
             cache.forget()
             raise
-        finally:
-            self.under_way = None
 
     def _begin_prefill(self, cache: SqueezeCache, inputs: torch.Tensor | None, plain: bool) -> Prefill:
         """A prefill, its loss curves where they are needed, and its budgets where they are known already."""
