@@ -132,4 +132,5 @@ class Rotations:
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Norm of the difference over the norm of `wanted`."""
-    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
+    norm = torch.linalg.vector_norm
+    return (norm(found - wanted) / norm(wanted).clamp(min=1e-12)).item()
