@@ -137,8 +137,9 @@ class Reference:
     def _alone(self, position: int) -> dict[int, Pair]:
         """Keys and values of many different tokens, each of them alone in its sequence, at a position."""
         if position not in self.standing:
-            count = 3 * max(max(layer.key_dim, layer.value_dim) for layer in self.layers)
-            tokens = torch.arange(min(max(count, 192), self.model.get_input_embeddings().weight.shape[0]))[:, None]
+            count = 2 * max(max(layer.key_dim, layer.value_dim) for layer in self.layers) + 16
+            vocabulary = self.model.get_input_embeddings().weight.shape[0]
+            tokens = torch.arange(0, vocabulary, max(vocabulary // count, 1))[:, None]
             cache = WholeCache(self.model.config.get_text_config(decoder=True))
             self._run(tokens, cache, torch.full_like(tokens, position), None)
             self.standing[position] = cache.given
