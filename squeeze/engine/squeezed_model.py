@@ -25,7 +25,8 @@ from squeeze.engine import loss_curves, states
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.interface import NAME
 from squeeze.engine.prefill import KeptPrefill, Prefill, PrefillResult
-from squeeze.engine.probe import AttentionLayer, probe, squeezable
+from squeeze.engine.findings import AttentionLayer, squeezable
+from squeeze.engine.probe import probe
 from squeeze.errors import InputError
 from squeeze.models.rope import LengthwiseRope
 from squeeze.numbers import whole_number
@@ -99,7 +100,8 @@ class SqueezedModel:
             raise ValueError("compiling is decided on when the model is squeezed: leave the `with` block first")
         evictor = config.evictor
         config.allocator.check(algorithm, evictor, len(self.layers))
-        squeezable(self.findings, evictor, config.allocator, config.prefill_chunk)
+        similar = config.allocator.needs == "similarities"
+        squeezable(self.findings, evictor, similarities=similar, prefill_chunk=config.prefill_chunk)
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
         with self.lock:  # nothing is changed by a configuration that is refused
