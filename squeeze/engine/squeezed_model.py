@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from squeeze.allocations.base import Budgets, LossCurves, PromptFacts, check_budgets
 from squeeze.allocations.explicit import Explicit
 from squeeze.compatibility import check_transformers
-from squeeze.config import DEFAULT_ALGORITHM, SqueezeConfig
+from squeeze.config import SqueezeConfig, default_algorithm
 from squeeze.devices import section
 from squeeze.engine import loss_curves
 from squeeze.engine.cache import SqueezeCache
@@ -79,11 +79,9 @@ class SqueezedModel:
         """
         model = self.model
         architecture = model.config.model_type
-        if architecture not in DEFAULT_ALGORITHM:
-            raise InputError(
-                f"the model is of type {architecture}; supported are {', '.join(sorted(DEFAULT_ALGORITHM))}"
-            )
-        algorithm = config.algorithm_name or DEFAULT_ALGORITHM[architecture]
+        if architecture not in ("llama", "mistral"):
+            raise InputError(f"the model is of type {architecture}; supported are llama, mistral")
+        algorithm = config.algorithm_name or default_algorithm(architecture)
         if config.algorithm is None:
             config = replace(config, algorithm=algorithm)
         if config.compile != self.compiled:
