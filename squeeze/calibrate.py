@@ -172,10 +172,11 @@ def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares:
     """Measure the prompts that are missing, and say before what it costs."""
     from squeeze.devices import unless_out_of_memory
     from squeeze.engine import loss_curves
+    from squeeze.models.described import cache_layers
 
     with load([job]) as engine:
         assert engine.squeezed is not None
-        tokenizer, layers = engine.tokenizer, engine.model.config.num_hidden_layers
+        tokenizer, layers = engine.tokenizer, len(cache_layers(engine.model.config))
         wanted = [rows[index] for index in samples.missing]
         most = {data.dataset: 1 + row for data, row in wanted}  # rows come in order
         encoded = {

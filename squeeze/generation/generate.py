@@ -17,7 +17,8 @@ from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
 from squeeze.generation.stats import SampleStats
 from squeeze.generation.stopping import StopStrings
-from squeeze.models.folder_config import own_window, valid_ids
+from squeeze.models.described import cache_layers
+from squeeze.models.folder_config import valid_ids
 
 
 class FirstToken(StoppingCriteria):
@@ -62,7 +63,8 @@ def generate(
 
     def measure_cache() -> None:
         if cache is not None:
-            held["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+            held["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
 
     first = FirstToken(measure_cache)
     start = now(device)
@@ -148,11 +150,8 @@ def _pad_token(model: PreTrainedModel) -> int:
 
 
 def full_cache_bytes(config: PretrainedConfig, length: int, dtype: torch.dtype) -> int:
-    """Bytes of all keys and values of `length` tokens, or of what the model's own window needs for the next one."""
-    window = own_window(config)
-    held = min(length, window - 1) if window else length
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * held * dtype.itemsize
+    """Bytes of all keys and values of `length` tokens, or of what the layers' own windows need for the next one."""
+    return sum(layer.held(length) for layer in cache_layers(config)) * dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -109,15 +109,17 @@ def _prefills(job: Job) -> list[Any]:
 def _measuring(job: Job, config: PretrainedConfig, lengths: Sequence[int]) -> int:
     """Tokens that are run for the loss curves of prompts of these lengths."""
     from squeeze.engine import loss_curves
+    from squeeze.models.described import cache_layers
 
     if job.config is None or job.config.allocator.needs != "loss_curves":
         return 0
-    return sum(loss_curves.cost(length, 1, config.num_hidden_layers) for length in lengths)
+    return sum(loss_curves.cost(length, 1, len(cache_layers(config))) for length in lengths)
 
 
 def _most_bytes(job: Job, config: PretrainedConfig, prompts: Sequence[Prompt]) -> tuple[int, int]:
     """The most bytes of keys and values that a batch holds while it decodes, and in its prefill."""
     from squeeze.generation.generate import full_cache_bytes
+    from squeeze.models.described import cache_layers
     from squeeze.runs.batching import share
 
     token = full_cache_bytes(config, 1, job.dtype)
@@ -126,10 +128,11 @@ def _most_bytes(job: Job, config: PretrainedConfig, prompts: Sequence[Prompt]) -
         length = max(len(prompts[index].tokens) for index in batch)
         held = full_cache_bytes(config, length + prompts[batch[0]].settings["max_new_tokens"], job.dtype)
         if job.config is not None:
-            held = min(held, math.ceil(job.config.share * length) * token)
+            whole = full_cache_bytes(config, length, job.dtype)
+            held = min(held, math.ceil(job.config.share * length) * whole // length)
         prefill = length * token
         if job.config is not None and job.config.prefill_chunk is not None and not job.spec.fidelity:
-            one_layer = token // config.num_hidden_layers
+            one_layer = max(layer.width for layer in cache_layers(config)) * job.dtype.itemsize
             prefill = min(prefill, held + one_layer * min(job.config.prefill_chunk, length))
         kept, full = max(kept, len(batch) * held), max(full, len(batch) * prefill)
     return kept, full
