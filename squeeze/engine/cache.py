@@ -93,6 +93,8 @@ class SqueezeCache(Cache):
     def end_prefill(self, budgets: np.ndarray) -> None:
         """Take note that every layer was cut to its budgets, `(layers, batch)` tokens: decode steps can follow."""
         self.budgets = budgets
+        for layer in self.squeezed:
+            layer.reading = None
         alike: dict[tuple[Any, ...], list[int]] = {}
         for index, layer in enumerate(self.squeezed):
             shapes = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
