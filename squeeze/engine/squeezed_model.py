@@ -24,6 +24,7 @@ from squeeze.engine import loss_curves
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.prefill import KeptPrefill, Prefill, PrefillResult
 from squeeze.errors import InputError
+from squeeze.models.cached_layers import own_layers
 from squeeze.models.folder_config import own_window
 from squeeze.models.rope import LengthwiseRope, depends_on_length
 from squeeze.numbers import whole_number
@@ -36,6 +37,7 @@ class SqueezedModel:
         config: the configuration, its algorithm filled in.
         evictor: of the configuration's algorithm.
         window: the model's own sliding window, in tokens, or None.
+        layers: those with a cache of their own.
         rope: the angles of a model whose RoPE depends on the length of a sequence; None for others.
         lock: held by a forward pass; threads that use the model take turns by it.
         share_prefills: keep the last prefill, all of its keys and values, for other configurations on the same prompts
@@ -89,7 +91,8 @@ class SqueezedModel:
         if config.compile != self.compiled:
             raise ValueError("compiling is decided on when the model is squeezed: leave the `with` block first")
         evictor, window = config.evictor, own_window(model.config)
-        config.allocator.check(algorithm, evictor, model.config.num_hidden_layers)
+        layers = own_layers(model.config)
+        config.allocator.check(algorithm, evictor, len(layers))
         if window is not None and window < evictor.minimum_budget:
             raise InputError(
                 f"{algorithm} needs {evictor.minimum_budget} tokens a layer, and the model's own "
@@ -101,7 +104,7 @@ class SqueezedModel:
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
         with self.lock:  # nothing is changed by a configuration that is refused
-            self.config, self.evictor, self.window = config, evictor, window
+            self.config, self.evictor, self.window, self.layers = config, evictor, window, layers
 
     def forget_prefill(self) -> None:
         """Let go of the prefill that is kept for other configurations."""
@@ -251,13 +254,13 @@ class SqueezedModel:
         self, losses: LossCurves | None, similarities: np.ndarray | None, length: int, max_new_tokens: int
     ) -> Budgets:
         allocation = self.config.allocator
-        facts = PromptFacts(
-            layers=self.model.config.num_hidden_layers,
-            length=length,
-            cap=min(length + max_new_tokens, self.window or length + max_new_tokens),
-            minimum=self.evictor.minimum_budget,
-            similarities=similarities if allocation.needs == "similarities" else None,
-            curves=losses,
+        facts = PromptFacts.of(
+            self.layers,
+            length,
+            max_new_tokens,
+            self.evictor.minimum_budget,
+            similarities if allocation.needs == "similarities" else None,
+            losses,
         )
         budgets = allocation.allocate(facts)
         check_budgets(budgets, facts, allocation)
