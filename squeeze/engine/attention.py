@@ -33,7 +33,7 @@ class Rule(NamedTuple):
         window: tokens that a query sees, itself included; None: all before it.
         chunk: a query sees no token before the last multiple of so many; None: all (Llama 4).
         softcap: products are bent to lie within plus and minus so much; None: they are not (Gemma 2).
-        sinks: logits of each head, `(heads,)`, that take a share of the softmax and give nothing; None: none (gpt-oss).
+        sinks: logits of each head, `(heads,)`, that take a share of the softmax and give nothing (gpt-oss); or None.
     """
 
     scale: float
@@ -213,7 +213,9 @@ def decode(
     if rule.chunk is not None:
         begun = (layer.position // rule.chunk * rule.chunk)[..., None]
         earlier = layer.slot_positions[:, :, :count] < begun  # of each of the cache's heads
-        logits = logits.masked_fill(earlier.repeat_interleave(kv_heads // earlier.shape[1], dim=1)[:, :, None], -torch.inf)
+        logits = logits.masked_fill(
+            earlier.repeat_interleave(kv_heads // earlier.shape[1], dim=1)[:, :, None], -torch.inf
+        )
     if rule.sinks is None:
         probabilities = logits.softmax(dim=-1, dtype=torch.float32)
     else:

@@ -1,9 +1,9 @@
 """SqueezeCache: a transformers Cache whose attention layers each own one buffer, as large as their budget.
 
 It is the model's own cache with these layers in the place of its own; what is no attention (state space, linear
-attention) stays what it is. During prefill a layer holds the whole prompt: until it is filled, where its budgets are known by then, else until all
-layers are. What the evictor keeps is then copied into a buffer allocated once; from there on a new token is written
-into one slot in place, and nothing is ever concatenated.
+attention) stays what it is. During prefill a layer holds the whole prompt: until it is filled, where its budgets are
+known by then, else until all layers are. What the evictor keeps is then copied into a buffer allocated once; from there
+on a new token is written into one slot in place, and nothing is ever concatenated.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from squeeze.engine import states
-from squeeze.engine.layer import SqueezeLayer
 from squeeze.engine.findings import Findings
+from squeeze.engine.layer import SqueezeLayer
 from squeeze.engine.schedule import Schedule
 from squeeze.evictors import Evictor
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from squeeze.engine.cache import SqueezeCache
-from squeeze.engine.layer import SqueezeLayer
 from squeeze.engine.findings import Findings
+from squeeze.engine.layer import SqueezeLayer
 from squeeze.errors import InputError
 
 #: Variants of one function: sequences of one length or several, one or more of them, full buffers or not, gradients

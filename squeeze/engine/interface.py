@@ -1,8 +1,8 @@
 """The attention function that a squeezed model's own code calls, through transformers' AttentionInterface.
 
 A model hands it queries, keys and values after RoPE, norms and whatever else it does to them, just after it has called
-`update` on the cache. The function is registered as long as any model is squeezed, and looked up only in forward passes
-with a SqueezeCache.
+`update` on the cache. The function is registered as long as any model is squeezed, and looked up only in passes with a
+SqueezeCache.
 """
 
 from __future__ import annotations
@@ -118,7 +118,14 @@ def attend(
             return attended.to(query.dtype).transpose(1, 2), None
         reading, scored = layer.reading, own and layer.evictor.needs_scores
         attended, scores = attention.prefill(
-            query, key.to(query.dtype), value.to(query.dtype), layer.places, reading.lengths, rule, reading.fused, scored
+            query,
+            key.to(query.dtype),
+            value.to(query.dtype),
+            layer.places,
+            reading.lengths,
+            rule,
+            reading.fused,
+            scored,
         )
         if own:
             layer.take(scores)

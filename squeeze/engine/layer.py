@@ -160,7 +160,10 @@ class SqueezeLayer(CacheLayerMixin):
         """A chunk, after what is kept of earlier ones where there is any, left-padded; notes `places`."""
         assert self.reading is not None
         seen, lengths = self.reading.seen, self.reading.lengths
-        self.places = [torch.arange(before, before + count, device=keys.device) for before, count in zip(seen, lengths, strict=True)]
+        self.places = [
+            torch.arange(before, before + count, device=keys.device)
+            for before, count in zip(seen, lengths, strict=True)
+        ]
         if not any(seen):
             return keys, values
         rows = []
@@ -173,7 +176,8 @@ class SqueezeLayer(CacheLayerMixin):
             rows.append(own)
         longest = max(map(len, self.places))
         joined_keys, joined_values = (
-            torch.stack([pad(part, (0, 0, longest - part.shape[1], 0)) for part in parts]) for parts in zip(*rows, strict=True)
+            torch.stack([pad(part, (0, 0, longest - part.shape[1], 0)) for part in parts])
+            for parts in zip(*rows, strict=True)
         )
         return joined_keys, joined_values
 
@@ -276,7 +280,7 @@ class SqueezeLayer(CacheLayerMixin):
 
     @property
     def needs_positions(self) -> bool:
-        """Whether somebody asks which token lies in a slot: the evictor, or attention that ends at a chunk's border."""
+        """Whether somebody asks which token lies in a slot: the evictor, or attention that ends at a chunk's edge."""
         return self.evictor.needs_scores or self.facts.chunk is not None
 
     @property

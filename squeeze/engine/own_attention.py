@@ -1,8 +1,8 @@
-"""Attention that a model computes by itself, and not through transformers' AttentionInterface (Falcon, GPT-J, CodeGen).
+"""Attention that a model computes by itself, and not through AttentionInterface (Falcon, GPT-J, CodeGen).
 
 It fills the same cache by the same `update`. While a prompt is read it has the mask that the model makes; in a decode
-step it is given one that shows the slots which hold a token. H2O's scores come from the probabilities that such modules
-return under `eager`.
+step it is given one that shows the slots which hold a token. H2O's scores come from the probabilities that such
+modules return under `eager`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from squeeze.engine.findings import AttentionLayer
 from squeeze.engine.interface import current_cache
 from squeeze.engine.layer import SqueezeLayer
-from squeeze.engine.findings import AttentionLayer
 from squeeze.errors import InputError
 
 

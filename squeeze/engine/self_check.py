@@ -49,8 +49,8 @@ def self_check(run: SqueezedModel) -> None:
             first = next((number for number, each in enumerate(errors) if each > error / 4), len(errors) - 1)
             raise InputError(
                 f"a {model.config.model_type} model cannot be squeezed here: with room for every token its logits "
-                f"differ from its own by {error:.2g} of the largest after {position + 1} tokens, and its hidden states "
-                f"from decoder layer {max(first - 1, 0)} on"
+                f"differ from its own by {error:.2g} of the largest after {position + 1} tokens, and its hidden "
+                f"states from decoder layer {max(first - 1, 0)} on"
             )
     _passed.setdefault(model, set()).add(key)
 

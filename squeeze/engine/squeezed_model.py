@@ -23,9 +23,9 @@ from squeeze.config import SqueezeConfig, default_algorithm
 from squeeze.devices import section
 from squeeze.engine import loss_curves, states
 from squeeze.engine.cache import SqueezeCache
+from squeeze.engine.findings import AttentionLayer, squeezable
 from squeeze.engine.interface import NAME
 from squeeze.engine.prefill import KeptPrefill, Prefill, PrefillResult
-from squeeze.engine.findings import AttentionLayer, squeezable
 from squeeze.engine.probe import probe
 from squeeze.errors import InputError
 from squeeze.models.rope import LengthwiseRope

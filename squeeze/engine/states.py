@@ -12,8 +12,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
-from squeeze.engine.layer import SqueezeLayer
 from squeeze.engine.findings import AttentionLayer, Findings
+from squeeze.engine.layer import SqueezeLayer
 from squeeze.evictors import Evictor
 
 

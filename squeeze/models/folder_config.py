@@ -97,7 +97,9 @@ def model_config(folder: Path) -> PretrainedConfig:
             + (f": it knows {', '.join(near)}" if near else "")
         )
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise InputError(f"the model of {path} is of type {kind}, which is no decoder: no language model that continues a text")
+        raise InputError(
+            f"the model of {path} is of type {kind}, which is no decoder: no language model that continues a text"
+        )
     made = CONFIG_MAPPING[kind]
     try:
         config = made(**_kept(made, read_settings(folder), path))

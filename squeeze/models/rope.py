@@ -34,7 +34,9 @@ def depends_on_length(config: PretrainedConfig) -> bool:
 def unscaled_length(config: PretrainedConfig) -> int:
     """The most tokens of a sequence whose angles are the same as those of any shorter one."""
     lengths = [
-        rope["original_max_position_embeddings"] for rope in length_dependent(config) if rope["rope_type"] == "longrope"
+        rope["original_max_position_embeddings"]
+        for rope in length_dependent(config)
+        if rope["rope_type"] == "longrope"
     ]
     return min([*lengths, positions(config)]) if len(lengths) < len(length_dependent(config)) else min(lengths)
 

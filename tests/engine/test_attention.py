@@ -22,9 +22,7 @@ RULES = {
 def tensors(tokens, batch=2, seed=0, dtype=torch.float32, value_dim=VALUE_DIM):
     generator = torch.Generator().manual_seed(seed)
     sizes = [(HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, value_dim)]
-    return [
-        (2 * torch.randn((batch, heads, tokens, width), generator=generator)).to(dtype) for heads, width in sizes
-    ]
+    return [(2 * torch.randn((batch, heads, tokens, width), generator=generator)).to(dtype) for heads, width in sizes]
 
 
 def prefill(queries, keys, values, lengths, rule, fused, with_scores):

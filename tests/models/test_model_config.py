@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from squeeze import InputError
 from squeeze.models.described import check_weights
-from squeeze.models.folder_config import SIZES, model_config
+from squeeze.models.folder_config import model_config
 from squeeze.models.loading import load
 from squeeze.models.model_config import ModelConfig, read_config
 from squeeze.models.model_files import Tensor, inspect
