@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, StoppingCriteria
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from squeeze.devices import now, peak_memory
@@ -17,7 +17,8 @@ from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
 from squeeze.generation.stats import SampleStats
 from squeeze.generation.stopping import StopStrings
-from squeeze.models.folder_config import own_window, valid_ids
+from squeeze.models.cached_layers import full_cache_bytes, own_layers
+from squeeze.models.folder_config import valid_ids
 
 
 class FirstToken(StoppingCriteria):
@@ -62,7 +63,8 @@ def generate(
 
     def measure_cache() -> None:
         if cache is not None:
-            held["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+            held["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
 
     first = FirstToken(measure_cache)
     start = now(device)
@@ -99,7 +101,7 @@ def generate(
             decode_seconds=(end - prefilled) / len(prompts),
             kv_bytes=held["kv_bytes"] / len(prompts),
             state_bytes=held["state_bytes"] / len(prompts),
-            full_kv_bytes=full_cache_bytes(model.config, len(prompt), model.dtype),
+            full_kv_bytes=full_cache_bytes(own_layers(model.config), len(prompt), model.dtype),
             peak_memory_bytes=peak_memory(device),
             **layers,
         )
@@ -145,14 +147,6 @@ def _pad_token(model: PreTrainedModel) -> int:
     vocabulary = model.get_input_embeddings().num_embeddings
     special = model.generation_config
     return [*valid_ids(special.pad_token_id, vocabulary), *valid_ids(special.eos_token_id, vocabulary), 0][0]
-
-
-def full_cache_bytes(config: PretrainedConfig, length: int, dtype: torch.dtype) -> int:
-    """Bytes of all keys and values of `length` tokens, or of what the model's own window needs for the next one."""
-    window = own_window(config)
-    held = min(length, window - 1) if window else length
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * held * dtype.itemsize
 
 
 @dataclass(frozen=True)
