@@ -8,9 +8,10 @@ attention). Sums are tried by least squares, and the one that leaves no more tha
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -161,19 +162,20 @@ class _Trace:
         sums = [_solve([x, part], output) for output in made for part in _shaped(self.inner, x)]
         return Fit(min((error for weights, error in sums if min(map(abs, weights)) > SMALL), default=torch.inf), rule)
 
-    def _sums(self, entry: nn.Module, x: torch.Tensor, with_others: bool) -> Iterator[Fit]:
-        """For each branch and target, its factors 1, what the configuration says, and what fits best."""
+    def _sums(self, entry: nn.Module, x: torch.Tensor, with_others: bool) -> list[Fit]:
+        """For each branch and target: its factors 1 and what the configuration says, and at last what fits best."""
         others = _shaped(self.others, x) if with_others else []
+        told: list[Fit] = []
+        fitted: list[Fit] = []
         for branch, output in self.branches:
-            for made in _shaped([output], x):
-                for target in _shaped(self.targets, x):
-                    (of_stream, of_branch, *_), _ = _solve([x, made, *others], target)
-                    scales = [1.0, *self.scales]
-                    if min(abs(of_stream), abs(of_branch)) > SMALL:
-                        scales.append(of_branch / of_stream)
+            for made, target in product(_shaped([output], x), _shaped(self.targets, x)):
+                (of_stream, of_branch, *_), _ = _solve([x, made, *others], target)
+                best = [of_branch / of_stream] if min(abs(of_stream), abs(of_branch)) > SMALL else []
+                for fits, scales in ((told, [1.0, *self.scales]), (fitted, best)):
                     for scale in scales:
                         rule = Rule(self.names[entry], self.names[branch], 1.0, scale)
-                        yield Fit(self._error(x + scale * made, others, target), rule)
+                        fits.append(Fit(self._error(x + scale * made, others, target), rule))
+        return told + fitted
 
     def _error(self, stream: torch.Tensor, others: list[torch.Tensor], target: torch.Tensor) -> float:
         """Of a target as a sum of the stream and other branches; infinite where the stream has no part in it."""
