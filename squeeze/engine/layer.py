@@ -159,7 +159,7 @@ class SqueezeLayer(CacheLayerMixin):
     def _with_past(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A chunk, after what is kept of earlier ones where there is any, left-padded; notes `places`."""
         assert self.reading is not None
-        seen, lengths = self.reading.seen, self.reading.lengths
+        seen, lengths, budgets = self.reading.seen, self.reading.lengths, self.reading.budgets
         self.places = [
             torch.arange(before, before + count, device=keys.device)
             for before, count in zip(seen, lengths, strict=True)
@@ -170,7 +170,8 @@ class SqueezeLayer(CacheLayerMixin):
         for row, (before, count) in enumerate(zip(seen, lengths, strict=True)):
             own = [part[row, :, part.shape[2] - count :] for part in (keys, values)]
             if before:
-                *kept, positions = self.past(row, before, self.reading.budgets[row])
+                assert budgets is not None, "a chunk needs budgets that are known before it"
+                *kept, positions = self.past(row, before, budgets[row])
                 own = [torch.cat(parts, dim=1) for parts in zip(kept, own, strict=True)]
                 self.places[row] = torch.cat([positions, self.places[row]])
             rows.append(own)

@@ -34,25 +34,38 @@ def self_check(run: SqueezedModel) -> None:
     model, key = run.model, (id(run.findings), run.evictor.needs_scores)
     if model.training or key in _passed.get(model, set()):
         return
-    device, vocabulary = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
+    device = model.get_input_embeddings().weight.device
     tokens = (torch.arange(PROMPT + STEPS, device=device) * 7919 % (vocabulary - 1) + 1)[None]
-    own = model(tokens, use_cache=False, output_hidden_states=True)
-    cache = run.fork(run.prefill(tokens[:, :PROMPT]), [[PROMPT + STEPS] * len(run.layers)], STEPS)
-    for position in range(PROMPT, PROMPT + STEPS):
-        ids, positions = tokens[:, position : position + 1], torch.tensor([[position]], device=device)
-        places = {"position_ids": positions} if "position_ids" in run.decoder_arguments else {}
-        step = model(ids, past_key_values=cache, use_cache=True, output_hidden_states=True, **places)
-        error = _apart(step.logits[:, -1], own.logits[:, position])
-        if error > TOLERANCE.get(model.dtype, 5e-2):
-            layers = zip(step.hidden_states, own.hidden_states, strict=True)
-            errors = [_apart(mine[:, -1], theirs[:, position]) for mine, theirs in layers]
-            first = next((number for number, each in enumerate(errors) if each > error / 4), len(errors) - 1)
-            raise InputError(
-                f"a {model.config.model_type} model cannot be squeezed here: with room for every token its logits "
-                f"differ from its own by {error:.2g} of the largest after {position + 1} tokens, and its hidden "
-                f"states from decoder layer {max(first - 1, 0)} on"
-            )
+    [own], [squeezed] = _logits(run, tokens, by_layer=False)
+    error = _apart(squeezed, own)
+    if error > TOLERANCE.get(model.dtype, 5e-2):
+        errors = [_apart(mine, theirs) for theirs, mine in zip(*_logits(run, tokens, by_layer=True), strict=True)]
+        first = next((number for number, each in enumerate(errors) if each > error / 4), len(errors) - 1)
+        raise InputError(
+            f"a {model.config.model_type} model cannot be squeezed here: with room for every token its logits differ "
+            f"from its own by {error:.2g} of the largest, and its hidden states from decoder layer {max(first - 1, 0)} "
+            "on"
+        )
     _passed.setdefault(model, set()).add(key)
+
+
+def _logits(run: SqueezedModel, tokens: torch.Tensor, by_layer: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Logits after each of the last tokens, of the model itself and on a squeezed cache, `(STEPS, vocabulary)`.
+
+    With `by_layer`, the hidden states of every layer, `(STEPS, hidden)`, in their place.
+    """
+    model, asked = run.model, {"output_hidden_states": True} if by_layer else {}
+    whole = model(tokens, use_cache=False, **asked)
+    own = [*whole.hidden_states] if by_layer else [whole.logits]
+    cache = run.fork(run.prefill(tokens[:, :PROMPT]), [[PROMPT + STEPS] * len(run.layers)], STEPS)
+    steps = []
+    for position in range(PROMPT, PROMPT + STEPS):
+        step = run.step(tokens[:, position : position + 1], position, cache, **asked)
+        steps.append([*step.hidden_states] if by_layer else [step.logits])
+    return [states[0, PROMPT:] for states in own], [
+        torch.cat([part.to(parts[0].device) for part in parts], dim=1)[0] for parts in zip(*steps, strict=True)
+    ]
 
 
 def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:

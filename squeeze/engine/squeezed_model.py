@@ -10,11 +10,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from squeeze.allocations.base import Budgets, LossCurves, PromptFacts, check_budgets
 from squeeze.allocations.explicit import Explicit
@@ -153,6 +154,12 @@ class SqueezedModel:
         states.restore(cache.layers, prefill.states, len(budgets))
         cache.compress(np.array(budgets).T)
         return cache
+
+    def step(self, tokens: torch.Tensor, position: int, cache: SqueezeCache, **more: Any) -> CausalLMOutputWithPast:
+        """The model's output of a decode step, of `tokens` `(batch, 1)` that all stand at one position."""
+        if "position_ids" in self.decoder_arguments:
+            more["position_ids"] = torch.full_like(tokens, position)
+        return self.model(tokens, past_key_values=cache, use_cache=True, **more)
 
     @contextmanager
     def prefilling(self, cache: SqueezeCache, inputs: torch.Tensor | None, plain: bool) -> Iterator[Prefill]:
