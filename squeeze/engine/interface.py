@@ -58,22 +58,21 @@ def registered() -> Iterator[None]:
 
 
 @contextmanager
-def forward_pass(cache: SqueezeCache | None, configs: Sequence[PretrainedConfig], name: str | None) -> Iterator[None]:
-    """A block that holds one forward pass.
+def forward_pass(cache: SqueezeCache, configs: Sequence[PretrainedConfig], name: str | None) -> Iterator[None]:
+    """A block that holds one forward pass on a squeezed cache.
 
     Args:
-        cache: that it works on; None: the pass is the model's own.
-        configs: by which its modules look up their attention function.
+        configs: by which the model's modules look up their attention function.
         name: that they find inside the block; None: the one that they have.
     """
-    outer, _under_way.cache = _under_way.cache, cache
     before = [config._attn_implementation_internal for config in configs]
+    _under_way.cache = cache
     try:
         for config in configs if name is not None else ():
             config._attn_implementation_internal = name
         yield
     finally:
-        _under_way.cache = outer
+        _under_way.cache = None
         for config, own in zip(configs, before, strict=True):
             config._attn_implementation_internal = own
 
@@ -118,14 +117,7 @@ def attend(
             return attended.to(query.dtype).transpose(1, 2), None
         reading, scored = layer.reading, own and layer.evictor.needs_scores
         attended, scores = attention.prefill(
-            query,
-            key.to(query.dtype),
-            value.to(query.dtype),
-            layer.places,
-            reading.lengths,
-            rule,
-            reading.fused,
-            scored,
+            query, key, value, layer.places, reading.lengths, rule, fused=reading.fused, with_scores=scored
         )
         if own:
             layer.take(scores)

@@ -44,8 +44,8 @@ def self_check(run: SqueezedModel) -> None:
         first = next((number for number, each in enumerate(errors) if each > error / 4), len(errors) - 1)
         raise InputError(
             f"a {model.config.model_type} model cannot be squeezed here: with room for every token its logits differ "
-            f"from its own by {error:.2g} of the largest, and its hidden states from decoder layer {max(first - 1, 0)} "
-            "on"
+            f"from its own by {error:.2g} of the largest, and its hidden states from decoder layer "
+            f"{max(first - 1, 0)} on"
         )
     _passed.setdefault(model, set()).add(key)
 
