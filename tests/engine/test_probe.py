@@ -204,6 +204,18 @@ def test_rounding_does_not_change_what_is_found(name, dtype):
     assert said(build(name).to(dtype)) == said(build(name))
 
 
+def test_biases_that_dwarf_what_turns_do_not_hide_it():
+    """Qwen2 has keys of which a few dimensions, that hardly turn, are a hundred times larger than the others."""
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    model = random_model("llama", attention_bias=True, rope_parameters=rope).to(torch.bfloat16)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data.view(2, 8)[:, [3, 7]] = 300.0
+    expected = Rope(8)
+    for layer in probe(model).layers:
+        found = layer.rotation
+        assert found is not None and Rope(found.dims, found.interleaved, found.direction, found.part) == expected
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "olmo2", "cohere2", "gpt_neox"])
 def test_packed_layers_are_looked_through(name):
     model = build(name)
@@ -332,6 +344,7 @@ def test_one_pass_is_enough():
     {
         "doge": "DogeAttention is given attention_mask",
         "deepseek_v32": "caches more than keys and values, in a DynamicIndexedLayer",
+        "deepseek_v4": "caches more than keys and values, in a DeepseekV4HCACache",
         "minimax": "MiniMax uses cache of its own",
         "recurrent_gemma": "keeps a state of its own, outside of the cache",
         "falcon (ALiBi, rw)": r"adds its positions \(ALiBi\) in code of its own",

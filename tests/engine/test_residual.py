@@ -53,7 +53,7 @@ class Block(nn.Module):
         return after + self.mlp(self.norm2(after))
 
 
-def rules(blocks, scales=(), dtype=torch.float32):
+def rules(blocks, scales=(), dtype=torch.float32, tokens=None):
     """Run blocks on two different tokens, and find their rules."""
     with torch.no_grad():
         for block in blocks:
@@ -69,7 +69,7 @@ def rules(blocks, scales=(), dtype=torch.float32):
             )
         )
     with torch.no_grad():
-        model(torch.randn(2, 1, HIDDEN).to(dtype))
+        model((torch.randn(2, 1, HIDDEN) if tokens is None else tokens).to(dtype))
     tolerance = 1e-4 if dtype == torch.float32 else 1.2e-2
     return find_residuals([(block.attn, block) for block in blocks], calls, scales, tolerance)
 
@@ -96,6 +96,15 @@ def test_ways_to_add(way, rule, entry, dtype):
         assert residual.rule == rule and residual.entry is block.get_submodule(entry)
         assert residual.branch is (block.post if way == "post" else block.attn)
         assert (residual.of_stream, residual.of_branch) == (way != "own", 1.0)
+
+
+@pytest.mark.parametrize("way", ["post", "pre"])
+def test_dimensions_of_the_stream_that_dwarf_all_others_do_not_hide_the_rule(way):
+    """In bfloat16 their rounding alone is more than all that attention adds to the others."""
+    tokens = torch.randn(2, 1, HIDDEN)
+    tokens[..., 5] = 3000.0
+    (residual,) = rules([Block(way, 0.22)], scales=[0.22], dtype=torch.bfloat16, tokens=tokens)
+    assert residual.rule == ("x + post" if way == "post" else "x + 0.22·attn")
 
 
 @pytest.mark.parametrize("told", [True, False])
