@@ -11,7 +11,7 @@ from transformers import LlamaConfig, MistralConfig
 
 import pred
 from squeeze import InputError, SqueezeConfig, squeezed
-from squeeze.generation.generate import full_cache_bytes, generate, greedy, pad_left, stop_tokens
+from squeeze.generation.generate import generate, greedy, pad_left, stop_tokens
 from squeeze.models import loading
 from squeeze.models.folder_config import declares, generation_config, model_config, own_window
 from squeeze.models.sources import greedy_wishes
@@ -143,10 +143,8 @@ def test_a_window_counts_where_the_architecture_has_one(folder):
     left_over, windowed = LlamaConfig(sliding_window=16), MistralConfig(sliding_window=16)
     assert (own_window(left_over), own_window(windowed)) == (None, 16)
     assert (declares(left_over, "sliding_window"), declares(MistralConfig, "sliding_window")) == (False, True)
-    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 5}
-    one = full_cache_bytes(LlamaConfig(**sizes), 1, torch.float32)
-    assert full_cache_bytes(LlamaConfig(sliding_window=16, **sizes), 100, torch.float32) == 100 * one
-    assert full_cache_bytes(MistralConfig(sliding_window=16, **sizes), 100, torch.float32) == 15 * one
+    made = model_config(change(folder, "config.json", sliding_window=16) or folder)
+    assert not hasattr(made, "sliding_window")
 
 
 def test_a_llama_with_a_leftover_window_keeps_and_sees_everything():
