@@ -44,7 +44,6 @@ from squeeze.benchmarks.records import Compared
 from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.cli.tables import table
 from squeeze.engine.loss_curves import MULTIPLES, divergences, measure
-from squeeze.evictors import make_evictor
 from squeeze.models import loading, sources
 from squeeze.runs import inventory
 from squeeze.runs.manifest import Manifest
@@ -99,28 +98,26 @@ def blend(one, other, weight=Fraction(1, 2)):
 
 
 def average(several, weights=None):
-    """The mean of several budgets of one total, of that total as well."""
+    """The mean of several budgets of one total, of that total as well; layers are equally wide."""
     weights = weights or [Fraction(1, len(several))] * len(several)
     shares = [
         sum(w * value for w, value in zip(weights, values, strict=True)) for values in zip(*several, strict=True)
     ]
-    return round_to(shares, sum(several[0]))
+    return round_to(shares, sum(several[0]), [1] * len(shares))
 
 
-def ways(known, algorithm, size, length, cap, similarities, own):
+def ways(known, algorithm, size, facts, own):
     """Budgets by each way that is compared, by name.
 
     Args:
         known: `Curves` of each algorithm.
-        similarities: of the prompt's layers.
+        facts: about the prompt, with similarities.
         own: losses measured on the prompt itself, `(layers, multiples)`; None: not measured.
     """
-    share, minimum = Fraction(size), make_evictor(algorithm, 4).minimum_budget
+    share = Fraction(size)
 
     def by(losses):
-        return curves.greedy(MULTIPLES, losses, share, length, cap, minimum)
-
-    facts = PromptFacts(len(similarities), length, cap, minimum, similarities)
+        return curves.greedy(MULTIPLES, losses, share, facts)
 
     def formula(allocation, ratio):
         return allocation(share, share * Fraction(ratio)).allocate(facts).tokens
@@ -156,7 +153,7 @@ def ways(known, algorithm, size, length, cap, similarities, own):
     larger = SIZES[SIZES.index(size) :]
     found["8 prompts: mean of budgets, curves at all sizes"] = average([b for one in SIZES for b in each(some, one)])
     measured = [some.at(losses, one) for losses in some.losses for one in larger]
-    calibrated = curves.budgets(MULTIPLES, np.array(measured), share, length, cap, minimum).tokens
+    calibrated = curves.budgets(MULTIPLES, np.array(measured), share, facts).tokens
     found["calibrated: 8 prompts, curves at this size and above, and uniform"] = calibrated
     for other in known:
         if other != algorithm:
@@ -195,7 +192,7 @@ def run(args):
         for name, prompt in tqdm(chosen.items(), unit="prompt"):
             tokens, settings = prompt.tokens, dict(prompt.settings)
             settings["max_new_tokens"] = min(settings["max_new_tokens"], NEW_TOKENS)
-            length, cap = len(tokens), len(tokens) + settings["max_new_tokens"]
+            length = len(tokens)
             answer = None
             for algorithm in args.algorithms.split(","):
                 todo = [one for one in SIZES if args.again or (name, algorithm, one, "uniform") not in done]
@@ -208,10 +205,12 @@ def run(args):
                 own = measure(engine, tokens, [Fraction(one) for one in todo]) if args.measured else [None] * len(todo)
                 inputs = tokens[None].to(device)
                 model.model(inputs, past_key_values=engine.cache(1), use_cache=True)
-                held, similarities = engine.kept_prefill, engine.similarities[0]
+                held, minimum = engine.kept_prefill, engine.evictor.minimum_budget
+                about = engine.layers, length, settings["max_new_tokens"], minimum, engine.similarities[0]
+                facts = PromptFacts.of(*about)
                 for size, losses in zip(todo, own, strict=True):
                     losses = None if losses is None else np.array(losses)
-                    found = ways(known, algorithm, size, length, cap, similarities, losses)
+                    found = ways(known, algorithm, size, facts, losses)
                     found = {way: one for way, one in found.items() if (name, algorithm, size, way) not in done}
                     if not found:
                         continue

@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import AttentionInterface
 
-from squeeze import SqueezeConfig, calibrate, devices, squeezed
+from squeeze import PromptFacts, SqueezeConfig, calibrate, devices, squeezed
 from squeeze.allocations import curves
 from squeeze.benchmarks import fidelity
 from squeeze.benchmarks.base import Options
@@ -160,10 +160,11 @@ def main():
         if len(answer.logprobs) < 2:  # nothing follows on the first token
             continue
         length = len(prompt.tokens)
-        by = {
-            per_head: curves.budgets(MULTIPLES, np.array(found), share, length, length, 2).tokens
-            for per_head, found in known.items()
-        }
+        by = {}
+        for per_head, found in known.items():
+            groups = len(found[0])  # of one width: layers, or heads
+            facts = PromptFacts(length, (length,) * groups, (length,) * groups, (1,) * groups, 2)
+            by[per_head] = curves.budgets(MULTIPLES, np.array(found), share, facts).tokens
         layers = len(by[False])
         budgets = [
             [[int(share * length)] * heads] * layers,

@@ -150,7 +150,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     with writing(out, f"; what was measured is in {folder}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, content)
-    say(f"{out}: loss curves of {losses.shape[2]} layers at {len(shares)} sizes, {len(losses)} prompts")
+    say(f"{out}: loss curves of {losses.shape[2]} attention layers at {len(shares)} sizes, {len(losses)} prompts")
 
 
 def check_whole(samples: Samples, shares: int, multiples: int) -> None:
@@ -172,11 +172,10 @@ def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares:
     """Measure the prompts that are missing, and say before what it costs."""
     from squeeze.devices import unless_out_of_memory
     from squeeze.engine import loss_curves
-    from squeeze.models.described import cache_layers
 
     with load([job]) as engine:
         assert engine.squeezed is not None
-        tokenizer, layers = engine.tokenizer, len(cache_layers(engine.model.config))
+        tokenizer, layers = engine.tokenizer, len(engine.squeezed.layers)
         wanted = [rows[index] for index in samples.missing]
         most = {data.dataset: 1 + row for data, row in wanted}  # rows come in order
         encoded = {

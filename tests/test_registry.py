@@ -57,7 +57,7 @@ class Nothing(SlidingWindow):
 
 class NoSize(Allocation):
     def allocate(self, facts):
-        return Budgets([facts.cap] * facts.layers)
+        return Budgets(list(facts.caps))
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Thirds(Allocation):
     needs = "similarities"
 
     def allocate(self, facts):
-        return conserve([self.ini_size * facts.length] * facts.layers, facts)
+        return conserve([self.ini_size * reach for reach in facts.reach], facts)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -42,30 +43,100 @@ class LossCurves(NamedTuple):
     losses: np.ndarray
 
 
+class CachedLayer(Protocol):
+    """An attention layer with a cache of its own, as far as budgets go by it."""
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a query sees at most, itself included; None for all."""
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens of the pieces that attention stays within; None where there are none."""
+
+    @property
+    def kv_heads(self) -> int: ...
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers of one head's key in the cache."""
+
+    @property
+    def value_dim(self) -> int: ...
+
+    def reach(self, tokens: int) -> int:
+        """Tokens that the layer's own full cache holds after so many: `min(tokens, window, chunk)`."""
+
+
+def reach(layers: Sequence[CachedLayer], length: int) -> tuple[int, ...]:
+    """Tokens of a prompt that `ini_size` is a fraction of, in each layer (docs/budgets.md).
+
+    They are what the model's own full cache would hold. Where all layers are alike they are the whole prompt even so,
+    as published, and a window only bounds the budgets.
+    """
+    if len({(layer.window, layer.chunk) for layer in layers}) == 1:
+        return (length,) * len(layers)
+    return tuple(layer.reach(length) for layer in layers)
+
+
 @dataclass(frozen=True)
 class PromptFacts:
-    """Facts about a prompt and its model that budgets are made from.
+    """Facts about a prompt and its model that budgets are made from; layers are those with a cache of keys and values.
 
     Attributes:
-        layers: decoder layers of the model.
         length: tokens of the prompt, padding excluded.
-        cap: the most tokens a layer can hold: prompt plus new tokens, or the model's attention window.
+        caps: the most tokens that each layer can hold: prompt plus new tokens, or its own window or chunk.
+        reach: tokens of the prompt in each layer that `ini_size` is a fraction of, see `reach`.
+        widths: numbers of one token's keys and values in each layer, all heads.
         minimum: the fewest tokens the eviction method works with.
         similarities: importance of each layer, `(layers,)`, where the allocation needs it (`squeeze.importance`).
         curves: measured on this prompt's own last tokens, where the allocation needs them.
     """
 
-    layers: int
     length: int
-    cap: int
+    caps: tuple[int, ...]
+    reach: tuple[int, ...]
+    widths: tuple[int, ...]
     minimum: int
     similarities: np.ndarray | None = None
     curves: LossCurves | None = None
 
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[CachedLayer],
+        length: int,
+        max_new_tokens: int,
+        minimum: int,
+        similarities: np.ndarray | None = None,
+        curves: LossCurves | None = None,
+    ) -> PromptFacts:
+        """Facts about a prompt of `length` tokens in a model with these layers."""
+        return cls(
+            length=length,
+            caps=tuple(layer.reach(length + max_new_tokens) for layer in layers),
+            reach=reach(layers, length),
+            widths=tuple(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers),
+            minimum=minimum,
+            similarities=similarities,
+            curves=curves,
+        )
+
     @property
-    def least(self) -> int:
-        """The fewest tokens of a layer: the minimum, or the cap of a prompt that cannot fill it."""
-        return min(self.minimum, self.cap)
+    def layers(self) -> int:
+        """How many they are."""
+        return len(self.caps)
+
+    @property
+    def least(self) -> tuple[int, ...]:
+        """The fewest tokens of each layer: the minimum, or the cap of one that cannot hold as many."""
+        return tuple(min(self.minimum, cap) for cap in self.caps)
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Of one token in each layer, in a total: the widths in lowest terms, so 1 where they are equal."""
+        common = math.gcd(*self.widths)
+        return tuple(width // common for width in self.widths)
 
 
 class Allocation(Strategy, ABC):
@@ -77,7 +148,7 @@ class Allocation(Strategy, ABC):
     Attributes:
         needs: `similarities` of the prompt, which are known at the end of its prefill; `loss_curves`, which cost
             several prefills; or `nothing` beside the prompt's length.
-        ini_size: budget of every layer before some give tokens to others, as a fraction of the prompt.
+        ini_size: budget of every layer before some give tokens to others, as a fraction of `PromptFacts.reach`.
     """
 
     needs: Needs = "nothing"
@@ -112,14 +183,14 @@ class Allocation(Strategy, ABC):
 
     @abstractmethod
     def allocate(self, facts: PromptFacts) -> Budgets:
-        """Budgets of all layers for one prompt, none below `facts.least` or above `facts.cap`."""
+        """Budgets of all layers for one prompt, none below `facts.least` or above `facts.caps`."""
 
     def classify(self, similarities: np.ndarray) -> list[int]:
         """The class of each layer (1, 2 or 3), for reports."""
         return classify(similarities)
 
     def check(self, algorithm: str, evictor: Evictor, layers: int) -> None:
-        """Raises InputError unless the allocation fits an eviction method and a model of so many layers."""
+        """Raises InputError unless the allocation fits an eviction method and a model of so many attention layers."""
 
 
 def read_size(value: Fraction | float | str) -> Fraction:
@@ -134,16 +205,19 @@ def check_budgets(budgets: Budgets, facts: PromptFacts, allocation: Allocation) 
     """Raises InputError unless each layer has a whole number of tokens within its bounds, and a class or none has."""
     if not isinstance(budgets, Budgets):
         raise InputError(f"the allocation {allocation} must return squeeze.Budgets, and gave {shown(budgets)}")
-    tokens, classes = budgets.tokens, budgets.classes
-    if len(tokens) != facts.layers or not all(
-        isinstance(count, Integral) and facts.least <= count <= facts.cap for count in tokens
-    ):
+    tokens, classes, layers = budgets.tokens, budgets.classes, facts.layers
+    if len(tokens) != layers:
         raise InputError(
-            f"the allocation {allocation} must give {facts.layers} layers whole numbers of tokens from {facts.least} "
-            f"to {facts.cap}, and gave {shown(tokens)}"
+            f"the allocation {allocation} must give {layers} layers their tokens, and gave {shown(tokens)}"
         )
-    if classes is not None and (len(classes) != facts.layers or not set(classes) <= {1, 2, 3}):
+    for layer, (count, least, cap) in enumerate(zip(tokens, facts.least, facts.caps, strict=True)):
+        if not (isinstance(count, Integral) and least <= count <= cap):
+            raise InputError(
+                f"the allocation {allocation} must give layer {layer} a whole number of tokens from {least} to {cap}, "
+                f"and gave {shown(tokens)}"
+            )
+    if classes is not None and (len(classes) != layers or not set(classes) <= {1, 2, 3}):
         raise InputError(
-            f"the allocation {allocation} must sort {facts.layers} layers into the classes 1, 2 and 3, or leave "
+            f"the allocation {allocation} must sort {layers} layers into the classes 1, 2 and 3, or leave "
             f"classes out, and gave {shown(classes)}"
         )

@@ -17,7 +17,7 @@ class Calibrated(Allocation):
     """Tokens go where the next one saves the most, on other prompts than the one that is run.
 
     Args:
-        ini_size: mean budget of the layers, as a fraction of the prompt.
+        ini_size: mean budget of the layers, as a fraction of `PromptFacts.reach`.
         calibration: the curves, from `read_calibration`.
     """
 
@@ -28,7 +28,7 @@ class Calibrated(Allocation):
     def allocate(self, facts: PromptFacts) -> Budgets:
         assert self.calibration is not None
         multiples, losses = self.calibration.multiples, self.calibration.measurements(self.ini_size)
-        return curves.budgets(multiples, losses, self.ini_size, facts.length, facts.cap, facts.minimum)
+        return curves.budgets(multiples, losses, self.ini_size, facts)
 
     def check(self, algorithm: str, evictor: Evictor, layers: int) -> None:
         if self.calibration is None:

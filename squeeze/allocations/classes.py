@@ -43,13 +43,23 @@ def classify(similarities: np.ndarray, log_scale: bool = False) -> list[int]:
     return [names[ordered.index(centres[label])] for label in labels]
 
 
-def formula(classes: Sequence[int], ini_size: Fraction, kv_class3: Fraction, length: int) -> list[Fraction]:
-    """The published formula, exactly: class 3 gets `kv_class3 * length`, the other layers share what that frees.
+def formula(
+    classes: Sequence[int], ini_size: Fraction, kv_class3: Fraction, reach: Sequence[int], weights: Sequence[int]
+) -> list[Fraction]:
+    """The published formula, exactly: class 3 gets `kv_class3` of its reach, the other layers share what that frees.
 
-    With all layers in one class there is nothing to move, and every layer gets `ini_size * length` (uniform).
+    With all layers in one class there is nothing to move, and every layer gets `ini_size` of its reach (uniform).
+
+    Args:
+        classes: of each layer.
+        reach: tokens of the prompt that each layer reaches; published for layers that all reach the whole prompt.
+        weights: of one token in each layer; published for layers that are all alike.
+    Returns:
+        Tokens of each layer, of the same total weight as uniform ones.
     """
-    count, count3 = len(classes), sum(c == CLASS_3 for c in classes)
-    if count3 in (0, count):
-        return [ini_size * length] * count
-    other = (count * ini_size - count3 * kv_class3) / (count - count3)
-    return [(kv_class3 if c == CLASS_3 else other) * length for c in classes]
+    third = sum(r * w for c, r, w in zip(classes, reach, weights, strict=True) if c == CLASS_3)
+    whole = sum(r * w for r, w in zip(reach, weights, strict=True))
+    if third in (0, whole):
+        return [ini_size * tokens for tokens in reach]
+    other = (whole * ini_size - third * kv_class3) / (whole - third)
+    return [(kv_class3 if c == CLASS_3 else other) * tokens for c, tokens in zip(classes, reach, strict=True)]

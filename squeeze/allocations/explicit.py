@@ -16,7 +16,7 @@ class Explicit(Allocation):
     """The same tokens whatever the prompt, up to what a layer can hold.
 
     Args:
-        tokens: one entry a layer.
+        tokens: one entry for each attention layer with a cache of its own.
     """
 
     name = "explicit"
@@ -29,11 +29,11 @@ class Explicit(Allocation):
         object.__setattr__(self, "tokens", tuple(int(count) for count in tokens))
 
     def allocate(self, facts: PromptFacts) -> Budgets:
-        return Budgets([min(count, facts.cap) for count in self.tokens])
+        return Budgets([min(count, cap) for count, cap in zip(self.tokens, facts.caps, strict=True)])
 
     def check(self, algorithm: str, evictor: Evictor, layers: int) -> None:
         if len(self.tokens) != layers:
-            raise InputError(f"budgets must have one entry a layer: {layers}, got {len(self.tokens)}")
+            raise InputError(f"budgets must have one entry an attention layer: {layers}, got {len(self.tokens)}")
         least = min(self.tokens)
         if least < evictor.minimum_budget:
             raise InputError(

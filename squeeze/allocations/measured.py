@@ -14,7 +14,7 @@ class Measured(Allocation):
     """`squeeze.engine.loss_curves` measures them, which costs several prefills: for studies.
 
     Args:
-        ini_size: mean budget of the layers, as a fraction of the prompt.
+        ini_size: mean budget of the layers, as a fraction of `PromptFacts.reach`.
     """
 
     name = "measured"
@@ -23,4 +23,4 @@ class Measured(Allocation):
 
     def allocate(self, facts: PromptFacts) -> Budgets:
         assert facts.curves is not None
-        return curves.budgets(*facts.curves, self.ini_size, facts.length, facts.cap, facts.minimum)
+        return curves.budgets(*facts.curves, self.ini_size, facts)

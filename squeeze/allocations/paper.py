@@ -16,4 +16,7 @@ class Paper(Squeeze):
     name = "paper"
 
     def shares(self, classes: list[int], facts: PromptFacts) -> list[Fraction]:
-        return [Fraction(min(int(share), facts.cap)) for share in super().shares(classes, facts)]
+        return [
+            Fraction(min(int(share), cap))
+            for share, cap in zip(super().shares(classes, facts), facts.caps, strict=True)
+        ]

@@ -15,9 +15,9 @@ class Squeeze(Allocation):
     """The published classes and formula; what a cap leaves over goes to class 3, so that no token is lost.
 
     Args:
-        ini_size: budget of every layer before squeezing, as a fraction of the prompt, in (0, 1].
-        class3: budget of the layers in class 3, as a fraction of the prompt, in (0, `ini_size`] (`KV_class3`); equal
-            to `ini_size`, budgets are uniform and need no similarities.
+        ini_size: budget of every layer before squeezing, as a fraction of `PromptFacts.reach`, in (0, 1].
+        class3: budget of the layers in class 3, as such a fraction, in (0, `ini_size`] (`KV_class3`); equal to
+            `ini_size`, budgets are uniform and need no similarities.
     Raises:
         InputError: a size is out of its range.
     """
@@ -31,7 +31,7 @@ class Squeeze(Allocation):
         return "nothing" if self.class3 == self.ini_size else "similarities"
 
     def allocate(self, facts: PromptFacts) -> Budgets:
-        """Budgets whose sum is `floor(layers * ini_size * length)`, unless a note says why they cannot be."""
+        """Budgets of the total of uniform ones, see `conserve`, unless a note says why they cannot be."""
         classes = None if facts.similarities is None else self.classify(facts.similarities)
         shares = self.shares(classes or [CLASS_3] * facts.layers, facts)
         takers = [layer for layer, layer_class in enumerate(classes or []) if layer_class == CLASS_3]
@@ -39,4 +39,4 @@ class Squeeze(Allocation):
 
     def shares(self, classes: list[int], facts: PromptFacts) -> list[Fraction]:
         """Tokens of each layer before bounds and rounding."""
-        return formula(classes, self.ini_size, self.class3, facts.length)
+        return formula(classes, self.ini_size, self.class3, facts.reach, facts.weights)

@@ -14,11 +14,11 @@ class Uniform(Allocation):
     """The budgets of eviction methods by themselves, and the baseline of every other allocation.
 
     Args:
-        ini_size: budget of every layer, as a fraction of the prompt.
+        ini_size: budget of every layer, as a fraction of `PromptFacts.reach`.
     """
 
     name = "uniform"
     ini_size: Fraction
 
     def allocate(self, facts: PromptFacts) -> Budgets:
-        return conserve([self.ini_size * facts.length] * facts.layers, facts)
+        return conserve([self.ini_size * reach for reach in facts.reach], facts)

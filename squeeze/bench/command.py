@@ -121,10 +121,10 @@ def parser() -> Parser:
 
 def count_layers(folder: Path) -> int:
     """Layers of a model that have a cache of keys and values."""
-    from squeeze.models.described import cache_layers
+    from squeeze.models.cached_layers import own_layers
     from squeeze.models.folder_config import model_config
 
-    return len(cache_layers(model_config(folder)))
+    return len(own_layers(model_config(folder)))
 
 
 def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dict[str, Any]]:

@@ -22,8 +22,9 @@ from squeeze.benchmarks.scores import interval
 from squeeze.config import SqueezeConfig
 from squeeze.devices import unless_out_of_memory
 from squeeze.engine.squeezed_model import SqueezedModel
-from squeeze.generation.generate import full_cache_bytes, pad_left, stop_tokens
+from squeeze.generation.generate import pad_left, stop_tokens
 from squeeze.generation.stopping import StopStrings
+from squeeze.models.cached_layers import full_cache_bytes
 
 #: Configurations that are compared in one batch, by the kind of device; fewer where memory is short.
 AT_ONCE = {"cpu": 8, "cuda": 64}
@@ -223,7 +224,7 @@ class Fidelity(Measure[FidelityStats]):
             self._compared |= zip(group, distances, strict=True)
         samples = []
         for index, prompt, measured in zip(batch, prompts, self._compared[number], strict=True):
-            stats = FidelityStats(full_kv_bytes=full_cache_bytes(model.config, len(prompt), model.dtype), **measured)
+            stats = FidelityStats(full_kv_bytes=full_cache_bytes(run.layers, len(prompt), model.dtype), **measured)
             distance = {name: measured[name] for name in ("kl", "agreement", "tokens")}
             samples.append({"index": index, **distance, "stats": stats})
         return samples

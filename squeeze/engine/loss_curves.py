@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
+from squeeze.allocations.base import CachedLayer, reach
 from squeeze.devices import unless_out_of_memory
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.prefill import KeptPrefill
@@ -37,8 +38,10 @@ class Forks(Protocol):
 
     model: PreTrainedModel
     evictor: Evictor
-    window: int | None
     rope: LengthwiseRope | None
+
+    @property
+    def layers(self) -> Sequence[CachedLayer]: ...
 
     def prefill(self, tokens: torch.Tensor) -> KeptPrefill: ...
 
@@ -46,7 +49,7 @@ class Forks(Protocol):
 
 
 def cost(length: int, shares: int, layers: int) -> int:
-    """Tokens that `measure` runs on a prompt of `length` tokens."""
+    """Tokens that `measure` runs on a prompt of `length` tokens, of a model with so many attention layers."""
     rows = shares * (1 + layers * (len(MULTIPLES) - 1))
     return length + (length - TAIL) + TAIL * rows
 
@@ -63,7 +66,8 @@ def measure(
     Args:
         run: what `squeezed` gave; its algorithm evicts.
         prompt: token ids, (tokens,).
-        shares: what every layer keeps while one of them keeps more or less, as fractions of the prompt.
+        shares: what every layer keeps while one of them keeps more or less, as fractions of what it reaches of the
+            prompt (`squeeze.allocations.base.reach`).
         advance: is told how many tokens were run, each time.
     Returns:
         Mean KL(full || cut) over the held-out tokens in nats, `(shares, layers, multiples)`.
@@ -81,8 +85,8 @@ def measure(
             f"{unscaled_length(run.model.config)} tokens the model's RoPE depends on the length, and what a layer's "
             "cache costs cannot be told from that"
         )
-    layers, length = run.model.config.num_hidden_layers, len(prompt) - TAIL
-    most = min(len(prompt), run.window or len(prompt))
+    layers, length = len(run.layers), len(prompt) - TAIL
+    reached, most = reach(run.layers, length), [layer.reach(len(prompt)) for layer in run.layers]
     prefill = run.prefill(prompt[None, :length])
     prompt = prompt.to(prefill.inputs.device)
     full = run.model(prompt[None], use_cache=False, logits_to_keep=TAIL).logits[0].float().log_softmax(dim=-1)
@@ -93,12 +97,12 @@ def measure(
         advance(TAIL * len(budgets))
         return kl
 
-    def tokens(size: Fraction) -> int:
-        return min(max(int(size * length), run.evictor.minimum_budget), most)
+    def tokens(layer: int, size: Fraction) -> int:
+        return min(max(int(size * reached[layer]), run.evictor.minimum_budget), most[layer])
 
     curves, at_once = [], LAYERS_AT_ONCE[prompt.device.type]
     for share in shares:
-        uniform = [tokens(share)] * layers
+        uniform = [tokens(layer, share) for layer in range(layers)]
         [unchanged] = losses([uniform])
         curves.append([[unchanged] * len(MULTIPLES) for _ in range(layers)])
         for first in range(0, layers, at_once):
@@ -109,7 +113,8 @@ def measure(
                 if multiple != 1
             ]
             budgets = [
-                [*uniform[:layer], tokens(MULTIPLES[index] * share), *uniform[layer + 1 :]] for layer, index in cuts
+                [*uniform[:layer], tokens(layer, MULTIPLES[index] * share), *uniform[layer + 1 :]]
+                for layer, index in cuts
             ]
             for (layer, index), loss in zip(cuts, losses(budgets), strict=True):
                 curves[-1][layer][index] = loss

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, StoppingCriteria
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from squeeze.devices import now, peak_memory
@@ -17,7 +17,7 @@ from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
 from squeeze.generation.stats import SampleStats
 from squeeze.generation.stopping import StopStrings
-from squeeze.models.described import cache_layers
+from squeeze.models.cached_layers import full_cache_bytes, own_layers
 from squeeze.models.folder_config import valid_ids
 
 
@@ -101,7 +101,7 @@ def generate(
             decode_seconds=(end - prefilled) / len(prompts),
             kv_bytes=held["kv_bytes"] / len(prompts),
             state_bytes=held["state_bytes"] / len(prompts),
-            full_kv_bytes=full_cache_bytes(model.config, len(prompt), model.dtype),
+            full_kv_bytes=full_cache_bytes(own_layers(model.config), len(prompt), model.dtype),
             peak_memory_bytes=peak_memory(device),
             **layers,
         )
@@ -147,11 +147,6 @@ def _pad_token(model: PreTrainedModel) -> int:
     vocabulary = model.get_input_embeddings().num_embeddings
     special = model.generation_config
     return [*valid_ids(special.pad_token_id, vocabulary), *valid_ids(special.eos_token_id, vocabulary), 0][0]
-
-
-def full_cache_bytes(config: PretrainedConfig, length: int, dtype: torch.dtype) -> int:
-    """Bytes of all keys and values of `length` tokens, or of what the layers' own windows need for the next one."""
-    return sum(layer.held(length) for layer in cache_layers(config)) * dtype.itemsize
 
 
 @dataclass(frozen=True)

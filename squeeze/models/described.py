@@ -1,22 +1,20 @@
 """The model that a configuration describes, on PyTorch's `meta` device: all of its shapes and none of its numbers.
 
-What an architecture has in memory is asked of transformers' own code, for any architecture: which tensors its weights
-must have, under whatever names they were saved, and what each layer's cache holds of a token.
+Which tensors its weights must have, under whatever names they were saved, is asked of transformers' own code.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from squeeze.errors import InputError
@@ -51,7 +49,7 @@ def check_weights(folder: Path, config: PretrainedConfig, tensors: Mapping[str, 
         return  # packed in ways of its own
     empty = {name: torch.empty(tensor.shape, device=META) for name, tensor in tensors.items()}
     try:
-        with _quiet():
+        with quiet():
             built = build(config)
             model, report = type(built).from_pretrained(
                 None,
@@ -118,60 +116,8 @@ def _words(error: Exception, config: PretrainedConfig) -> str:
     return f"{' and '.join(named)}: transformers knows no {unknown!r}" if named else f"it lacks {unknown!r}"
 
 
-class CacheLayer(NamedTuple):
-    """What one layer's full cache holds.
-
-    Args:
-        width: numbers of one token's keys and values, all heads.
-        most: tokens between two steps, by the layer's own window or chunk; None for all.
-    """
-
-    width: int
-    most: int | None
-
-    def held(self, tokens: int) -> int:
-        """Numbers that the layer holds after so many tokens."""
-        return self.width * (tokens if self.most is None else min(tokens, self.most))
-
-
-_cache_layers: dict[str, tuple[CacheLayer, ...]] = {}
-
-
-def cache_layers(config: PretrainedConfig) -> tuple[CacheLayer, ...]:
-    """Each layer of a model's full cache that holds keys and values: not those of linear attention or state spaces,
-    nor those that use another's."""
-    known = config.to_json_string(use_diff=False)
-    if known not in _cache_layers:
-        _cache_layers[known] = tuple(_filled_layers(config))
-    return _cache_layers[known]
-
-
-def _filled_layers(config: PretrainedConfig) -> Iterator[CacheLayer]:
-    """What one forward pass leaves in a cache. A few architectures look at numbers, of which there are none here, and
-    stop after their first layers: then the widest layer seen stands for the others, or what the configuration says."""
-    with _quiet():
-        model = build(config).eval()
-    layers, whole = DynamicCache(config=config), False
-    with torch.no_grad(), suppress(RuntimeError, NotImplementedError, ValueError):
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=META), past_key_values=layers, use_cache=True)
-        whole = True
-    text = text_config(config)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = 2 * heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    seen = [_width(layer) for layer in layers.layers if _width(layer)]
-    for layer in layers.layers:
-        if isinstance(layer, DynamicLayer) and (_width(layer) or not whole):
-            window = getattr(layer, "sliding_window", None)
-            yield CacheLayer(_width(layer) or max(seen, default=width), None if window is None else window - 1)
-
-
-def _width(layer: Any) -> int:
-    """Numbers of the one token that a layer holds."""
-    return layer.keys.numel() + layer.values.numel() if getattr(layer, "keys", None) is not None else 0
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """A block without transformers' warnings and progress bar: what it finds is said in a sentence."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

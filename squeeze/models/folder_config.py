@@ -60,17 +60,6 @@ class SpecialTokens(msgspec.Struct):
     bos_token_id: int | list[int] | None = None
 
 
-def declares(config: PretrainedConfig | type[PretrainedConfig], name: str) -> bool:
-    """Whether an architecture has this setting, and not just a file that somebody left it in."""
-    made = config if isinstance(config, type) else type(config)
-    return name in inspect.signature(made).parameters
-
-
-def own_window(config: PretrainedConfig) -> int | None:
-    """Tokens that a query sees at most, itself included, by the architecture's own sliding window; None for all."""
-    return getattr(config, "sliding_window", None) if declares(config, "sliding_window") else None
-
-
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The part of a configuration that describes the decoder: itself, but where images or sounds have their own."""
     return config.get_text_config(decoder=True)
@@ -98,7 +87,9 @@ def model_config(folder: Path) -> PretrainedConfig:
             + (f": it knows {', '.join(near)}" if near else "")
         )
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise InputError(f"the model of {path} is of type {kind}, which is no decoder: no language model that continues a text")
+        raise InputError(
+            f"the model of {path} is of type {kind}, which is no decoder: no language model that continues a text"
+        )
     made = CONFIG_MAPPING[kind]
     try:
         config = made(**_kept(made, read_settings(folder), path))

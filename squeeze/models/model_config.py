@@ -1,4 +1,4 @@
-"""What a model's `config.json` says of its files; what it says of the architecture, `folder_config.py` reads. No torch."""
+"""What a model's `config.json` says of its files; the architecture in it is for `folder_config.py`. No torch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,11 @@ def _number(value: Any) -> Any:
         return [_number(one) for one in value]
     if isinstance(value, dict):
         tag = value.get("__float__")
-        return TAGGED[tag] if isinstance(tag, str) and tag in TAGGED else {name: _number(one) for name, one in value.items()}
+        return (
+            TAGGED[tag]
+            if isinstance(tag, str) and tag in TAGGED
+            else {name: _number(one) for name, one in value.items()}
+        )
     return value
 
 

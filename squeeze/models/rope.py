@@ -34,7 +34,9 @@ def depends_on_length(config: PretrainedConfig) -> bool:
 def unscaled_length(config: PretrainedConfig) -> int:
     """The most tokens of a sequence whose angles are the same as those of any shorter one."""
     lengths = [
-        rope["original_max_position_embeddings"] for rope in length_dependent(config) if rope["rope_type"] == "longrope"
+        rope["original_max_position_embeddings"]
+        for rope in length_dependent(config)
+        if rope["rope_type"] == "longrope"
     ]
     return min([*lengths, positions(config)]) if len(lengths) < len(length_dependent(config)) else min(lengths)
 
@@ -45,7 +47,7 @@ def forward_name(module: nn.Module) -> str:
 
 
 class LengthwiseRope:
-    """Stands in for the forward pass of a model's rotary embedding, and asks that very code for one sequence at a time.
+    """Stands in for the forward pass of a model's rotary embedding, and asks that code for one length at a time.
 
     Attributes:
         lengths: tokens of each sequence, `(batch,)` or `(1,)`, where the forward pass under way does not show them: a
@@ -109,7 +111,7 @@ def find_lengthwise(model: PreTrainedModel) -> list[tuple[nn.Module, LengthwiseR
 
 
 def _kinds(rotary: nn.Module) -> list[dict[str, Any]]:
-    """What a rotary embedding's forward pass takes beside positions, for each kind of RoPE that depends on the length."""
+    """What a rotary embedding's forward pass is asked beside positions, for each kind that depends on the length."""
     kind = getattr(rotary, "rope_type", None)
     if isinstance(kind, dict):
         return [{"layer_type": name} for name, value in kind.items() if value in LENGTH_DEPENDENT]

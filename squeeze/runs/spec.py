@@ -43,7 +43,7 @@ class RunSpec:
     model_path: str | None = flag(None, "where --model lies, in place of what config/model2path.json says", path_text)
     model_arch: str | None = flag(
         None,
-        "the model's own architecture, such as Mistral, llama or qwen2 (transformers' model_type), which is the default; "
+        "Mistral, llama, qwen2 or another model_type of transformers: must be the model's own, which is the default; "
         "no_change: full cache",
     )
     enable_squeeze: bool = switch("bound the KV cache (default: the full cache, the baseline)", in_sweeps=False)
@@ -59,7 +59,7 @@ class RunSpec:
     )
     algorithm: str | None = flag(
         None,
-        "which tokens stay: sliding_window (default for Mistral), streaming (StreamingLLM, default for all others) or h2o",
+        "which tokens stay: sliding_window (default for Mistral), streaming (StreamingLLM, default otherwise) or h2o",
         check=EVICTORS.check,
         axis=4,
         squeezed=True,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from squeeze.cli.tables import table
 from squeeze.ranks import ALONE
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
+    from squeeze.allocations.base import CachedLayer
     from squeeze.generation.generate import Prompt
     from squeeze.runs.execute import OpenJob
     from squeeze.runs.jobs import Job
@@ -65,11 +65,12 @@ def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
 def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
     """The lines of runs on one model and the same data; their sums are added to `total`."""
     from squeeze.models import loading
+    from squeeze.models.cached_layers import own_layers
     from squeeze.models.folder_config import model_config
 
     job = group[0].job
     lines = []
-    tokenizer, config = loading.load_tokenizer(job.model_folder), model_config(job.model_folder)
+    tokenizer, layers = loading.load_tokenizer(job.model_folder), own_layers(model_config(job.model_folder))
     for index, data in enumerate(job.data):
         total_rows = max(run.samples[index].total for run in group)
         prompts = job.benchmark.encode(tokenizer, data, total_rows, job.options)
@@ -82,10 +83,10 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
             lengths = [len(prompts[index].tokens) for index in missing]
             tokens = sum(lengths) * len(prefills)
             new = sum(prompts[index].settings["max_new_tokens"] for index in missing)
-            kept, full = _most_bytes(run.job, config, prompts[: samples.total])
+            kept, full = _most_bytes(run.job, layers, prompts[: samples.total])
             total.samples += len(missing)
             total.prompt_tokens += tokens
-            total.measured += _measuring(run.job, config, lengths)
+            total.measured += _measuring(run.job, len(layers), lengths)
             total.new_tokens += new
             if missing:
                 total.prefill_bytes = max(total.prefill_bytes, full)
@@ -106,34 +107,32 @@ def _prefills(job: Job) -> list[Any]:
     return [squeezed, job.folder] if job.spec.fidelity else [squeezed]
 
 
-def _measuring(job: Job, config: PretrainedConfig, lengths: Sequence[int]) -> int:
-    """Tokens that are run for the loss curves of prompts of these lengths."""
+def _measuring(job: Job, layers: int, lengths: Sequence[int]) -> int:
+    """Tokens that are run for the loss curves of prompts of these lengths, of a model with so many layers."""
     from squeeze.engine import loss_curves
-    from squeeze.models.described import cache_layers
 
     if job.config is None or job.config.allocator.needs != "loss_curves":
         return 0
-    return sum(loss_curves.cost(length, 1, len(cache_layers(config))) for length in lengths)
+    return sum(loss_curves.cost(length, 1, layers) for length in lengths)
 
 
-def _most_bytes(job: Job, config: PretrainedConfig, prompts: Sequence[Prompt]) -> tuple[int, int]:
+def _most_bytes(job: Job, layers: Sequence[CachedLayer], prompts: Sequence[Prompt]) -> tuple[int, int]:
     """The most bytes of keys and values that a batch holds while it decodes, and in its prefill."""
-    from squeeze.generation.generate import full_cache_bytes
-    from squeeze.models.described import cache_layers
+    from squeeze.allocations.base import reach
+    from squeeze.models.cached_layers import full_cache_bytes, token_bytes
     from squeeze.runs.batching import share
 
-    token = full_cache_bytes(config, 1, job.dtype)
+    tokens = [token_bytes(layer, job.dtype) for layer in layers]
     kept = full = 0
     for batch in share(prompts, job.options.batch_size, ALONE):
         length = max(len(prompts[index].tokens) for index in batch)
-        held = full_cache_bytes(config, length + prompts[batch[0]].settings["max_new_tokens"], job.dtype)
+        held = full_cache_bytes(layers, length + prompts[batch[0]].settings["max_new_tokens"], job.dtype)
         if job.config is not None:
-            whole = full_cache_bytes(config, length, job.dtype)
-            held = min(held, math.ceil(job.config.share * length) * whole // length)
-        prefill = length * token
+            budgets = [math.ceil(job.config.share * reached) for reached in reach(layers, length)]
+            held = min(held, sum(map(mul, budgets, tokens)))
+        prefill = length * sum(tokens)
         if job.config is not None and job.config.prefill_chunk is not None and not job.spec.fidelity:
-            one_layer = max(layer.width for layer in cache_layers(config)) * job.dtype.itemsize
-            prefill = min(prefill, held + one_layer * min(job.config.prefill_chunk, length))
+            prefill = min(prefill, held + max(tokens) * min(job.config.prefill_chunk, length))
         kept, full = max(kept, len(batch) * held), max(full, len(batch) * prefill)
     return kept, full
 

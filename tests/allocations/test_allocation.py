@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import alike
 from sklearn.cluster import KMeans
 
-from squeeze import Paper, PromptFacts, Squeeze, SqueezeLog
+from squeeze import Paper, Squeeze, SqueezeLog
 from squeeze.allocations.classes import classify, formula
 
 ALLOCATIONS = {"squeeze": Squeeze, "squeeze-log": SqueezeLog, "paper": Paper}
@@ -26,7 +27,7 @@ SMOLLM2 = np.array([
 
 
 def run(values, allocation="squeeze", ini="0.2", class3="0.1", length=1000, cap=1064, minimum=2):
-    facts = PromptFacts(len(values), length, cap, minimum, None if values[0] is None else np.array(values))
+    facts = alike(len(values), length, cap, minimum, None if values[0] is None else np.array(values))
     return ALLOCATIONS[allocation](ini, class3).allocate(facts)
 
 
@@ -55,7 +56,7 @@ def test_the_total_is_conserved_to_the_token(values, allocation, ini, ratio, len
 @given(values=similarities, ini=fractions, ratio=fractions, length=st.integers(1, 5000))
 def test_away_from_caps_and_minimums_every_layer_is_within_a_token_of_the_formula(values, ini, ratio, length):
     got = run(values, "squeeze", ini, ini * ratio, length, cap=10**9, minimum=0)
-    exact = formula(got.classes, ini, ini * ratio, length)
+    exact = formula(got.classes, ini, ini * ratio, [length] * len(values), [1] * len(values))
     assert all(abs(tokens - share) < 1 for tokens, share in zip(got.tokens, exact, strict=True))
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import alike
 
-from squeeze import Budgets, Explicit, InputError, PromptFacts, Squeeze, Uniform, conserve
+from squeeze import Budgets, Explicit, InputError, Squeeze, Uniform, conserve
 from squeeze.allocations.base import check_budgets
 
 shares = st.lists(st.fractions(0, 60, max_denominator=12), min_size=1, max_size=8)
@@ -30,7 +31,7 @@ def slow(shares, cap, takers):
 @given(shares, st.integers(1, 60), st.integers(0, 8), st.data())
 def test_shares_become_budgets_with_the_same_total(shares, cap, minimum, data):
     takers = data.draw(st.none() | st.lists(st.integers(0, len(shares) - 1), unique=True))
-    facts = PromptFacts(len(shares), 50, cap, minimum)
+    facts = alike(len(shares), 50, cap, minimum)
     got = conserve(shares, facts, takers)
     least, layers = min(minimum, cap), len(shares)
     level = slow(shares, cap, range(layers) if takers is None else takers)
@@ -47,18 +48,26 @@ def test_shares_become_budgets_with_the_same_total(shares, cap, minimum, data):
     st.integers(1, 40), st.fractions(Fraction(1, 100), 1), st.integers(1, 900), st.integers(1, 999), st.integers(1, 6)
 )
 def test_uniform_is_squeeze_with_nothing_to_move(layers, ini_size, length, cap, minimum):
-    facts = PromptFacts(layers, length, cap, minimum)
+    facts = alike(layers, length, cap, minimum)
     assert Uniform(ini_size).allocate(facts) == Squeeze(ini_size, ini_size).allocate(facts)
     assert Squeeze(ini_size, ini_size).needs == Uniform(ini_size).needs == "nothing"
     assert Squeeze(ini_size, ini_size / 2).needs == "similarities"
 
 
 def test_explicit_budgets_are_capped_and_nothing_else():
-    facts = PromptFacts(3, 10, 12, 2)
+    facts = alike(3, 10, 12, 2)
     assert Explicit(np.array([5, 12, 40])).allocate(facts) == Budgets([5, 12, 12])
 
 
-@pytest.mark.parametrize("tokens", [[3, 4], [3, 4, 13], [1, 3, 4], [3, 4, 4.0]])
-def test_budgets_of_a_class_of_the_users_own_are_checked(tokens):
-    with pytest.raises(InputError, match=r"must give 3 layers whole numbers of tokens from 2 to 12"):
-        check_budgets(Budgets(tokens), PromptFacts(3, 10, 12, 2), Uniform(1))
+@pytest.mark.parametrize(
+    "tokens, said",
+    [
+        ([3, 4], "must give 3 layers their tokens"),
+        ([3, 4, 13], "must give layer 2 a whole number of tokens from 2 to 12"),
+        ([1, 3, 4], "must give layer 0 a whole number of tokens from 2 to 12"),
+        ([3, 4, 4.0], "must give layer 2 a whole number"),
+    ],
+)
+def test_budgets_of_a_class_of_the_users_own_are_checked(tokens, said):
+    with pytest.raises(InputError, match=said):
+        check_budgets(Budgets(tokens), alike(3, 10, 12, 2), Uniform(1))

@@ -13,7 +13,7 @@ from conftest import ROOT, random_model
 from tiny import save_rows, save_tiny
 
 import pred
-from squeeze import InputError, SqueezeConfig, calibrate, squeezed
+from squeeze import InputError, PromptFacts, SqueezeConfig, calibrate, squeezed
 from squeeze.allocations import curves
 from squeeze.allocations.calibration import read_calibration
 from squeeze.benchmarks.longbench.data import generation_lengths
@@ -106,7 +106,7 @@ def test_the_command_and_runs_with_its_budgets(place, capsys, monkeypatch):
     path = Path("config/calibration/tiny-streaming.json")
     said = capsys.readouterr().out
     assert said.startswith("2 prompts, ") and "tokens to run" in said
-    assert f"{path}: loss curves of 5 layers at 2 sizes, 2 prompts" in said
+    assert f"{path}: loss curves of 5 attention layers at 2 sizes, 2 prompts" in said
     content = json.loads(path.read_text())
     assert [one["dataset"] for one in content["prompts"]] == ["samsum", "qasper"]
     measured = [
@@ -275,7 +275,8 @@ def test_the_embedded_models_files_are_shipped(algorithm):
     assert {one["dataset"] for one in content["data"]} == set(calibrate.DATASETS.split(","))
     for one in content["data"]:
         assert hashlib.sha256((ROOT / one["source"]).read_bytes()).hexdigest() == one["sha256"]
+    facts = PromptFacts(2000, (2064,) * 30, (2000,) * 30, (384,) * 30, 5)
     for size in (Fraction(1, 20), Fraction(1, 5), Fraction(3, 4)):
-        tokens = curves.budgets(found.multiples, found.measurements(size), size, 2000, 2064, 5).tokens
+        tokens = curves.budgets(found.multiples, found.measurements(size), size, facts).tokens
         assert sum(tokens) == int(30 * size * 2000)
         assert max(tokens) > 1.3 * float(size) * 2000, "not uniform"

@@ -17,8 +17,9 @@ from squeeze.benchmarks.longbench.data import build_prompt, generation_lengths
 from squeeze.benchmarks.longbench.prompts import encode_prompt
 from squeeze.cli.run import run_command
 from squeeze.generation import generate as generation
-from squeeze.generation.generate import full_cache_bytes, generate
+from squeeze.generation.generate import generate
 from squeeze.models import loading
+from squeeze.models.cached_layers import full_cache_bytes, own_layers
 from squeeze.models.loading import load
 from squeeze.runs import folder as runs
 
@@ -268,7 +269,7 @@ def test_a_prompt_that_stops_early_ends_at_its_stop_token(place, squeeze):
 
 def test_full_cache_bytes_are_those_of_the_models_own_window(place):
     model, _ = load(save_tiny(place / "w", "mistral", sliding_window=16), torch.device("cpu"), torch.bfloat16)
-    assert full_cache_bytes(model.config, 10, model.dtype) == 2 * 5 * 2 * 8 * 10 * 2
+    assert full_cache_bytes(own_layers(model.config), 10, model.dtype) == 2 * 5 * 2 * 8 * 10 * 2
     _, [stats] = generate(model, [torch.arange(3, 43)], {"max_new_tokens": 4, "do_sample": False}, None)
     per_token = 2 * 5 * 2 * 8 * 2
     assert stats.kv_bytes == stats.full_kv_bytes == 15 * per_token, "what the next token may look back at"

@@ -13,7 +13,7 @@ from test_patch import left_pad
 from tiny import save_rows, save_tiny
 
 import pred
-from squeeze import InputError, SqueezeConfig, squeezed
+from squeeze import InputError, PromptFacts, SqueezeConfig, squeezed
 from squeeze.allocations import curves
 from squeeze.benchmarks.longbench.data import generation_lengths
 from squeeze.engine import loss_curves
@@ -30,9 +30,9 @@ def test_budgets_are_those_of_the_prompts_own_curves(algorithm):
     with squeezed(model, SqueezeConfig(algorithm, "0.3", "0.3")) as run:
         for prompt in prompts:
             losses = np.array(loss_curves.measure(run, prompt, [share]))
-            where = len(prompt), len(prompt) + 12, run.evictor.minimum_budget
-            found = curves.budgets(loss_curves.MULTIPLES, losses, share, *where).tokens
-            alone = curves.greedy(loss_curves.MULTIPLES, losses[0], share, *where)
+            facts = PromptFacts.of(run.layers, len(prompt), 12, run.evictor.minimum_budget)
+            found = curves.budgets(loss_curves.MULTIPLES, losses, share, facts).tokens
+            alone = curves.greedy(loss_curves.MULTIPLES, losses[0], share, facts)
             assert all(abs(one - (more + sum(alone) / 5) / 2) < 1 for one, more in zip(found, alone, strict=True))
             expected.append(found)
     assert expected[0] != [69] * 5 and sum(expected[0]) == 345

@@ -93,8 +93,8 @@ class Gives(Allocation):
     ("budgets", "said"),
     [
         ([20] * 5, r"must return squeeze.Budgets, and gave \[20"),
-        (Budgets([20] * 4), "must give 5 layers whole numbers of tokens from 1 to 106"),
-        (Budgets([20.0] * 5), "must give 5 layers whole numbers"),
+        (Budgets([20] * 4), "must give 5 layers their tokens"),
+        (Budgets([20.0] * 5), "must give layer 0 a whole number"),
         (Budgets([20] * 5, [1, 3]), r"must sort 5 layers into the classes 1, 2 and 3, .* gave \[1, 3\]"),
         (Budgets([20] * 5, [0, 1, 2, 3, 3]), "must sort 5 layers"),
     ],

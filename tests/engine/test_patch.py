@@ -220,7 +220,7 @@ def test_what_the_configuration_and_the_model_must_agree_on():
     ):
         pass
     for config, message in [
-        (SqueezeConfig("h2o", budgets=[4] * 4), "one entry a layer: 5, got 4"),
+        (SqueezeConfig("h2o", budgets=[4] * 4), "one entry an attention layer: 5, got 4"),
         (SqueezeConfig("h2o", budgets=[4, 4, 1, 4, 4]), "at least 2 tokens for h2o, got 1 in layer 2"),
         (SqueezeConfig("streaming", budgets=[4] * 5), "at least 5 tokens for streaming, got 4 in layer 0"),
     ]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from squeeze import InputError
-from squeeze.models.described import cache_layers
+from squeeze.models.cached_layers import full_cache_bytes, own_layers
 from squeeze.models.folder_config import generation_config, model_config, positions
 from squeeze.models.loading import load
 from squeeze.models.packing import PackedLinear, PackedPart
@@ -36,18 +36,25 @@ MODELS = {
     "llama4_text": (
         "llama4_text",
         SIZES | MOE | {"head_dim": 16, "attention_chunk_size": 16, "intermediate_size_mlp": 96, "moe_layers": [1, 3]},
-        [(64, 15)] * 3 + [(64, None)],
+        [(64, 16)] * 3 + [(64, None)],
     ),
-    "gemma3_text": ("gemma3_text", SIZES | WINDOWS | {"head_dim": 16}, [(64, 15), (64, None)] * 2),
+    "gemma3_text": ("gemma3_text", SIZES | WINDOWS | {"head_dim": 16}, [(64, 16), (64, None)] * 2),
     "gemma3": (
         "gemma3",
-        {"text_config": SIZES | WINDOWS | {"head_dim": 16}, "vision_config": VISION | {"image_size": 28, "patch_size": 14}},
-        [(64, 15), (64, None)] * 2,
+        {
+            "text_config": SIZES | WINDOWS | {"head_dim": 16},
+            "vision_config": VISION | {"image_size": 28, "patch_size": 14},
+        },
+        [(64, 16), (64, None)] * 2,
     ),
     "phi": ("phi", SIZES | {"partial_rotary_factor": 0.5}, [(64, None)] * 4),
-    "gpt_oss": ("gpt_oss", SIZES | MOE | WINDOWS | {"head_dim": 16}, [(64, 15), (64, None)] * 2),
+    "gpt_oss": ("gpt_oss", SIZES | MOE | WINDOWS | {"head_dim": 16}, [(64, 16), (64, None)] * 2),
     "gpt_neox": ("gpt_neox", SIZES | {"rotary_pct": 0.25}, [(128, None)] * 4),
-    "falcon": ("falcon", SIZES | {"multi_query": True, "alibi": False, "new_decoder_architecture": False}, [(32, None)] * 4),
+    "falcon": (
+        "falcon",
+        SIZES | {"multi_query": True, "alibi": False, "new_decoder_architecture": False},
+        [(32, None)] * 4,
+    ),
     "opt": ("opt", SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64}, [(128, None)] * 4),
     "gpt2": ("gpt2", GPT2, [(128, None)] * 4),
     "jamba": ("jamba", SIZES | MOE | JAMBA | {"mamba_dt_rank": 8, "use_mamba_kernels": False}, [(64, None)] * 2),
@@ -96,13 +103,15 @@ def test_a_loaded_model_is_the_one_that_was_saved(saved, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_of_the_cache_are_those_that_a_forward_pass_fills(saved, name):
     model = saved(name)[1]
-    assert [tuple(layer) for layer in cache_layers(model.config)] == MODELS[name][2]
+    layers = own_layers(model.config)
+    widths = [layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers]
+    assert list(zip(widths, [layer.window for layer in layers], strict=True)) == MODELS[name][2]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=IDS, past_key_values=cache, use_cache=True)
     filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    held = [layer.keys.numel() + layer.values.numel() for layer in filled]
-    assert held == [layer.held(IDS.shape[1]) for layer in cache_layers(model.config)]
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
+    assert held == full_cache_bytes(layers, IDS.shape[1], torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from squeeze import InputError
 from squeeze.models.described import check_weights
-from squeeze.models.folder_config import SIZES, model_config
+from squeeze.models.folder_config import model_config
 from squeeze.models.loading import load
 from squeeze.models.model_config import ModelConfig, read_config
 from squeeze.models.model_files import Tensor, inspect
-from squeeze.models.sources import fetch, resolve
 
 CPU = torch.device("cpu")
 ROPE = {
@@ -76,7 +75,10 @@ def checked(folder):
         ({"hidden_size": 96}, r"of shape \(199, 96\) \(hidden_size\), but the weights have \(199, 48\)"),
         ({"head_dim": 10**9}, "head_dim is 1000000000, but the weights have .* numbers in all"),
         ({"num_key_value_heads": 4}, "num_attention_heads 6 is no multiple of num_key_value_heads 4"),
-        ({"num_key_value_heads": 3}, r"k_proj\.weight of shape \(24, 48\) \(num_key_value_heads times head_dim\), but"),
+        (
+            {"num_key_value_heads": 3},
+            r"k_proj\.weight of shape \(24, 48\) \(num_key_value_heads times head_dim\), but",
+        ),
         ({"num_key_value_heads": None}, r"k_proj\.weight of shape \(48, 48\), but the weights have \(16, 48\)"),
         ({"head_dim": 7}, "even rotary dimension, but got `head_dim`=7"),
         ({"vocab_size": 2 * 10**9}, r"\(vocab_size\), but the weights have \(199, 48\)"),
@@ -84,7 +86,10 @@ def checked(folder):
         ({"intermediate_size": -1}, "intermediate_size is not a whole number from 0"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps is not a number from 0 to 1"),
         ({"hidden_act": "sulu"}, "hidden_act: transformers knows no 'sulu'"),
-        ({"attention_bias": True}, r"lack 20 tensors of the model, among them model\.layers\.0\.self_attn\.k_proj\.bias"),
+        (
+            {"attention_bias": True},
+            r"lack 20 tensors of the model, among them model\.layers\.0\.self_attn\.k_proj\.bias",
+        ),
         ({"tie_word_embeddings": 1}, "'tie_word_embeddings' expected bool, got int"),
         ({"eos_token_id": ["</s>"]}, r"eos_token_id\[0\] is not a whole number"),
         ({"rope_parameters": {"rope_theta": 0}}, r"RoPE has no finite frequencies .*see rope_parameters"),
@@ -97,7 +102,11 @@ def checked(folder):
             "short_factor has 4 numbers and long_factor 1",
         ),
         (
-            {"rope_parameters": {"rope_type": "longrope"} | ROPE["longrope"] | {"short_factor": [1.0] * 3, "long_factor": [1.0] * 3}},
+            {
+                "rope_parameters": {"rope_type": "longrope"}
+                | ROPE["longrope"]
+                | {"short_factor": [1.0] * 3, "long_factor": [1.0] * 3}
+            },
             "describes no model: .*broadcast.* 4",
         ),
         (
@@ -116,7 +125,9 @@ def test_what_cannot_be(folder, changed, words):
     assert str(folder / "config.json") in str(error.value) or f"the weights in {folder}" in str(error.value)
 
 
-@pytest.mark.parametrize(("window", "words"), [(1, "2 or more, and is 1"), (-5, "2 or more, and is -5"), ("x", "got str")])
+@pytest.mark.parametrize(
+    ("window", "words"), [(1, "2 or more, and is 1"), (-5, "2 or more, and is -5"), ("x", "got str")]
+)
 def test_windows(saved, tmp_path, window, words):
     folder = say(shutil.copytree(saved["mistral"][0], tmp_path / "m"), sliding_window=window)
     with pytest.raises(InputError, match=f"sliding_window.*{words}"):
@@ -173,7 +184,8 @@ def test_weights_of_another_form(folder):
             checked(folder)
 
     change(
-        "have model.layers.0.self_attn.q_proj.bias, which the model that", model__layers__0__self_attn__q_proj__bias=torch.ones(48)
+        "have model.layers.0.self_attn.q_proj.bias, which the model that",
+        model__layers__0__self_attn__q_proj__bias=torch.ones(48),
     )
     change(r"norm.weight of shape \(48,\), but the weights have \(48, 1\)", model__norm__weight=torch.ones(48, 1))
     name = "model.layers.0.self_attn.q_proj.weight"

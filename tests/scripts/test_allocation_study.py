@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 from made_runs import make_fidelity, write_lines
 
-from squeeze import calibrate
+from squeeze import PromptFacts, calibrate
+from squeeze.evictors import make_evictor
 
 spec = importlib.util.spec_from_file_location("allocation_study", ROOT / "script/allocation_study.py")
 study = importlib.util.module_from_spec(spec)
@@ -26,9 +27,10 @@ def test_all_ways_give_out_the_same_total(algorithm):
         nats = np.sort(rng.uniform(0.1, 1, (9, 3, 30, 5)))[..., ::-1]
         nats[..., 2] = nats[..., :1, 2]  # nothing differs where no layer does
         known[one] = study.Curves([Fraction(one) for one in study.SIZES], [*default, ("trec", 1)], nats)
-    similarities = 1 - rng.uniform(0, 0.1, 30)
+    similarities, minimum = 1 - rng.uniform(0, 0.1, 30), make_evictor(algorithm, 4).minimum_budget
+    facts = PromptFacts(1001, (1065,) * 30, (1001,) * 30, (384,) * 30, minimum, similarities)
     for size in study.SIZES:
-        found = study.ways(known, algorithm, size, 1001, 1065, similarities, rng.uniform(0.1, 1, (30, 5)))
+        found = study.ways(known, algorithm, size, facts, rng.uniform(0.1, 1, (30, 5)))
         assert len(found) >= 30 and "9 prompts: mean curve" in found
         for name, budgets in found.items():
             assert sum(budgets) == int(30 * Fraction(size) * 1001), name
