@@ -113,7 +113,7 @@ def _kept(made: type[PretrainedConfig], known: dict[str, Any], path: Path) -> di
     Raises:
         InputError: a size is none.
     """
-    named = _named(made)
+    named: frozenset[str] = _named(made)  # type: ignore[arg-type] # classes are hashable
     kept = {name: value for name, value in known.items() if name in named}
     spelled = getattr(made, "attribute_map", {})
     for size, least in SIZES.items():

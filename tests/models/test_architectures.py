@@ -1,4 +1,4 @@
-"""Folders of other architectures than Llama and Mistral: loaded, packed, measured; each the same as transformers' own."""
+"""Folders of other architectures than Llama and Mistral: loaded, packed, measured, the same as transformers' own."""
 
 import json
 
@@ -25,6 +25,7 @@ GPT2 = {"vocab_size": 199, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
 JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
 
 #: Name → model_type and settings, and for each layer with keys and values the numbers of a token and its window.
@@ -43,7 +44,7 @@ MODELS = {
         "gemma3",
         {
             "text_config": SIZES | WINDOWS | {"head_dim": 16},
-            "vision_config": VISION | {"image_size": 28, "patch_size": 14},
+            "vision_config": VISION,
         },
         [(64, 16), (64, None)] * 2,
     ),
@@ -89,7 +90,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_loaded_model_is_the_one_that_was_saved(saved, name):
-    """Packed, also where a module reads a layer's weight (Jamba) or has more than a product in it (PhiMoE's router)."""
+    """Packed, also where a module reads a layer's weight (Jamba) or a layer does more than multiply (PhiMoE)."""
     folder, model = saved(name)
     found, _ = load(folder, CPU, torch.float32)
     with torch.no_grad():
@@ -125,7 +126,7 @@ def test_layers_of_the_cache_are_those_that_a_forward_pass_fills(saved, name):
     ],
 )
 def test_layers_with_one_input_are_found_by_looking(saved, name, groups):
-    """And asked once a pass: what does not get the input of the layer before it would be multiplied again and again."""
+    """And asked once a pass: what does not get the input of the layer before it would be multiplied again."""
     model, _ = load(saved(name)[0], CPU, torch.float32)
     found = [module.packed for module in model.modules() if isinstance(module, PackedPart) and module.index == 0]
     assert {tuple(packed.sizes) for packed in found} == (groups if name != "phi" else {(64, 32, 32)})
@@ -204,7 +205,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
     ],
 )
 def test_angles_by_each_sequences_own_length(tmp_path, kind, settings):
-    """Of part of a head, and of one kind of layers: a short prompt's logits in a batch with a long one, and after it."""
+    """Of part of a head, and of one kind of layers: a short prompt in a batch with a long one, and after it."""
     save(tmp_path, kind, SIZES | settings)
     long, short = torch.cat([IDS, IDS, IDS], dim=1), IDS[:, :30]
     alone = [load(tmp_path, CPU, torch.float32)[0](ids, use_cache=False).logits[0, -1] for ids in (long, short)]

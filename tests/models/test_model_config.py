@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from squeeze import InputError
 from squeeze.models.described import check_weights
-from squeeze.models.folder_config import model_config
+from squeeze.models.folder_config import SIZES, model_config
 from squeeze.models.loading import load
 from squeeze.models.model_config import ModelConfig, read_config
 from squeeze.models.model_files import Tensor, inspect
@@ -267,8 +267,12 @@ JSON = st.recursive(
     max_leaves=5,
 )
 FIELDS = st.sampled_from(
-    [*ModelConfig.__struct_fields__, *SIZES, "per_layer_config", "configuration_files", "anything", "rope_parameters"]
-    + ["rope_scaling", "rope_theta", "sliding_window", "hidden_act", "rms_norm_eps", "tie_word_embeddings"]
+    [
+        *ModelConfig.__struct_fields__,
+        *SIZES,
+        *("per_layer_config", "anything", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window"),
+        *("hidden_act", "rms_norm_eps", "tie_word_embeddings", "pad_token_id"),
+    ]
 )
 
 
