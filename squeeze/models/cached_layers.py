@@ -61,8 +61,8 @@ def _filled_layers(config: PretrainedConfig) -> Iterator[OwnLayer]:
     widest = max(seen, key=lambda shape: shape[0] * sum(shape[1:]), default=(heads, dim, dim))
     for layer in cache.layers:
         if isinstance(layer, DynamicLayer) and (_shape(layer) or not whole):
-            kv_heads, key_dim, value_dim = _shape(layer) or widest
-            yield OwnLayer(kv_heads, key_dim, value_dim, getattr(layer, "sliding_window", None))
+            heads, key_dim, value_dim = _shape(layer) or widest
+            yield OwnLayer(heads, key_dim, value_dim, getattr(layer, "sliding_window", None))
 
 
 def _shape(layer: Any) -> tuple[int, int, int] | None:
