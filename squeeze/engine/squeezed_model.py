@@ -24,7 +24,7 @@ from squeeze.engine import loss_curves
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.prefill import KeptPrefill, Prefill, PrefillResult
 from squeeze.errors import InputError
-from squeeze.models.cached_layers import own_layers
+from squeeze.models.cached_layers import OwnLayer
 from squeeze.models.folder_config import own_window
 from squeeze.models.rope import LengthwiseRope, depends_on_length
 from squeeze.numbers import whole_number
@@ -91,7 +91,9 @@ class SqueezedModel:
         if config.compile != self.compiled:
             raise ValueError("compiling is decided on when the model is squeezed: leave the `with` block first")
         evictor, window = config.evictor, own_window(model.config)
-        layers = own_layers(model.config)
+        sizes = model.config
+        head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+        layers = (OwnLayer(sizes.num_key_value_heads, head_dim, head_dim, window),) * sizes.num_hidden_layers
         config.allocator.check(algorithm, evictor, len(layers))
         if window is not None and window < evictor.minimum_budget:
             raise InputError(

@@ -1,4 +1,8 @@
-"""The layers of a model's own full cache: how many numbers a token takes in each, and how many tokens it holds."""
+"""The layers of a model's own full cache: what a token takes in each of them, and how many tokens it holds.
+
+transformers' cache says it, once it has seen a token: layers that share another's keys and values have no cache of
+their own there, and those without attention hold none.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +10,55 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PretrainedConfig
 
 from squeeze.allocations.base import CachedLayer
-from squeeze.models.folder_config import own_window
 
 
 @dataclass(frozen=True)
 class OwnLayer:
-    """An attention layer of the model's own cache: see `CachedLayer`."""
+    """A layer with keys and values in the model's own cache: see `CachedLayer`."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
-    window: int | None
+    window: int | None = None
     chunk: int | None = None
 
     def reach(self, tokens: int) -> int:
         return min(tokens, self.window or tokens, self.chunk or tokens)
 
 
+def layers_of(cache: Cache) -> tuple[OwnLayer, ...]:
+    """The attention layers of a cache that holds tokens; a chunk counts as a window there."""
+    return tuple(
+        OwnLayer(keys.shape[1], keys.shape[3], layer.values.shape[3], getattr(layer, "sliding_window", None))
+        for layer in cache.layers
+        if (keys := getattr(layer, "keys", None)) is not None
+    )
+
+
+def held_bytes(cache: Cache) -> int:
+    """Bytes of all keys and values that a cache holds."""
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
+@torch.inference_mode()
 def own_layers(config: PretrainedConfig) -> tuple[OwnLayer, ...]:
-    """The layers of a Llama's or a Mistral's cache."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layer = OwnLayer(config.num_key_value_heads, head_dim, head_dim, own_window(config))
-    return (layer,) * config.num_hidden_layers
+    """The attention layers of the cache of a model that is not loaded: it is run on a token without its weights.
+
+    Returns:
+        None of them where it cannot run like that: GPT-2 and some models with experts look at values while they run.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    cache = DynamicCache(config=model.config)
+    try:
+        model(torch.zeros(1, 1, dtype=torch.long, device="meta"), past_key_values=cache, use_cache=True)
+    except (RuntimeError, NotImplementedError):
+        return ()
+    return layers_of(cache)
 
 
 def token_bytes(layer: CachedLayer, dtype: torch.dtype) -> int:
