@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import traceback
 from importlib.metadata import version
 
 from squeeze.storage.paths import in_checkout
 
-TESTED_TRANSFORMERS = ("5.23.0",)
+#: The oldest and the newest release that the tests ran with (tests/engine/test_transformers_range.py). Whether those
+#: between and after them do what is needed, each model is asked when it is loaded (squeeze/engine/self_check.py).
+TESTED_TRANSFORMERS = ("5.0.0", "5.24.0")
 
 #: Top-level modules → the extra of pyproject.toml that installs them; the others come with the package itself.
 EXTRAS = {"helm": "helm", "ray": "ray"} | dict.fromkeys(("itables", "jinja2", "matplotlib", "pandas"), "report")
 
 
 class UntestedVersion(ImportError):
-    """A package is installed in a version that nobody tried; the message is one sentence."""
+    """A package is installed in a version that lacks what is needed of it; the message is one sentence."""
 
 
 def check_transformers() -> str:
-    """The installed version of transformers; UntestedVersion if it is not one that the patch was tested with."""
+    """The installed version of transformers; UntestedVersion if it lacks the interfaces that models are squeezed by."""
     installed = version("transformers")
-    if installed not in TESTED_TRANSFORMERS:
-        tested = " or ".join(TESTED_TRANSFORMERS)
+    if not _release(TESTED_TRANSFORMERS[0]) <= _release(installed) < (6, 0):
         raise UntestedVersion(
-            f"transformers {installed} is installed, and the patch was tested with {tested}: "
-            f"pip install transformers=={TESTED_TRANSFORMERS[-1]}"
+            f"transformers {installed} is installed, and models are squeezed by interfaces of transformers "
+            f"{TESTED_TRANSFORMERS[0]} to {TESTED_TRANSFORMERS[1]}: pip install transformers=={TESTED_TRANSFORMERS[1]}"
         )
     return installed
+
+
+def cache_argument() -> str:
+    """What models, `generate` and outputs call a cache: `cache` since transformers 5.24, before it `past_key_values`.
+
+    The old name is still taken from outside, with a warning; inside, modules know the new one alone.
+    """
+    return "cache" if _release(version("transformers")) >= (5, 24) else "past_key_values"
+
+
+def _release(text: str) -> tuple[int, int]:
+    """The first two numbers of a version."""
+    major, minor = re.findall(r"\d+", text)[:2]
+    return int(major), int(minor)
 
 
 def install(module: str, requirements: str = "requirements.txt") -> str:

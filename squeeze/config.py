@@ -24,11 +24,13 @@ from squeeze.registry import Named
 ATTENTIONS = ("auto", "sdpa", "eager")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-#: What the published command lines rely on: each architecture has its own eviction method.
-DEFAULT_ALGORITHM: dict[str, str] = {"mistral": "sliding_window", "llama": "streaming"}
-
 #: Sink tokens where none are asked for.
 START_SIZE = 4
+
+
+def default_algorithm(model_type: str) -> str:
+    """The eviction method of an architecture where none is asked for: what the published command lines rely on."""
+    return "sliding_window" if model_type == "mistral" else "streaming"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class SqueezeConfig:
     Args:
         algorithm: an `Evictor`, or what names one: `sliding_window`, `streaming` (StreamingLLM), `h2o`, an entry
             point, or `package.module:Class`, with parameters in brackets; None takes the model's default
-            (`DEFAULT_ALGORITHM`).
+            (`default_algorithm`).
         ini_size: initial budget of every layer, as a fraction of the prompt's tokens, in (0, 1].
         kv_class3: budget of the layers in class 3, as a fraction of the prompt's tokens, in (0, `ini_size`].
         allocation: an `Allocation`, which has its own sizes, or what names one. How similarities become budgets:

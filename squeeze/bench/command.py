@@ -119,6 +119,14 @@ def parser() -> Parser:
     return made
 
 
+def count_layers(folder: Path) -> int:
+    """Layers of a model that have a cache of keys and values."""
+    from squeeze.models.cached_layers import own_layers
+    from squeeze.models.folder_config import model_config
+
+    return len(own_layers(model_config(folder)))
+
+
 def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dict[str, Any]]:
     """Every configuration to measure, this engine's first. Budgets of peers are this engine's own, filled in later."""
     common = {
@@ -126,7 +134,7 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
         **{"prompt_length": args.prompt_length, "new_tokens": args.new_tokens, "attn": "sdpa"},
         "turn_steps": TURN_STEPS if args.in_turns else args.new_tokens,
     }
-    layers = sources.read_config(folder).num_hidden_layers
+    layers = count_layers(folder)
     everything = {"budgets": [args.prompt_length + args.new_tokens] * layers}
     variants = []
     for batch_size in args.batch_size:
@@ -151,7 +159,7 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
 def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
     """The caches that users would run instead, at the same total of tokens."""
     budget = int(parse_fraction("ini_size", args.ini_size) * args.prompt_length)
-    layers = sources.read_config(Path(base["model"])).num_hidden_layers
+    layers = count_layers(Path(base["model"]))
     cut = {"budgets": [budget] * layers}
     variants = []
     for attn in args.peer_attn:

@@ -10,10 +10,10 @@ step: it prints a line per check and exits with 0, or with 1 and what to do.
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from squeeze import threads
 
@@ -24,31 +24,25 @@ def version() -> str:
     return check_transformers()
 
 
-def attention_classes() -> str:
-    from squeeze.engine.decoder_layer import ATTENTION_ATTRIBUTES, ATTENTION_CLASSES
-
-    for name, attention_class in ATTENTION_CLASSES.items():
-        model = tiny_model(name)
-        module = model.model.layers[0].self_attn
-        missing = [attribute for attribute in ATTENTION_ATTRIBUTES if not hasattr(module, attribute)]
-        if not isinstance(module, attention_class) or missing:
-            raise RuntimeError(f"{type(module).__name__} lacks {', '.join(missing)}: pip install -r requirements.txt")
-        for argument in ("hidden_states", "position_embeddings", "past_key_values"):
-            if argument not in inspect.signature(attention_class.forward).parameters:
-                raise RuntimeError(
-                    f"{attention_class.__name__}.forward takes no {argument}: pip install -r requirements.txt"
-                )
-    return ", ".join(attention_class.__name__ for attention_class in ATTENTION_CLASSES.values())
+#: One family of each kind: plain, with a window, with norms after attention and windows in some layers, with attention
+#: and MLP side by side and half of a head turned, with biases and a head that is no part of the hidden size.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 64},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "qwen3": {"head_dim": 16},
+}
 
 
-def tiny_model(architecture: str):
-    """A model with random weights and the given architecture, small enough to run anywhere."""
+def tiny_model(family: str) -> Any:
+    """A model with random weights, small enough to run anywhere."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        architecture,
+        family,
         vocab_size=97,
         hidden_size=32,
         intermediate_size=48,
@@ -56,18 +50,60 @@ def tiny_model(architecture: str):
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **FAMILIES[family],
     )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def full_budget(architecture: str) -> str:
+def interface() -> str:
+    """The attention function is registered while a model is squeezed, and gone afterwards."""
+    from transformers import AttentionInterface
+
+    from squeeze import SqueezeConfig, squeezed
+    from squeeze.engine.interface import NAME
+
+    with squeezed(tiny_model("llama"), SqueezeConfig(budgets=[8] * 4)):
+        there = NAME in AttentionInterface()
+    if not there or NAME in AttentionInterface():
+        raise RuntimeError("transformers' AttentionInterface does not take and give back a function as it should")
+    return "takes a function, and gives it back"
+
+
+def findings() -> str:
+    """The probe finds what the configurations say."""
+    from squeeze.engine.probe import probe
+
+    expected = {
+        "llama": ("rope", 8, "x + self_attn", None),
+        "mistral": ("rope", 8, "x + self_attn", 64),
+        "gemma3_text": ("rope", 16, "x + post_attention_layernorm", 64),
+        "gpt_neox": ("rope", 4, "x + attention", None),
+        "qwen3": ("rope", 16, "x + self_attn", None),
+    }
+    for family, wanted in expected.items():
+        first = probe(tiny_model(family)).layers[0]
+        dims = None if first.rotation is None else first.rotation.dims
+        found = first.encoding, dims, None if first.residual is None else first.residual.rule, first.window
+        if found != wanted:
+            raise RuntimeError(f"of {family} it finds {found}, not {wanted}")
+    return "finds positions, residual streams and windows"
+
+
+def family(name: str) -> str:
+    return f"{full_budget(name)}; {own_budgets(name)}"
+
+
+def full_budget(family: str) -> str:
     """With room for every token, the patched model gives the unpatched model's logits at every step."""
     import torch
 
     from squeeze import SqueezeConfig, squeezed
     from squeeze.evictors import EVICTORS
 
-    model, tokens = tiny_model(architecture), torch.arange(3, 35)[None]
+    model, tokens = tiny_model(family), torch.arange(3, 35)[None]
     with torch.no_grad():
         expected = model(tokens).logits[0, 19:]
         for algorithm in EVICTORS.names:
@@ -88,21 +124,21 @@ def full_budget(architecture: str) -> str:
     return f"{', '.join(EVICTORS.names)} equal the unpatched model"
 
 
-def own_budgets(architecture: str) -> str:
+def own_budgets(family: str) -> str:
     """Every layer's tensors are as long as its own budget, after prefill and after decoding."""
     import torch
 
     from squeeze import SqueezeConfig, squeezed
     from squeeze.evictors import EVICTORS
 
-    model, tokens, budgets = tiny_model(architecture), torch.arange(3, 35)[None], [5, 17, 8, 11]
+    model, tokens, budgets = tiny_model(family), torch.arange(3, 35)[None], [5, 17, 8, 11]
     for algorithm in EVICTORS.names:
         with torch.no_grad(), squeezed(model, SqueezeConfig(algorithm, budgets=budgets)) as run:
             cache = run.cache(max_new_tokens=4)
             model(tokens, past_key_values=cache)
             for token in range(4):
                 model(tokens[:, token : token + 1], past_key_values=cache)
-        held = [layer.keys.shape[2] for layer in cache.layers]
+        held = [layer.keys.shape[2] for layer in cache.squeezed]
         if held != budgets:
             raise RuntimeError(f"{algorithm} holds {held} tokens, not {budgets}")
     return f"layers hold {budgets} tokens"
@@ -110,11 +146,9 @@ def own_budgets(architecture: str) -> str:
 
 CHECKS: list[tuple[str, Callable[[], str]]] = [
     ("transformers version", version),
-    ("attention classes", attention_classes),
-    ("llama: full budget", partial(full_budget, "llama")),
-    ("llama: own budgets", partial(own_budgets, "llama")),
-    ("mistral: full budget", partial(full_budget, "mistral")),
-    ("mistral: own budgets", partial(own_budgets, "mistral")),
+    ("attention interface", interface),
+    ("probe", findings),
+    *((name, partial(family, name)) for name in FAMILIES),
 ]
 
 

@@ -1,8 +1,9 @@
-"""SqueezeCache: a transformers Cache whose layers each own one buffer, as large as their budget and no larger.
+"""SqueezeCache: a transformers Cache whose attention layers each own one buffer, as large as their budget.
 
-During prefill a layer holds the whole prompt: until it is filled, where its budgets are known by then, else until all
-layers are. What the evictor keeps is then copied into a buffer allocated once; from there on a new token is written
-into one slot in place, and nothing is ever concatenated.
+It is the model's own cache with these layers in the place of its own; what is no attention (state space, linear
+attention) stays what it is. During prefill a layer holds the whole prompt: until it is filled, where its budgets are
+known by then, else until all layers are. What the evictor keeps is then copied into a buffer allocated once; from
+there on a new token is written into one slot in place, and nothing is ever concatenated.
 """
 
 from __future__ import annotations
@@ -13,23 +14,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 
+from squeeze.engine import states
+from squeeze.engine.findings import Findings
 from squeeze.engine.layer import SqueezeLayer
 from squeeze.engine.schedule import Schedule
 from squeeze.evictors import Evictor
 
 
 class SqueezeCache(Cache):
-    """One `SqueezeLayer` a layer, and the sequence lengths that they share.
+    """One `SqueezeLayer` an attention layer, and the sequence lengths that they share.
 
     Args:
         evictor: which tokens survive.
-        layers: how many decoder layers the model has.
+        findings: what the probe found out about the model.
         max_new_tokens: how many tokens may be generated; no buffer is made for more.
-        inv_freq: RoPE's inverse frequencies, `(head_dim / 2,)`, float32, by which StreamingLLM's sinks are moved.
 
     Attributes:
+        layers: all of the model's cache, in its own order.
+        squeezed: those of them that are squeezed.
+        by_module: the layer that an attention module attends to.
         owner: the model that the cache was made for, and the evictor of its run then.
         whole: whether the prompt is only to be read, and never cut (`SqueezedModel.prefill`).
         prompt_lengths: tokens of each sequence's prompt, padding excluded.
@@ -37,24 +43,37 @@ class SqueezeCache(Cache):
         budgets: tokens, `(layers, batch)`; with no columns until every layer is cut.
         compressed: whether every layer is cut, and decode steps can follow.
         steps: decode steps so far.
+        seen: columns of the prompts that are read already, while they are read in chunks.
         broken: whether one has failed in the middle: some layers hold its token then, and others do not.
     """
 
-    layers: list[SqueezeLayer]
+    squeezed: list[SqueezeLayer]
+    by_module: dict[nn.Module, SqueezeLayer]
 
-    def __init__(self, evictor: Evictor, layers: int, max_new_tokens: int, inv_freq: torch.Tensor):
-        super().__init__(layers=[SqueezeLayer(evictor) for _ in range(layers)])
+    def __init__(self, evictor: Evictor, findings: Findings, max_new_tokens: int):
+        super().__init__(layers=[])
+        self.findings = findings
+        self._make_layers(evictor)
         self.owner: tuple[Any, Evictor] = None, evictor
         self.whole = False
         self.max_new_tokens = max_new_tokens
-        self.inv_freq = inv_freq
         self.prompt_lengths: list[int] = []
         self.columns = 0
-        self.budgets = np.empty((layers, 0), dtype=int)
+        self.budgets = np.empty((len(self.squeezed), 0), dtype=int)
         self.schedules: list[Schedule] = []
         self.compressed = False
         self.steps = 0
         self.broken = False
+        self.seen = 0
+
+    def _make_layers(self, evictor: Evictor) -> None:
+        self.layers = states.own_layers(self.findings)
+        self.squeezed, self.by_module = [], {}
+        for facts in self.findings.layers:
+            layer = states.squeeze_layer(evictor, facts, self.layers[facts.index])
+            self.layers[facts.index] = layer
+            self.squeezed.append(layer)
+            self.by_module |= dict.fromkeys(facts.users, layer)
 
     def begin(self, batch: int, columns: int, attention_mask: torch.Tensor | None) -> None:
         """Take note of prompts, `(batch, columns)`, before they are read.
@@ -67,26 +86,29 @@ class SqueezeCache(Cache):
 
     def compress(self, budgets: np.ndarray) -> None:
         """Cut every layer to its budgets, `(layers, batch)` tokens: decode steps can follow."""
-        for layer, layer_budgets in zip(self.layers, budgets.tolist(), strict=True):
+        for layer, layer_budgets in zip(self.squeezed, budgets.tolist(), strict=True):
             layer.compress(self.prompt_lengths, layer_budgets)
         self.end_prefill(budgets)
 
     def end_prefill(self, budgets: np.ndarray) -> None:
         """Take note that every layer was cut to its budgets, `(layers, batch)` tokens: decode steps can follow."""
         self.budgets = budgets
-        by_device: dict[torch.device, list[int]] = {}
-        for index, layer in enumerate(self.layers):
-            by_device.setdefault(layer.keys.device, []).append(index)
+        for layer in self.squeezed:
+            layer.reading = None
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for index, layer in enumerate(self.squeezed):
+            shapes = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
+            alike.setdefault((layer.keys.device, *shapes, id(layer.facts.rotation)), []).append(index)
         self.schedules = [
-            Schedule([self.layers[i] for i in own], self.prompt_lengths, self.budgets[own].tolist(), self.inv_freq)
-            for own in by_device.values()
+            Schedule([self.squeezed[i] for i in own], self.prompt_lengths, self.budgets[own].tolist())
+            for own in alike.values()
         ]
         self.compressed = True
 
     def forget(self) -> None:
         """Let go of a prompt whose prefill has failed: it can be read again."""
-        self.layers = [SqueezeLayer(layer.evictor) for layer in self.layers]
-        self.schedules, self.compressed = [], False
+        self._make_layers(self.squeezed[0].evictor)
+        self.schedules, self.compressed, self.seen = [], False, 0
 
     @contextmanager
     def step(self, batch: int, tokens: int) -> Iterator[None]:
@@ -117,7 +139,7 @@ class SqueezeCache(Cache):
         kept = np.minimum(seen, self.budgets)
         longest = kept.max(axis=1)
         ragged = kept.min(axis=1) < longest
-        for layer, layer_longest, layer_ragged in zip(self.layers, longest.tolist(), ragged.tolist(), strict=True):
+        for layer, layer_longest, layer_ragged in zip(self.squeezed, longest.tolist(), ragged.tolist(), strict=True):
             layer.longest, layer.ragged = layer_longest, layer_ragged
         evicting = bool((kept < seen).any())
         for schedule in self.schedules:
@@ -126,16 +148,20 @@ class SqueezeCache(Cache):
     @property
     def kv_bytes(self) -> int:
         """Bytes of all key and value tensors."""
-        return sum(layer.kv_bytes for layer in self.layers)
+        return sum(layer.kv_bytes for layer in self.squeezed)
 
     @property
     def state_bytes(self) -> int:
         """Bytes of all scores and positions (H2O), and of the sinks as they came (StreamingLLM)."""
-        return sum(layer.state_bytes for layer in self.layers) + sum(part.state_bytes for part in self.schedules)
+        return sum(layer.state_bytes for layer in self.squeezed) + sum(part.state_bytes for part in self.schedules)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included: what positions and masks are counted by, not what is held."""
-        return self.columns + self.steps if self.compressed else 0
+        return self.columns + self.steps if self.compressed else self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Tokens that a mask is made for, and the first of them: asked where a model makes its own."""
+        return self.get_seq_length() + query_length, 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         raise ValueError("beam search is not supported with a squeezed cache: use greedy decoding or sampling")

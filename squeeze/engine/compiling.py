@@ -1,4 +1,4 @@
-"""`torch.compile` for the decode step, where it can work."""
+"""`torch.compile` for the decode step, where it can work: one graph for all decoder layers that are alike."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from squeeze.engine.cache import SqueezeCache
+from squeeze.engine.findings import Findings
+from squeeze.engine.layer import SqueezeLayer
 from squeeze.errors import InputError
 
 #: Variants of one function: sequences of one length or several, one or more of them, full buffers or not, gradients
@@ -30,3 +33,52 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
         raise InputError(f"--compile needs {need} ({reason}): install it, or leave --compile out") from None
     more: dict[str, Any] = {"recompile_limit": VARIANTS}  # which PyTorch's own type hints forgot
     return torch.compile(function, dynamic=True, **more)
+
+
+class Compiled:
+    """The cache layer that a compiled decoder layer has just updated, where `interface.attend` finds it.
+
+    It is written and read inside one graph, in which it is no lookup at all.
+    """
+
+    layer: SqueezeLayer
+
+
+class OneLayer:
+    """Stands in for the cache in a compiled decoder layer, whose number is not looked at: so layers share a graph."""
+
+    def __init__(self, layer: SqueezeLayer):
+        self.layer = layer
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        """As `SqueezeLayer.update`."""
+        Compiled.layer = self.layer
+        return self.layer.update(keys, values)
+
+
+def decode_block(block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A decoder layer's own forward pass, for `torch.compile`."""
+    return type(block).forward(block, *args, **kwargs)
+
+
+@torch.compiler.disable
+def block_forward(step: Callable[..., Any], number: int, block: torch.nn.Module, original, *args: Any, **kwargs: Any):
+    """Stands in for a decoder layer's forward pass where its decode step is compiled, as `step`.
+
+    Args:
+        number: of the cache layer that it works on, among those that are squeezed.
+    """
+    name = next((name for name, value in kwargs.items() if isinstance(value, SqueezeCache)), None)
+    if name is None or not kwargs[name].compressed:
+        return original(*args, **kwargs)
+    return step(block, *args, **kwargs | {name: OneLayer(kwargs[name].squeezed[number])})
+
+
+def check_blocks(findings: Findings) -> None:
+    """Raises InputError unless every decoder layer keeps the cache of one attention layer, and nothing else."""
+    blocks = [layer.block for layer in findings.layers]
+    if findings.others or len(set(blocks)) < len(blocks) or not all(layer.interface for layer in findings.layers):
+        raise InputError(
+            "compile needs decoder layers with one attention layer each, which uses transformers' AttentionInterface, "
+            "and this model has others: leave compile out"
+        )

@@ -39,9 +39,9 @@ def prepare_cache(run: SqueezedModel, generation_config, model_kwargs, generatio
             "set it to True, or generate outside of `with squeezed(...)`"
         )
     if cache is None:
-        prompt = model_kwargs["position_ids"].shape[-1]
+        by_token = next(model_kwargs[name] for name in ("position_ids", "attention_mask") if name in model_kwargs)
         # max_cache_length is one less than prompt and new tokens: the last token is never fed back.
-        model_kwargs["past_key_values"] = run.cache(max_cache_length + 1 - prompt)
+        model_kwargs["past_key_values"] = run.cache(max_cache_length + 1 - by_token.shape[-1])
     return None
 
 

@@ -12,19 +12,21 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
 from transformers import PreTrainedModel
 
 from squeeze.allocations.base import Allocation
 from squeeze.config import SqueezeConfig, as_config
-from squeeze.engine.compiling import compiled
+from squeeze.engine.compiling import block_forward, check_blocks, compiled, decode_block
 from squeeze.engine.decoder import decoder_forward
-from squeeze.engine.decoder_layer import after_attention, attention_forward, before_layer, block_forward, decode_block
 from squeeze.engine.generate import no_continuous_batching, prepare_cache
+from squeeze.engine.interface import registered
+from squeeze.engine.own_attention import listen
+from squeeze.engine.self_check import self_check
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.engine.unwrap import unwrap
 from squeeze.evictors import Evictor
-from squeeze.models.rope import LengthwiseRope, depends_on_length, forward_name
+from squeeze.models.rope import find_lengthwise, forward_name
 
 #: Held while a model is patched, or put back: threads may want the same one.
 _patching = threading.Lock()
@@ -79,23 +81,29 @@ def _patch(undo: ExitStack, model: PreTrainedModel, config: SqueezeConfig) -> Sq
     if "_prepare_cache_for_generation" in vars(model):
         raise ValueError("the model is squeezed already: leave the outer `with squeezed(...)` first")
     run = SqueezedModel(model, config)
-    step = compiled(decode_block, model.device) if config.compile else None
-    decoder = model.model
+    findings = run.findings
+    undo.enter_context(registered())
     _replace(undo, model, "_prepare_cache_for_generation", partial(prepare_cache, run))
     _replace(undo, model, "init_continuous_batching", no_continuous_batching)
-    _replace(undo, decoder, "forward", partial(decoder_forward, run, decoder.forward))
-    if depends_on_length(model.config):
-        run.rope = _lengthwise(undo, decoder.rotary_emb)
-    for layer in decoder.layers:
-        hook = layer.register_forward_pre_hook(partial(before_layer, run), with_kwargs=True)
-        undo.callback(hook.remove)
-        hook = layer.post_attention_layernorm.register_forward_pre_hook(partial(after_attention, run))
-        undo.callback(hook.remove)
-        module = layer.self_attn
-        name = forward_name(module)
-        _replace(undo, module, name, partial(attention_forward, run, module, getattr(module, name)))
-        if step is not None:
-            _replace(undo, layer, "forward", partial(block_forward, step, layer, layer.forward))
+    decoder = findings.decoder
+    _replace(undo, decoder, "forward", partial(decoder_forward, run, decoder.forward, run.decoder_arguments))
+    for rotary, lengthwise in find_lengthwise(model):
+        name = forward_name(rotary)
+        if vars(rotary).get(name) is not lengthwise:
+            _replace(undo, rotary, name, lengthwise)
+        run.ropes.append(lengthwise)
+    for layer in findings.layers:
+        if not layer.interface:
+            undo.callback(listen(layer))
+    self_check(run)
+    if config.compile:
+        check_blocks(findings)
+        step = compiled(decode_block, model.device)
+        # The number of a layer is an attribute of its modules, for each of which a graph would be made.
+        undo.enter_context(torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True))
+        for number, layer in enumerate(findings.layers):
+            block = layer.block
+            _replace(undo, block, "forward", partial(block_forward, step, number, block, block.forward))
     return run
 
 
@@ -107,14 +115,3 @@ def _replace(undo: ExitStack, owner: object, name: str, value: object) -> None:
     else:
         undo.callback(delattr, owner, name)
     setattr(owner, name, value)
-
-
-def _lengthwise(undo: ExitStack, rotary: nn.Module) -> LengthwiseRope:
-    """Angles by each sequence's own length, as `squeeze.models.loading` gave them to the model, or from now on."""
-    name = forward_name(rotary)
-    current = vars(rotary).get(name)
-    if isinstance(current, LengthwiseRope):
-        return current
-    lengthwise = LengthwiseRope(rotary)
-    _replace(undo, rotary, name, lengthwise)
-    return lengthwise

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from transformers.utils import ModelOutput
 
 from squeeze.allocations.base import LossCurves
 from squeeze.devices import section
-from squeeze.engine.layer import SqueezeLayer
+from squeeze.engine import states
+from squeeze.engine.cache import SqueezeCache
+from squeeze.engine.layer import Reading
+from squeeze.engine.residual import Residual
 from squeeze.importance import similarity
 
 
@@ -45,9 +53,11 @@ class KeptPrefill:
         inputs: token ids, `(batch, tokens)`.
         prompt_lengths: tokens of each sequence, padding excluded.
         attn: prefill attention, as in `SqueezeConfig`.
-        layers: keys, values and scores of each, see `SqueezeLayer`.
+        layers: keys, values and scores of each attention layer, see `SqueezeLayer`.
+        states: of the layers that are no attention, see `squeeze.engine.states`.
         similarities: of each layer, `(batch,)` float32; none where they were not measured.
-        states: the decoder's output, `(batch, tokens, hidden)`.
+        output: the decoder's, `(batch, tokens, hidden)`.
+        made: the class of the decoder's output.
         seconds: that the pass took.
     """
 
@@ -55,8 +65,10 @@ class KeptPrefill:
     prompt_lengths: list[int]
     attn: str
     layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    states: dict[int, dict[str, Any]]
     similarities: list[torch.Tensor]
-    states: torch.Tensor
+    output: torch.Tensor
+    made: Callable[..., ModelOutput]
     seconds: float = 0.0
 
     @property
@@ -70,10 +82,7 @@ class Prefill:
     """The prefill under way: made when prompts come in, gone once their cache is cut or the pass has failed.
 
     Args:
-        layers: of the cache that is filled.
-        prompt_lengths: tokens of each sequence, padding excluded.
-        columns: tokens of the longest sequence; the others are padded to it on the left.
-        window: the model's own sliding window, or None.
+        cache: that is filled; it has begun with the prompts.
         attn: prefill attention, as in `SqueezeConfig`.
         measured: whether similarities are.
         chunk: columns of a chunk; None where the prompts are read in one pass.
@@ -84,16 +93,13 @@ class Prefill:
             so that no more than one holds the whole prompt at a time.
 
     Attributes:
-        seen, lengths: tokens of each sequence before the present chunk, and in it.
-        stream: what entered the layer under way, `(batch, tokens, hidden)`.
+        lengths: tokens of each sequence in the present chunk.
+        streams: what entered the layers under way, `(batch, tokens, hidden)`, by their numbers.
         shared_seconds: what the kept prefill took, where it was taken over.
         similarities: of each chunk and layer so far, what its tokens add to the mean: `(batch,)` float32.
     """
 
-    layers: Sequence[SqueezeLayer]
-    prompt_lengths: list[int]
-    columns: int
-    window: int | None
+    cache: SqueezeCache
     attn: str
     measured: bool = False
     chunk: int | None = None
@@ -101,69 +107,82 @@ class Prefill:
     kept: KeptPrefill | None = None
     losses: list[LossCurves] | None = None
     budgets: np.ndarray | None = None
-    seen: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    stream: torch.Tensor | None = None
+    streams: dict[int, torch.Tensor] = field(default_factory=dict)
     shared_seconds: float = 0.0
     similarities: list[list[torch.Tensor]] = field(default_factory=list)
 
-    @property
-    def needs_scores(self) -> bool:
-        return self.layers[0].evictor.needs_scores
-
     def begin_chunk(self, start: int, end: int) -> None:
-        """Take note of the pass over columns `start` to `end`."""
-        padding = [self.columns - length for length in self.prompt_lengths]
-        self.seen = [max(start - padded, 0) for padded in padding]
-        self.lengths = [max(end - padded, 0) - seen for padded, seen in zip(padding, self.seen, strict=True)]
-        self.similarities.append([])
+        """Take note of the pass over columns `start` to `end`, and let the layers know."""
+        cache = self.cache
+        padding = [cache.columns - length for length in cache.prompt_lengths]
+        seen = [max(start - padded, 0) for padded in padding]
+        self.lengths = [max(end - padded, 0) - before for padded, before in zip(padding, seen, strict=True)]
+        self.similarities.append([torch.empty(0)] * len(cache.squeezed) if self.measured else [])
+        budgets: Sequence[Any] = [None] * len(cache.squeezed) if self.budgets is None else self.budgets.tolist()
+        for layer, own in zip(cache.squeezed, budgets, strict=True):
+            layer.reading = Reading(seen, self.lengths, own, self.attn != "eager")
+        cache.seen = start
 
-    def enter(self, stream: torch.Tensor) -> None:
-        """Take note of the residual stream that enters a layer, `(batch, tokens, hidden)`."""
-        self.stream = stream if self.measured else None
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """A block in which modules tell how attention changes the residual stream, where that is measured."""
+        hooks = []
+        for number, layer in enumerate(self.cache.squeezed if self.measured else ()):
+            residual = layer.facts.residual
+            assert residual is not None
+            entering, leaving = partial(self._enter, number), partial(self._leave, number, residual)
+            hooks.append(residual.entry.register_forward_pre_hook(entering, with_kwargs=True))
+            hooks.append(residual.branch.register_forward_hook(leaving))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-    def measure(self, stream: torch.Tensor) -> None:
-        """Compare it with the residual stream after self-attention, same shape."""
-        if self.stream is not None:
-            before = self.stream.to(stream.device)
-            with section("importance", stream.device):
-                self.similarities[-1].append(similarity(before, stream, self.lengths, self.prompt_lengths))
-            self.stream = None
+    def _enter(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook before attention's norm, or its decoder layer: what it is given is the residual stream."""
+        self.streams[number] = args[0] if args else kwargs["hidden_states"]
 
-    def past(self, index: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
-        """Tokens that a layer keeps of earlier chunks, see `SqueezeLayer.past`, by sequence; None of none."""
-        for row, seen in enumerate(self.seen):
-            known = None if self.budgets is None or not seen else int(self.budgets[index, row])
-            yield None if known is None else self.layers[index].past(row, seen, known)
-
-    def fill(self, index: int, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> None:
-        """Give a layer the prompts or their chunk, as `SqueezeLayer.fill`, and cut it if its budgets are known."""
-        layer, budgets = self.layers[index], None if self.budgets is None else self.budgets[index].tolist()
-        if budgets is not None and any(self.seen):
-            layer.extend(keys, values, self.seen, self.lengths, budgets)
-            return
-        layer.fill(keys, values, scores)
-        if budgets is not None:
-            layer.compress(self.lengths, budgets)
+    def _leave(self, number: int, residual: Residual, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook after attention: the stream after it follows from its output, `(batch, tokens, hidden)`."""
+        change = output[0] if isinstance(output, tuple) else output
+        before = self.streams.pop(number).to(change.device)
+        with section("importance", change.device):
+            after = _stream_after(residual, before, change)
+            self.similarities[-1][number] = similarity(before, after, self.lengths, self.cache.prompt_lengths)
 
     def may_take_over(self, kept: KeptPrefill, inputs: torch.Tensor) -> bool:
         """Whether a prefill of `inputs`, `(batch, tokens)` token ids, would give what `kept` holds."""
+        lengths, scored = self.cache.prompt_lengths, self.cache.squeezed[0].evictor.needs_scores
         return (
-            (kept.prompt_lengths, kept.attn, kept.scored) == (self.prompt_lengths, self.attn, self.needs_scores)
+            (kept.prompt_lengths, kept.attn, kept.scored) == (lengths, self.attn, scored)
             and (bool(kept.similarities) or not self.measured)
             and torch.equal(kept.inputs, inputs)
         )
 
     def take_over(self, kept: KeptPrefill) -> None:
         """Fill the layers from a kept prefill, in place of a forward pass."""
-        for layer, contents in zip(self.layers, kept.layers, strict=True):
+        for layer, contents in zip(self.cache.squeezed, kept.layers, strict=True):
             layer.fill(*contents)
+        states.restore(self.cache.layers, kept.states)
         self.similarities, self.shared_seconds = [kept.similarities], kept.seconds
 
-    def keep(self, inputs: torch.Tensor, states: torch.Tensor, seconds: float) -> None:
-        """Keep the pass that has just ended: see `KeptPrefill`."""
-        layers = [layer.contents for layer in self.layers]
-        self.kept = KeptPrefill(inputs, self.prompt_lengths, self.attn, layers, self.similarities[0], states, seconds)
+    def keep(self, inputs: torch.Tensor, output: ModelOutput, seconds: float) -> KeptPrefill:
+        """Keep the pass that has just ended."""
+        cache = self.cache
+        self.kept = KeptPrefill(
+            inputs,
+            cache.prompt_lengths,
+            self.attn,
+            [layer.contents for layer in cache.squeezed],
+            states.copied(cache.layers),
+            self.similarities[0],
+            output.last_hidden_state,
+            type(output),
+            seconds,
+        )
+        return self.kept
 
     def mean_similarities(self) -> np.ndarray | None:
         """Mean cosine similarities over all chunks, `(batch, layers)` float32; None where they are not measured."""
@@ -171,3 +190,10 @@ class Prefill:
             return None
         by_chunk = torch.stack([torch.stack([values.cpu() for values in chunk]) for chunk in self.similarities])
         return by_chunk.sum(dim=0).T.numpy()
+
+
+def _stream_after(residual: Residual, before: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """The residual stream after attention, in the dtype in which the model adds them."""
+    if residual.of_branch != 1:
+        change = change * residual.of_branch
+    return before + change if residual.of_stream else change

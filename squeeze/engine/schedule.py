@@ -1,4 +1,4 @@
-"""Slots, lengths and sinks of a decode step, worked out for all layers of a device at once.
+"""Slots, lengths and sinks of a decode step, worked out for all layers that are alike at once.
 
 A decode step is many small operations, and calling them is what it costs at batch 1: slots and sinks, worked out
 layer by layer, would be most of them.
@@ -7,6 +7,7 @@ layer by layer, would be most of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,17 +15,16 @@ from squeeze.engine.layer import SqueezeLayer, check_slots
 
 
 class Schedule:
-    """Slots, lengths and sinks of the layers on one device, step after step.
+    """Slots, lengths and sinks of layers on one device, step after step.
 
     StreamingLLM measures distance inside the cache: as tokens between the sinks and the recent window disappear,
     sinks move closer, by as many positions as tokens were evicted. Their keys are turned in the buffers, always from
     the angles they came with and never from the last step's.
 
     Args:
-        layers: just cut to their budgets.
+        layers: just cut to their budgets; of one shape, and with keys that turn alike.
         lengths: tokens that each sequence has seen.
         budgets: slots owned, `(layers, batch)`.
-        inv_freq: RoPE's inverse frequencies, `(head_dim / 2,)`, float32.
     """
 
     def __init__(
@@ -32,12 +32,12 @@ class Schedule:
         layers: Sequence[SqueezeLayer],
         lengths: Sequence[int],
         budgets: Sequence[Sequence[int]],
-        inv_freq: torch.Tensor,
     ):
         device = layers[0].keys.device
         batch, heads = layers[0].keys.shape[:2]
         self.layers, self.evictor = layers, layers[0].evictor
-        self.inv_freq = inv_freq.to(device)
+        rotation = layers[0].facts.rotation
+        self.rotation = None if rotation is None else replace(rotation, inv_freq=rotation.inv_freq.to(device))
         self.position = torch.tensor(lengths, device=device)[:, None]
         self.budgets = torch.tensor(budgets, device=device)[..., None]
         slots = torch.tensor([layer.keys.shape[2] for layer in layers], device=device)
@@ -49,7 +49,7 @@ class Schedule:
     def advance(self, evicting: bool) -> None:
         """Tell the layers about the step that begins; `evicting` if a sequence will hold less than it has seen."""
         lengths = torch.minimum(self.position + 1, self.budgets)
-        if evicting and self.evictor.sinks:
+        if evicting and self.evictor.sinks and self.rotation is not None:
             self._turn_sinks(self.position + 1 - lengths)
         rows = self.first_rows
         if not self.evictor.needs_scores:
@@ -68,25 +68,20 @@ class Schedule:
         return self.sinks.nbytes
 
     def _sinks(self) -> torch.Tensor:
-        """The sinks in the buffers: `(layers, batch, kv_heads, sinks, head_dim)`."""
-        return torch.stack([layer.keys[:, :, : self.evictor.sinks] for layer in self.layers])
+        """The sinks in the buffers, `(layers, batch, kv_heads, sinks, head_dim)`; none where they do not turn."""
+        if self.rotation is None:
+            return torch.empty(0)
+        return torch.stack([self._turning(layer) for layer in self.layers])
+
+    def _turning(self, layer: SqueezeLayer) -> torch.Tensor:
+        """Sinks of a layer: of its keys, or in latent attention of the part that turns."""
+        assert self.rotation is not None
+        return getattr(layer, self.rotation.part)[:, :, : self.evictor.sinks]
 
     def _turn_sinks(self, evicted: torch.Tensor) -> None:
+        assert self.rotation is not None
         if self.sinks_come_late:  # after a prompt shorter than the sinks: until it evicts, they are as they came
             self.sinks = torch.where(self.evicted[..., None, None] == 0, self._sinks(), self.sinks)
         self.evicted = evicted
-        for layer, turned in zip(
-            self.layers, rotate(self.sinks, evicted[..., None, None], self.inv_freq), strict=True
-        ):
-            layer.keys[:, :, : self.evictor.sinks] = turned
-
-
-def rotate(vectors: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Turn `(…, head_dim)` by RoPE's angle of `positions` `(…, 1)`, computed in float32.
-
-    Two halves of `head_dim` form the pairs, as in transformers' Llama and Mistral.
-    """
-    angles = positions.float() * inv_freq
-    cos, sin = angles.cos(), angles.sin()
-    first, second = vectors.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(vectors.dtype)
+        for layer, turned in zip(self.layers, self.rotation(self.sinks, evicted[..., None, None]), strict=True):
+            self._turning(layer)[:] = turned

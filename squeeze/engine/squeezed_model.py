@@ -1,10 +1,11 @@
 """A model and its configuration: the budgets of every prefill, and prefills that several configurations share.
 
-Of the model it knows its sizes, its embeddings and its RoPE; `patch.py` makes its forward passes tell of themselves.
+Of the model it knows what the probe found out; `patch.py` makes its forward passes tell of themselves.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +19,16 @@ from transformers import PreTrainedModel
 from squeeze.allocations.base import Budgets, LossCurves, PromptFacts, check_budgets
 from squeeze.allocations.explicit import Explicit
 from squeeze.compatibility import check_transformers
-from squeeze.config import DEFAULT_ALGORITHM, SqueezeConfig
+from squeeze.config import SqueezeConfig, default_algorithm
 from squeeze.devices import section
-from squeeze.engine import loss_curves
+from squeeze.engine import loss_curves, states
 from squeeze.engine.cache import SqueezeCache
+from squeeze.engine.findings import AttentionLayer, squeezable
+from squeeze.engine.interface import NAME
 from squeeze.engine.prefill import KeptPrefill, Prefill, PrefillResult
+from squeeze.engine.probe import probe
 from squeeze.errors import InputError
-from squeeze.models.cached_layers import OwnLayer
-from squeeze.models.folder_config import own_window
-from squeeze.models.rope import LengthwiseRope, depends_on_length
+from squeeze.models.rope import LengthwiseRope
 from squeeze.numbers import whole_number
 
 
@@ -36,28 +38,27 @@ class SqueezedModel:
     Attributes:
         config: the configuration, its algorithm filled in.
         evictor: of the configuration's algorithm.
-        window: the model's own sliding window, in tokens, or None.
-        layers: those with a cache of their own.
-        rope: the angles of a model whose RoPE depends on the length of a sequence; None for others.
+        findings: what the probe found out about the model.
+        decoder_arguments: names of what its decoder's forward pass takes, in order.
+        ropes: the angles of a model whose RoPE depends on the length of a sequence; none of others.
         lock: held by a forward pass; threads that use the model take turns by it.
         share_prefills: keep the last prefill, all of its keys and values, for other configurations on the same prompts
             (`use`); what they give is the same as without.
         kept_prefill: the prefill that is kept, between two passes.
-        under_way: the prefill under way; None between two passes, and in those that are no prefill.
         last: the result of the last prefill; `similarities`, `classes`, `budgets`, `kv_bytes`, `state_bytes`, `notes`
             and `shared_seconds` read it.
     """
 
     def __init__(self, model: PreTrainedModel, config: SqueezeConfig):
         check_transformers()
-        self.model = model
+        self.model, self.findings = model, probe(model)
+        self.decoder_arguments = tuple(inspect.signature(type(self.findings.decoder).forward).parameters)[1:]
         self.lock = threading.RLock()
-        self.rope: LengthwiseRope | None = None
+        self.ropes: list[LengthwiseRope] = []
         self.compiled = config.compile
         self.use(config)
         self.share_prefills = False
         self.kept_prefill: KeptPrefill | None = None
-        self.under_way: Prefill | None = None
         self.last = PrefillResult()
 
     # Of the last prefill: see `PrefillResult`.
@@ -68,6 +69,18 @@ class SqueezedModel:
     state_bytes = property(lambda self: self.last.state_bytes)
     notes = property(lambda self: self.last.notes)
     shared_seconds = property(lambda self: self.last.shared_seconds)
+
+    @property
+    def layers(self) -> tuple[AttentionLayer, ...]:
+        """The attention layers with a cache of their own: those that have budgets."""
+        return self.findings.layers
+
+    @property
+    def attention(self) -> str | None:
+        """The attention function of a pass on a squeezed cache; None: the one that the model has."""
+        if all(layer.interface for layer in self.layers):
+            return NAME
+        return "eager" if self.evictor.needs_scores else None  # which alone gives probabilities
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise ValueError("a squeezed model cannot be copied or pickled: leave the `with squeezed(...)` block first")
@@ -80,33 +93,19 @@ class SqueezedModel:
             ValueError: it is to be compiled and the first one was not, or the reverse.
         """
         model = self.model
-        architecture = model.config.model_type
-        if architecture not in DEFAULT_ALGORITHM:
-            raise InputError(
-                f"the model is of type {architecture}; supported are {', '.join(sorted(DEFAULT_ALGORITHM))}"
-            )
-        algorithm = config.algorithm_name or DEFAULT_ALGORITHM[architecture]
+        algorithm = config.algorithm_name or default_algorithm(model.config.model_type)
         if config.algorithm is None:
             config = replace(config, algorithm=algorithm)
         if config.compile != self.compiled:
             raise ValueError("compiling is decided on when the model is squeezed: leave the `with` block first")
-        evictor, window = config.evictor, own_window(model.config)
-        sizes = model.config
-        head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
-        layers = (OwnLayer(sizes.num_key_value_heads, head_dim, head_dim, window),) * sizes.num_hidden_layers
-        config.allocator.check(algorithm, evictor, len(layers))
-        if window is not None and window < evictor.minimum_budget:
-            raise InputError(
-                f"{algorithm} needs {evictor.minimum_budget} tokens a layer, and the model's own "
-                f"sliding window is {window}"
-            )
-        if evictor.sinks and depends_on_length(model.config):
-            rope = model.config.rope_parameters["rope_type"]
-            raise InputError(f"{algorithm} moves sink tokens by fixed angles; the model's RoPE is of type {rope}")
+        evictor = config.evictor
+        config.allocator.check(algorithm, evictor, len(self.layers))
+        similar = config.allocator.needs == "similarities"
+        squeezable(self.findings, evictor, similarities=similar, prefill_chunk=config.prefill_chunk)
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
         with self.lock:  # nothing is changed by a configuration that is refused
-            self.config, self.evictor, self.window, self.layers = config, evictor, window, layers
+            self.config, self.evictor = config, evictor
 
     def forget_prefill(self) -> None:
         """Let go of the prefill that is kept for other configurations."""
@@ -119,8 +118,7 @@ class SqueezedModel:
             InputError: `max_new_tokens` is no whole number, or below 0.
         """
         whole_number("max_new_tokens", max_new_tokens, 0)
-        inv_freq = self.model.model.rotary_emb.inv_freq
-        made = SqueezeCache(self.evictor, self.model.config.num_hidden_layers, max_new_tokens, inv_freq)
+        made = SqueezeCache(self.evictor, self.findings, max_new_tokens)
         made.owner = self.model, self.evictor
         return made
 
@@ -133,9 +131,8 @@ class SqueezedModel:
         inputs = tokens.to(self.model.get_input_embeddings().weight.device)
         cache = self.cache(0)
         cache.whole = True
-        output = self.model.model(input_ids=inputs, past_key_values=cache, use_cache=True, return_dict=True)
-        layers = [layer.contents for layer in cache.layers]
-        return KeptPrefill(inputs, cache.prompt_lengths, self.config.attn, layers, [], output.last_hidden_state)
+        output = self.findings.decoder(input_ids=inputs, past_key_values=cache, use_cache=True, return_dict=True)
+        return Prefill(cache, self.config.attn, similarities=[[]]).keep(inputs, output, 0.0)
 
     def fork(self, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], max_new_tokens: int) -> SqueezeCache:
         """A cache that goes on after one prompt's prefill, with other budgets in each sequence of its batch.
@@ -151,19 +148,11 @@ class SqueezedModel:
             raise ValueError("the prefill has no scores for this evictor: make it again after run.use(...)")
         cache = self.cache(max_new_tokens)
         cache.begin(len(budgets), prefill.inputs.shape[1], None)
-        for layer, parts in zip(cache.layers, prefill.layers, strict=True):
+        for layer, parts in zip(cache.squeezed, prefill.layers, strict=True):
             layer.fill(*(part.expand(len(budgets), -1, *part.shape[2:]) if part.numel() else part for part in parts))
+        states.restore(cache.layers, prefill.states, len(budgets))
         cache.compress(np.array(budgets).T)
         return cache
-
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """A forward pass of its own: a prefill of another one is not under way in it, and its own ends with it."""
-        outer, self.under_way = self.under_way, None
-        try:
-            yield
-        finally:
-            self.under_way = outer
 
     @contextmanager
     def prefilling(self, cache: SqueezeCache, inputs: torch.Tensor | None, plain: bool) -> Iterator[Prefill]:
@@ -180,9 +169,9 @@ class SqueezedModel:
                 finite.
         """
         prefill = self._begin_prefill(cache, inputs, plain)
-        self.under_way = prefill
         try:
-            yield prefill
+            with prefill.listening():
+                yield prefill
             if not cache.whole:
                 self._end_prefill(cache, prefill)
         except BaseException:
@@ -192,10 +181,12 @@ class SqueezedModel:
     def _begin_prefill(self, cache: SqueezeCache, inputs: torch.Tensor | None, plain: bool) -> Prefill:
         """A prefill, its loss curves where they are needed, and its budgets where they are known already."""
         config = self.config
-        prefill = Prefill(cache.layers, cache.prompt_lengths, cache.columns, self.window, config.attn)
+        prefill = Prefill(cache, config.attn)
         if cache.whole:
             return prefill
-        prefill.chunk, prefill.measured = config.prefill_chunk, not isinstance(config.allocator, Explicit)
+        prefill.chunk = config.prefill_chunk
+        known = all(layer.residual is not None for layer in self.layers)
+        prefill.measured = known and not isinstance(config.allocator, Explicit)
         if plain and self.share_prefills and inputs is not None and prefill.chunk is None:
             prefill.shared = True
             if self.kept_prefill is not None and prefill.may_take_over(self.kept_prefill, inputs):

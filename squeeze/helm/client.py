@@ -146,7 +146,7 @@ class SqueezeClient(CachingClient):
         self._dtype = devices.pick_dtype(dtype, self._device)
         resolved = resolve(spec, reader())
         self._folder = resolved.folder
-        self._positions = resolved.described.max_position_embeddings
+        self._positions = resolved.positions
         self._squeeze = resolved.config
         self._seed = seed
         self._chat = chat

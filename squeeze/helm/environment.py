@@ -181,7 +181,7 @@ def live(spec: RunSpec) -> Deployment:
     """
     model = find_model(spec)
     name, squeeze = model.source.name, model.config
-    run = run_folder("live", name, squeeze, model.described.model_type, spec.seed)
+    run = run_folder("live", name, squeeze, model.kind, spec.seed)
     cache: dict[str, Any] = {}
     if squeeze is not None:
         cache = {"ini_size": spec.ini_size, "KV_class3": spec.KV_class3, "algorithm": squeeze.algorithm}
@@ -195,7 +195,7 @@ def live(spec: RunSpec) -> Deployment:
         client="SqueezeClient",
         args={"model": str(model.folder), **cache, **rest},
         folder=model.folder,
-        positions=model.described.max_position_embeddings,
+        positions=model.positions,
     )
 
 

@@ -185,7 +185,7 @@ def write_requests(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         raise InputError(f"{out} is there and was not made by this command: --overwrite replaces it")
     name = sources.run_name(args.model)
     model = find_model(RunSpec(model=args.model, model_path=args.model_path))
-    positions = model.described.max_position_embeddings
+    positions = model.positions
     states = dry_run(entry, model.folder, positions, args.sample_num)
     text = to_jsonl([{"request": published(state["request"]) | {"model": name}} for state in states])
     shots = [state["num_train_instances"] for state in states]

@@ -97,7 +97,7 @@ def read_run(folder: Path, args: argparse.Namespace) -> Predictions:
     model = find_model(RunSpec(model=start["flags"]["model"], model_path=start["flags"].get("model_path")))
     columns = describe(settings, summary)
     columns |= {"model": start["model"]["name"], "KV kept": f"{100 * summary['kept']:.1f}%"}
-    return Predictions(folder, file, entry, sample_num, model.folder, model.described.max_position_embeddings, columns)
+    return Predictions(folder, file, entry, sample_num, model.folder, model.positions, columns)
 
 
 def _summary(folder: Path, task: str) -> tuple[dict[str, Any], Any] | None:

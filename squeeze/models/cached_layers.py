@@ -1,64 +1,85 @@
-"""The layers of a model's own full cache: what a token takes in each of them, and how many tokens it holds.
-
-transformers' cache says it, once it has seen a token: layers that share another's keys and values have no cache of
-their own there, and those without attention hold none.
-"""
+"""The layers of a model's own full cache: how many numbers a token takes in each, and how many tokens it holds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from squeeze.allocations.base import CachedLayer
+from squeeze.models.described import META, build, quiet
+from squeeze.models.folder_config import text_config
 
 
 @dataclass(frozen=True)
 class OwnLayer:
-    """A layer with keys and values in the model's own cache: see `CachedLayer`."""
+    """An attention layer of the model's own cache: see `CachedLayer`."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
-    window: int | None = None
+    window: int | None
     chunk: int | None = None
 
     def reach(self, tokens: int) -> int:
         return min(tokens, self.window or tokens, self.chunk or tokens)
 
 
+_known: dict[str, tuple[OwnLayer, ...]] = {}
+
+
+def own_layers(config: PretrainedConfig) -> tuple[OwnLayer, ...]:
+    """Each layer of a model's full cache that holds keys and values: not those of linear attention or state spaces,
+    nor those that use another's."""
+    described = config.to_json_string(use_diff=False)
+    if described not in _known:
+        _known[described] = tuple(_filled_layers(config))
+    return _known[described]
+
+
+def _filled_layers(config: PretrainedConfig) -> Iterator[OwnLayer]:
+    """What one forward pass leaves in a cache, on PyTorch's `meta` device.
+
+    A few architectures look at numbers, of which there are none there, and stop after their first layers: then the
+    widest layer seen stands for the others, or what the configuration says.
+    """
+    with quiet():
+        model = build(config).eval()
+    cache, whole = DynamicCache(config=config), False
+    with torch.no_grad(), suppress(RuntimeError, NotImplementedError, ValueError):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=META), past_key_values=cache, use_cache=True)
+        whole = True
+    text = text_config(config)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    seen = [shape for layer in cache.layers if (shape := _shape(layer))]
+    widest = max(seen, key=lambda shape: shape[0] * sum(shape[1:]), default=(heads, dim, dim))
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer) and (_shape(layer) or not whole):
+            yield OwnLayer(*(_shape(layer) or widest), getattr(layer, "sliding_window", None))
+
+
 def layers_of(cache: Cache) -> tuple[OwnLayer, ...]:
-    """The attention layers of a cache that holds tokens; a chunk counts as a window there."""
-    return tuple(
-        OwnLayer(keys.shape[1], keys.shape[3], layer.values.shape[3], getattr(layer, "sliding_window", None))
-        for layer in cache.layers
-        if (keys := getattr(layer, "keys", None)) is not None
-    )
+    """Each layer that holds keys and values, of a full cache that has seen a token; a chunk counts as a window."""
+    found = [(_shape(layer), getattr(layer, "sliding_window", None)) for layer in cache.layers]
+    return tuple(OwnLayer(*shape, window) for shape, window in found if shape)
 
 
 def held_bytes(cache: Cache) -> int:
-    """Bytes of all keys and values that a cache holds."""
-    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    """Bytes of all keys and values that a full cache holds."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if _shape(layer))
 
 
-@torch.inference_mode()
-def own_layers(config: PretrainedConfig) -> tuple[OwnLayer, ...]:
-    """The attention layers of the cache of a model that is not loaded: it is run on a token without its weights.
-
-    Returns:
-        None of them where it cannot run like that: GPT-2 and some models with experts look at values while they run.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    cache = DynamicCache(config=model.config)
-    try:
-        model(torch.zeros(1, 1, dtype=torch.long, device="meta"), past_key_values=cache, use_cache=True)
-    except (RuntimeError, NotImplementedError):
-        return ()
-    return layers_of(cache)
+def _shape(layer: Any) -> tuple[int, int, int] | None:
+    """KV heads and numbers of a key and a value; None of a layer that holds no token."""
+    if getattr(layer, "keys", None) is None:
+        return None
+    return layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
 
 
 def token_bytes(layer: CachedLayer, dtype: torch.dtype) -> int:

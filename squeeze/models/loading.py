@@ -19,11 +19,12 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from squeeze.errors import InputError
-from squeeze.models.folder_config import generation_config, model_config
+from squeeze.models.described import check_weights
+from squeeze.models.folder_config import generation_config, model_config, text_config
 from squeeze.models.model_config import ModelConfig, read_config
 from squeeze.models.model_files import inspect
 from squeeze.models.packing import pack
-from squeeze.models.rope import LengthwiseRope, depends_on_length, forward_name
+from squeeze.models.rope import find_lengthwise, forward_name
 
 
 def load_tokenizer(folder: Path, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
@@ -59,13 +60,14 @@ def load(
     Raises:
         InputError: the files are not a whole model, or a package is not installed that it or `attn` needs.
     """
-    weights, facts, config = inspect(folder, allow_pickle), read_config(folder), model_config(folder)
+    (weights, tensors), facts, config = inspect(folder, allow_pickle), read_config(folder), model_config(folder)
+    check_weights(folder, config, tensors, quantized=facts.quantization is not None)
     tokenizer = load_tokenizer(folder, config)
     # transformers would take weights of a quantization that it does not know as they are.
     if facts.quantization not in (None, "bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):
         known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
         raise InputError(f"{_quantized(folder, facts)}, which transformers does not know: it knows {known}")
-    generation = generation_config(folder, config.vocab_size, tokenizer)
+    generation = generation_config(folder, text_config(config).vocab_size, tokenizer)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -92,9 +94,11 @@ def load(
         raise InputError(f"the weights in {folder} lack {len(missing)} tensors of the model, among them {missing[0]}")
     if device_map is None:
         pack(model)
-    if depends_on_length(model.config):
-        rotary = model.model.rotary_emb
-        setattr(rotary, forward_name(rotary), LengthwiseRope(rotary))
+    for name, buffer in model.named_buffers():
+        if "inv_freq" in name and not buffer.isfinite().all():
+            raise InputError(f"{folder / 'config.json'}: RoPE has no finite frequencies ({name}): see rope_parameters")
+    for rotary, lengthwise in find_lengthwise(model):
+        setattr(rotary, forward_name(rotary), lengthwise)
     return model.eval(), tokenizer
 
 

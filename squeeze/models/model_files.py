@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from squeeze.errors import InputError
-from squeeze.models.model_config import ModelConfig, Tensor, check_weights, read_config
+from squeeze.models.model_config import ModelConfig, read_config
 from squeeze.storage.files import read_json, read_object
 
 #: Where transformers looks for weights, in its order; `*.index.json` names the files that they are spread over.
@@ -52,6 +52,14 @@ class Index(msgspec.Struct, frozen=True):
     metadata: dict[str, Any]
 
 
+class Tensor(NamedTuple):
+    """A tensor of the weights: the file that it lies in, its shape, and whether it holds floating-point numbers."""
+
+    file: str
+    shape: tuple[int, ...]
+    floating: bool
+
+
 @dataclass(frozen=True)
 class Weights:
     """The weights that loading will use.
@@ -70,19 +78,16 @@ class Weights:
         return self.source in PICKLED
 
 
-def inspect(folder: Path, allow_pickle: bool = False) -> Weights:
-    """Look at every file that loading a model will touch, and compare its weights with its `config.json`.
+def inspect(folder: Path, allow_pickle: bool = False) -> tuple[Weights, dict[str, Tensor]]:
+    """Look at every file that loading a model will touch; returns its weights, and their tensors by name.
 
     Raises:
         InputError: a file lies elsewhere, can run code or changes the model in a way that is not supported, or the
-            weights are missing, damaged, or another model's.
+            weights are missing or damaged.
     """
     check_texts(folder)
-    config = read_config(folder)
-    weights = find_weights(folder, config, allow_pickle)
-    tensors = {key: tensor for name in weights.names for key, tensor in _read_heads(folder, name)}
-    check_weights(folder, config, tensors)
-    return weights
+    weights = find_weights(folder, read_config(folder), allow_pickle)
+    return weights, {key: tensor for name in weights.names for key, tensor in _read_heads(folder, name)}
 
 
 def check_texts(folder: Path) -> None:

@@ -31,6 +31,14 @@ Length = Annotated[int, msgspec.Meta(ge=2)]
 GENERATION_MARGIN = 512
 PICKLES = "pytorch_model*.bin"
 
+#: Part of a model's name, in small letters and without signs → its probable architecture; the first that fits.
+GUESSES = {
+    **{"mixtral": "mixtral", "ministral": "ministral", "mistral": "mistral", "llama4": "llama4", "llama": "llama"},
+    **{"gemma3n": "gemma3n", "gemma3": "gemma3", "gemma2": "gemma2", "gemma": "gemma", "gptoss": "gpt_oss"},
+    **{"qwen3": "qwen3", "qwen": "qwen2", "phi4": "phi3", "phi3": "phi3", "phi": "phi", "falcon": "falcon"},
+    **{"gptneox": "gpt_neox", "pythia": "gpt_neox", "gptj": "gptj", "gpt2": "gpt2", "opt": "opt"},
+}
+
 #: Of `generation_config.json`, what changed even greedy answers before it had no effect: a run begun then does not go
 #: on now.
 GREEDY_WISHES = (
@@ -113,7 +121,8 @@ def run_name(model: str) -> str:
 def guess_model_type(model: str, model_path: str | None, model_arch: str | None) -> str:
     """The architecture of a model that may not be at hand.
 
-    Its config says it if it is on this machine, or else `--model_arch`, or else the name.
+    Its config says it if it is on this machine, or else `--model_arch`, or else the name, from which it is guessed:
+    only Mistral's run folders differ from the others' by it.
     """
     try:
         source = resolve(model, model_path)
@@ -125,7 +134,7 @@ def guess_model_type(model: str, model_path: str | None, model_arch: str | None)
         pass  # what cannot be loaded here can still be scored
     if model_arch is not None and model_arch != "no_change":
         return model_arch.lower()
-    return "mistral" if "mistral" in model.lower() else "llama"
+    return next((kind for word, kind in GUESSES.items() if word in re.sub(r"[-_. ]", "", model.lower())), "llama")
 
 
 def _local(base: Path, text: str) -> str | None:

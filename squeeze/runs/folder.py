@@ -16,7 +16,7 @@ from typing import Any
 
 from squeeze.allocations import ALLOCATIONS, DEFAULT
 from squeeze.benchmarks.records import PredictedSample
-from squeeze.config import DEFAULT_ALGORITHM, SqueezeConfig
+from squeeze.config import SqueezeConfig, default_algorithm
 from squeeze.errors import InputError
 from squeeze.evictors import EVICTORS
 from squeeze.ranks import ALONE, Ranks
@@ -41,11 +41,11 @@ def run_folder(task: str, name: str, config: SqueezeConfig | None, model_type: s
         task: `Long`.
         name: the model's name.
         config: None for the full cache.
-        model_type: `llama` or `mistral`, whose default algorithm has no level of its own.
+        model_type: the model's architecture, whose default algorithm has no level of its own.
         seed: 42 has no level of its own.
     """
     folder = Path(f"pred_{task}") / name
-    if config is not None and config.algorithm_name not in (None, DEFAULT_ALGORITHM[model_type]):
+    if config is not None and config.algorithm_name not in (None, default_algorithm(model_type)):
         folder /= file_name(str(config.algorithm_name))
     if config is not None and config.allocation_name != DEFAULT:
         folder /= file_name(config.allocation_name)

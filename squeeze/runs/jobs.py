@@ -97,8 +97,8 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
     location = getattr(spec, benchmark.location)
     data: list[DataSet] = [read(benchmark.read, dataset, location) for dataset in datasets]
     model = resolve(spec, read)
-    name, model_type = model.source.name, model.described.model_type
-    max_length, note = benchmark.prompt_limit(model.source, model.described.max_position_embeddings)
+    name, model_type = model.source.name, model.kind
+    max_length, note = benchmark.prompt_limit(model.source, model.positions)
     benchmark_note = benchmark.note(datasets, name, model.folder, spec.chat)
     settings = {"model": model.identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"attn": "sdpa" if spec.attn == "auto" else spec.attn, "seed": spec.seed}

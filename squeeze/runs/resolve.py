@@ -14,7 +14,6 @@ from squeeze.allocations import calibration
 from squeeze.config import SqueezeConfig
 from squeeze.errors import InputError
 from squeeze.models import sources
-from squeeze.models.model_config import ModelConfig
 from squeeze.runs.folder import run_folder
 from squeeze.runs.spec import RunSpec
 
@@ -35,14 +34,16 @@ class Model:
     Args:
         source: its name, and where that points to.
         folder: where its files are.
-        described: what its `config.json` says.
+        kind: its architecture, transformers' `model_type`.
+        positions: the most tokens of a sequence, see `squeeze.models.folder_config.positions`.
         identity: what tells it from another, see `squeeze.models.sources.identity`; None where weights are not needed.
         config: of the cache, complete; None for the full one.
     """
 
     source: sources.ModelSource
     folder: Path
-    described: ModelConfig
+    kind: str
+    positions: int
     identity: dict[str, Any] | None
     config: SqueezeConfig | None
 
@@ -59,13 +60,16 @@ def resolve(spec: RunSpec, read: Reader, weights: bool = True) -> Model:
     """
     source = read(sources.resolve, spec.model, spec.model_path)
     folder = read(sources.fetch, source, spec.allow_pickle, weights)
-    described = read(sources.read_config, folder)
-    sources.check_arch(spec.model_arch, described.model_type)
-    config = spec.config(described.model_type)
+    from squeeze.models.folder_config import model_config, positions  # which take seconds to import
+
+    described = read(model_config, folder)
+    kind, most = described.model_type, positions(described)
+    sources.check_arch(spec.model_arch, kind)
+    config = spec.config(kind)
     if not weights:
-        return Model(source, folder, described, None, config)
+        return Model(source, folder, kind, most, None, config)
     identity = read(sources.identity, source, folder, spec.allow_pickle)
-    return Model(source, folder, described, identity, with_curves(config, source.name, identity))
+    return Model(source, folder, kind, most, identity, with_curves(config, source.name, identity))
 
 
 def with_curves(config: SqueezeConfig | None, name: str, model: dict[str, Any]) -> SqueezeConfig | None:

@@ -12,7 +12,7 @@ from squeeze.allocations import ALLOCATIONS, DEFAULT
 from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.cli.arguments import path_text, real, whole
 from squeeze.cli.fields import flag, flags_of, switch
-from squeeze.config import DEFAULT_ALGORITHM, DTYPES, SqueezeConfig
+from squeeze.config import DTYPES, SqueezeConfig, default_algorithm
 from squeeze.errors import InputError
 from squeeze.evictors import EVICTORS
 from squeeze.numbers import MOST_SEED
@@ -222,7 +222,7 @@ class RunSpec:
             raise InputError("--attn flash_attention_2 is for the full cache only: use auto with --enable_squeeze")
         algorithm = self.algorithm
         if algorithm is None and model_type is not None:
-            algorithm = DEFAULT_ALGORITHM[model_type]
+            algorithm = default_algorithm(model_type)
         return SqueezeConfig(
             algorithm=algorithm,
             ini_size=self.ini_size,

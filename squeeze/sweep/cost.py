@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import mul
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("run", "data set", "samples", "to do", "prompt tokens", "new tokens", "KV MB kept", "KV MB in prefill")
 
-#: In place of bytes.
-UNKNOWN = "?"
-
 
 @dataclass
 class Total:
@@ -34,7 +31,6 @@ class Total:
         new_tokens: the most that can come out.
         measured: tokens to run for loss curves, of allocations that need them on every prompt.
         prefill_bytes: the most keys and values that a prefill holds.
-        unknown: models whose caches cannot be told from their configurations.
     """
 
     samples: int = 0
@@ -43,7 +39,6 @@ class Total:
     new_tokens: int = 0
     measured: int = 0
     prefill_bytes: int = 0
-    unknown: set[str] = field(default_factory=set)
 
 
 def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
@@ -64,8 +59,6 @@ def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
     ]
     if total.measured:
         sentences.append(f"To measure loss curves on the prompts, {total.measured:,} more tokens are run.")
-    for name in sorted(total.unknown):
-        sentences.append(f"{UNKNOWN}: what {name} caches is known once it is loaded; no sum counts it.")
     return "\n".join(sentences)
 
 
@@ -78,8 +71,6 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
     job = group[0].job
     lines = []
     tokenizer, layers = loading.load_tokenizer(job.model_folder), own_layers(model_config(job.model_folder))
-    if not layers:
-        total.unknown.add(job.source.name)
     for index, data in enumerate(job.data):
         total_rows = max(run.samples[index].total for run in group)
         prompts = job.benchmark.encode(tokenizer, data, total_rows, job.options)
@@ -100,7 +91,7 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
             if missing:
                 total.prefill_bytes = max(total.prefill_bytes, full)
             cells = (run.job.folder, samples.dataset, samples.total, len(missing), f"{tokens:,}", f"{new:,}")
-            memory = [f"{held / 1e6:,.1f}" if layers else UNKNOWN for held in (kept, full)]
+            memory = (f"{kept / 1e6:,.1f}", f"{full / 1e6:,.1f}")
             lines.append(dict(zip(COLUMNS, map(str, (*cells, *memory)), strict=True)))
         total.prefilled += sum(len(prompts[index].tokens) for missing in shared.values() for index in missing)
     return lines
@@ -141,7 +132,7 @@ def _most_bytes(job: Job, layers: Sequence[CachedLayer], prompts: Sequence[Promp
             held = min(held, sum(map(mul, budgets, tokens)))
         prefill = length * sum(tokens)
         if job.config is not None and job.config.prefill_chunk is not None and not job.spec.fidelity:
-            prefill = min(prefill, held + max(tokens, default=0) * min(job.config.prefill_chunk, length))
+            prefill = min(prefill, held + max(tokens) * min(job.config.prefill_chunk, length))
         kept, full = max(kept, len(batch) * held), max(full, len(batch) * prefill)
     return kept, full
 

@@ -218,7 +218,9 @@ def test_of_layers_that_are_alike_every_number_is_that_of_before():
     multiples = [Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4)]
     losses, size = np.round(np.random.default_rng(7).uniform(0, 1, (3, 12, 5)), 3), Fraction("0.203")
     facts = alike(12, 1999, 2031, 5)
-    assert budgets(multiples, losses, size, facts).tokens == [532, 304, 355, 483, 610, 304, 253, 456, 253, 380, 507, 432]
+    assert budgets(multiples, losses, size, facts).tokens == [
+        532, 304, 355, 483, 610, 304, 253, 456, 253, 380, 507, 432,
+    ]
     assert greedy(multiples, losses[0], size, facts) == [811, 202, 405, 101, 1529, 202, 405, 405, 101, 202, 405, 101]
     assert greedy(multiples, 0 * losses[0], size, facts) == [*[406] * 9, *[405] * 3]
     assert budgets(multiples, losses, Fraction("0.403"), alike(12, 1999, 900, 5)).tokens == [

@@ -12,10 +12,11 @@ from tiny import save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from squeeze import InputError
+from squeeze.models.described import check_weights
 from squeeze.models.folder_config import model_config
 from squeeze.models.loading import load
-from squeeze.models.model_config import ModelConfig, Tensor, check_weights, read_config
-from squeeze.models.model_files import inspect
+from squeeze.models.model_config import ModelConfig, read_config
+from squeeze.models.model_files import Tensor, inspect
 from squeeze.models.sources import fetch, resolve
 
 CPU = torch.device("cpu")

@@ -1,0 +1,144 @@
+"""The attention function that a squeezed model's own code calls, through transformers' AttentionInterface.
+
+A model hands it queries, keys and values after RoPE, norms and whatever else it does to them, just after it has called
+`update` on the cache. The function is registered as long as any model is squeezed, and looked up only in passes with a
+SqueezeCache.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PretrainedConfig
+
+from squeeze.engine import attention
+from squeeze.engine.cache import SqueezeCache
+from squeeze.engine.compiling import Compiled
+from squeeze.engine.layer import SqueezeLayer, as_autocast
+
+#: The function's name in the AttentionInterface.
+NAME = "squeeze"
+
+_registering = threading.Lock()
+_registered = 0
+
+
+class _Pass(threading.local):
+    """The forward pass under way on a thread.
+
+    Attributes:
+        cache: that it fills or reads; None outside of passes on a squeezed cache.
+    """
+
+    cache: SqueezeCache | None = None
+
+
+_under_way = _Pass()
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """A block in which the AttentionInterface knows the function; it may be entered many times at once."""
+    global _registered
+    with _registering:
+        if _registered == 0:
+            AttentionInterface.register(NAME, attend)
+        _registered += 1
+    try:
+        yield
+    finally:
+        with _registering:
+            _registered -= 1
+            if _registered == 0:
+                del AttentionInterface._global_mapping[NAME]
+
+
+@contextmanager
+def forward_pass(cache: SqueezeCache | None, configs: Sequence[PretrainedConfig], name: str | None) -> Iterator[None]:
+    """A block that holds one forward pass.
+
+    Args:
+        cache: that it works on; None: the pass is the model's own.
+        configs: by which its modules look up their attention function.
+        name: that they find inside the block; None: the one that they have.
+    """
+    outer, _under_way.cache = _under_way.cache, cache
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs if name is not None else ():
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        _under_way.cache = outer
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = own
+
+
+def current_cache() -> SqueezeCache | None:
+    """The squeezed cache of the forward pass under way on this thread."""
+    return _under_way.cache
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over what a SqueezeCache returned from `update`.
+
+    Args:
+        query: `(batch, heads, tokens, head_dim)`.
+        key, value: `(batch, kv_heads, keys, head_dim)`.
+        attention_mask: not looked at, since the cache knows each sequence's length.
+        scaling: of the products; None: one over the root of `head_dim`.
+        softcap, s_aux: see `attention.Rule`.
+    Returns:
+        `(batch, tokens, heads, head_dim)`, and no probabilities.
+    """
+    layer = Compiled.layer if torch.compiler.is_compiling() else _layer_of(module)
+    facts = layer.facts
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = attention.Rule(scale, facts.window, facts.chunk, softcap, s_aux)
+    # The module whose keys these are; others may look at them again (Gemma 3n).
+    own = not layer.shared or module is facts.module
+    [query] = as_autocast(query)
+    with _without_autocast(query.device):
+        if layer.reading is None:
+            attended = attention.decode(query.to(key.dtype), key, value, layer, rule, own)
+            return attended.to(query.dtype).transpose(1, 2), None
+        reading, scored = layer.reading, own and layer.evictor.needs_scores
+        attended, scores = attention.prefill(
+            query,
+            key.to(query.dtype),
+            value.to(query.dtype),
+            layer.places,
+            reading.lengths,
+            rule,
+            reading.fused,
+            scored,
+        )
+        if own:
+            layer.take(scores)
+    return attended.transpose(1, 2), None
+
+
+def _layer_of(module: torch.nn.Module) -> SqueezeLayer:
+    cache = _under_way.cache
+    assert cache is not None
+    return cache.by_module[module]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A block in which no dtype is changed: attention has float32 softmax and sums, and products into buffers."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -1,0 +1,71 @@
+"""Attention that a model computes by itself, and not through AttentionInterface (Falcon, GPT-J, CodeGen).
+
+It fills the same cache by the same `update`. While a prompt is read it has the mask that the model makes; in a decode
+step it is given one that shows the slots which hold a token. H2O's scores come from the probabilities that such
+modules return under `eager`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from squeeze.engine.findings import AttentionLayer
+from squeeze.engine.interface import current_cache
+from squeeze.engine.layer import SqueezeLayer
+from squeeze.errors import InputError
+
+
+def listen(facts: AttentionLayer) -> Callable[[], None]:
+    """Put hooks on an attention module; what comes back takes them away."""
+    hooks = (
+        facts.module.register_forward_pre_hook(_give_mask, with_kwargs=True),
+        facts.module.register_forward_hook(_take),
+    )
+    return lambda: [hook.remove() for hook in hooks] and None
+
+
+def _give_mask(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    cache = current_cache()
+    if cache is None or not cache.compressed:
+        return None
+    stream = args[0] if args else kwargs["hidden_states"]
+    return args, kwargs | {"attention_mask": slot_mask(cache.by_module[module], stream.dtype)}
+
+
+def slot_mask(layer: SqueezeLayer, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the logits of a decode step, `(batch, 1, 1, slots)`: 0, or `dtype`'s least for empty slots."""
+    slots = torch.arange(layer.longest, device=layer.lengths.device)
+    mask = torch.zeros(len(layer.lengths), layer.longest, dtype=dtype, device=layer.lengths.device)
+    return mask.masked_fill_(slots >= layer.lengths, torch.finfo(dtype).min)[:, None, None]
+
+
+def _take(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    cache = current_cache()
+    if cache is None:
+        return
+    layer = cache.by_module[module]
+    scores = torch.empty(0)
+    if layer.evictor.needs_scores:
+        probabilities = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if probabilities is None:
+            raise InputError(
+                f"{layer.evictor.name} needs attention probabilities, and {type(module).__name__} gives none: take "
+                "another method"
+            )
+        probabilities = probabilities.detach().float()  # (batch, heads, queries, keys)
+        if layer.reading is not None:
+            lengths = torch.tensor(layer.reading.lengths, device=probabilities.device)[:, None]
+            tokens = probabilities.shape[2]
+            padded = torch.arange(tokens, device=probabilities.device) < tokens - lengths
+            probabilities = probabilities.masked_fill(padded[:, None, :, None], 0.0)
+        scores = probabilities.sum(dim=2)
+    if layer.reading is not None:
+        layer.take(scores)
+    elif scores.numel():
+        layer.add_scores(scores)

@@ -1,0 +1,67 @@
+"""Which positions a layer holds, as explicit lists: the eviction methods in plain words, without buffers or slots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from squeeze.evictors import Evictor
+
+
+class Kept:
+    """The positions that one attention layer holds for one sequence.
+
+    Args:
+        evictor: sliding window, StreamingLLM or H2O.
+        budget: tokens.
+        kv_heads: of the layer's cache.
+    Attributes:
+        held: for each KV head its positions, ascending.
+        scores: attention that each position has gathered, `(kv_heads, tokens so far)`; nothing without H2O.
+        query_heads: that attend to it, once `scores` are known.
+    """
+
+    def __init__(self, evictor: Evictor, budget: int, kv_heads: int):
+        self.method, self.sinks, self.budget, self.kv_heads = evictor.name, evictor.sinks, budget, kv_heads
+        self.held: list[list[int]] = []
+        self.scores = torch.empty(kv_heads, 0)
+        self.query_heads = kv_heads
+
+    def add(self, scores: torch.Tensor) -> None:
+        """Add the attention that each position got in a forward pass, `(kv_heads, tokens so far)`."""
+        self.scores = torch.nn.functional.pad(self.scores, (0, scores.shape[1] - self.scores.shape[1])) + scores
+
+    def prefill(self, tokens: int) -> None:
+        """Keep what a prompt of so many tokens leaves."""
+        self.held = [self._survivors(head, list(range(tokens))) for head in range(self.kv_heads)]
+
+    def _survivors(self, head: int, positions: list[int]) -> list[int]:
+        if len(positions) <= self.budget:
+            return positions
+        if self.method == "sliding_window":
+            return positions[-self.budget :]
+        if self.method == "streaming":
+            return positions[: self.sinks] + positions[len(positions) - (self.budget - self.sinks) :]
+        recent = positions[len(positions) - self.budget // 2 :]
+        older = positions[: -len(recent)]
+        heavy = sorted(older, key=lambda position: -self.scores[head, position].item())
+        return sorted(heavy[: self.budget - len(recent)]) + recent
+
+    def admit(self, position: int) -> None:
+        """Hold the token at `position`, for which a layer that is full evicts one first."""
+        for head, held in enumerate(self.held):
+            if len(held) == self.budget:
+                held.remove(self._victim(head))
+            held.append(position)
+
+    def _victim(self, head: int) -> int:
+        held = self.held[head]
+        if self.method == "sliding_window":
+            return held[0]
+        if self.method == "streaming":
+            return held[self.sinks]
+        # The new token counts as recent, so one less of those that are held does.
+        older = held[: len(held) - (self.budget // 2 - 1)]
+        return min(older, key=lambda position: self.scores[head, position].item())

@@ -1,0 +1,210 @@
+"""What a squeezed model must compute, slowly and by the model's own code: nothing is evicted, everything is masked.
+
+One sequence without padding, through the unpatched model with its eager attention. Every token's keys and values stay;
+at every decode step each attention layer gets a mask of the tokens that it would still hold, made anew from lists of
+positions. Where StreamingLLM moves sink tokens, their keys are moved by a matrix that was fitted to the model's own
+keys at two positions, not by anybody's idea of RoPE.
+
+Of the probe's findings are used: which modules attend, and the index, KV heads, key width and chunk of their layer in
+the cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import eager_mask
+
+from squeeze.models_table.kept import Kept
+
+if TYPE_CHECKING:
+    from squeeze.engine.probe import AttentionLayer
+    from squeeze.evictors import Evictor
+
+#: A layer's keys and values, or what moves them.
+Pair = tuple[Any, Any]
+#: gpt-oss's eager attention under a name of its own; see `eager`.
+WITH_SINKS = "eager_with_sinks"
+
+
+class WholeCache(DynamicCache):
+    """transformers' cache, which here keeps all tokens of a layer with a window, too, and can show sink tokens moved.
+
+    Attributes:
+        given: keys and values of the last forward pass, by layer.
+        sinks: how many tokens at the start are moved.
+        moves: matrices that the keys and values of sink tokens are multiplied by when they are shown, by layer.
+    """
+
+    def __init__(self, config: Any, sinks: int = 0):
+        super().__init__(config=config)
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicSlidingWindowLayer:
+                self.layers[index] = DynamicLayer()
+        self.given: dict[int, Pair] = {}
+        self.sinks, self.moves = sinks, dict[int, Pair]()
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
+        self.given[layer_idx] = key_states, value_states
+        held = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys, values = map(self._moved, held, self.moves.get(layer_idx, (None, None)))
+        return keys, values
+
+    def _moved(self, states: torch.Tensor, move: torch.Tensor | None) -> torch.Tensor:
+        if move is None:
+            return states
+        return torch.cat([states[:, :, : self.sinks] @ move, states[:, :, self.sinks :]], dim=2)
+
+
+class Reference:
+    """A model, and what it computes with a budget per layer.
+
+    Args:
+        model: on the CPU, in float32, unpatched.
+        layers: its attention layers, as the probe found them.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[AttentionLayer]):
+        self.model, self.layers = model, layers
+        self.positional = "position_ids" in inspect.signature(type(model).forward).parameters
+        self.standing: dict[int, dict[int, Pair]] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self, evictor: Evictor, budgets: Sequence[int], prompt: torch.Tensor, answer: torch.Tensor
+    ) -> torch.Tensor:
+        """Log-probabilities after a prompt and after every token of an answer, `(1 + len(answer), vocabulary)`.
+
+        Args:
+            evictor: sliding window, StreamingLLM or H2O.
+            budgets: tokens, one a layer, none above the layer's window or chunk.
+            prompt: token ids, `(tokens,)`.
+            answer: token ids, `(tokens,)`, that are fed to the model as if it had generated them.
+        """
+        kept = [
+            Kept(evictor, *sizes) for sizes in zip(budgets, (layer.kv_heads for layer in self.layers), strict=True)
+        ]
+        cache = WholeCache(self.model.config.get_text_config(decoder=True), evictor.sinks)
+        with eager(self.model, self.layers):
+            logits = [self._forward(cache, prompt, 0, kept)]
+            for layer in kept:
+                layer.prefill(len(prompt))
+            for position, token in enumerate(answer, start=len(prompt)):
+                for layer in kept:
+                    layer.admit(position)
+                if evictor.sinks:
+                    cache.moves = {
+                        layer.index: self._move(layer, position + 1 - len(layer_kept.held[0]))
+                        for layer, layer_kept in zip(self.layers, kept, strict=True)
+                    }
+                logits.append(self._forward(cache, token[None], position, kept))
+        return torch.stack(logits).float().log_softmax(-1)
+
+    def _forward(self, cache: WholeCache, tokens: torch.Tensor, start: int, kept: Sequence[Kept]) -> torch.Tensor:
+        """Logits after the last of some tokens, whose first is at position `start`; scores go to `kept`."""
+        mask = torch.ones(1, start + len(tokens), dtype=torch.long)
+        with ExitStack() as hooks:
+            for layer, layer_kept in zip(self.layers, kept, strict=True):
+                if start:
+                    for user in layer.users:
+                        seen = partial(show, layer, layer_kept, start)
+                        hooks.callback(user.register_forward_pre_hook(seen, with_kwargs=True).remove)
+                if layer_kept.method == "h2o":
+                    hooks.callback(layer.module.register_forward_hook(partial(score, layer_kept)).remove)
+            return self._run(tokens[None], cache, torch.arange(start, start + len(tokens))[None], mask).logits[0, -1]
+
+    def _run(self, tokens: torch.Tensor, cache: WholeCache, positions: torch.Tensor, mask: torch.Tensor | None) -> Any:
+        where = {"position_ids": positions} if self.positional else {}
+        return self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
+
+    def _move(self, layer: AttentionLayer, by: int) -> Pair:
+        """What moves a layer's keys, and its values, by so many positions; None where positions are not in them.
+
+        Fitted to the keys of single tokens that stand alone at two positions.
+        """
+        pairs = zip(*(self._alone(position)[layer.index] for position in (3, 3 + by)), strict=True)
+        keys, values = (None if torch.allclose(*pair, rtol=1e-4, atol=1e-5) else fit(*pair) for pair in pairs)
+        return keys, values
+
+    def _alone(self, position: int) -> dict[int, Pair]:
+        """Keys and values of many different tokens, each of them alone in its sequence, at a position."""
+        if position not in self.standing:
+            count = 2 * max(max(layer.key_dim, layer.value_dim) for layer in self.layers) + 16
+            vocabulary = self.model.get_input_embeddings().weight.shape[0]
+            tokens = torch.arange(0, vocabulary, max(vocabulary // count, 1))[:, None]
+            cache = WholeCache(self.model.config.get_text_config(decoder=True))
+            self._run(tokens, cache, torch.full_like(tokens, position), None)
+            self.standing[position] = cache.given
+        return self.standing[position]
+
+
+def fit(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """The matrix that turns a head's vectors into others, `(batch, heads, tokens, dim)` each, by least squares.
+
+    Raises:
+        ArithmeticError: no matrix does.
+    """
+    given, wanted = (states.flatten(0, 2).double() for states in (before, after))
+    matrix = torch.linalg.lstsq(given, wanted).solution
+    error = ((given @ matrix - wanted).norm() / wanted.norm()).item()
+    if not error < 1e-4:
+        raise ArithmeticError(f"keys at another position are no linear function of these: an error of {error:.2g}")
+    return matrix.to(before.dtype)
+
+
+def show(
+    layer: AttentionLayer, kept: Kept, position: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> Pair:
+    """Before attention: a mask of the tokens that are held, of those in the query's chunk."""
+    first = 0 if layer.chunk is None else position // layer.chunk * layer.chunk
+    heads = [[other for other in held if other >= first] for held in kept.held]
+    if all(held == heads[0] for held in heads):
+        heads = heads[:1]
+    mask = torch.full((len(heads), position + 1), torch.finfo(torch.float32).min)
+    for head, held in enumerate(heads):
+        mask[head, held] = 0.0
+    if len(heads) > 1:
+        mask = mask.repeat_interleave(kept.query_heads // len(heads), dim=0)
+    changed = {"attention_mask": mask[None, :, None]}
+    alibi, evicted = kwargs.get("alibi"), position + 1 - len(kept.held[0])
+    if alibi is not None and kept.sinks and evicted:  # what it adds is linear in the position
+        moved = alibi[..., evicted : evicted + kept.sinks]
+        changed["alibi"] = torch.cat([moved, alibi[..., kept.sinks :]], dim=-1)
+    return args, kwargs | changed
+
+
+def score(kept: Kept, module: nn.Module, args: Any, output: Any) -> None:
+    """After attention: its probabilities, summed over queries and the query heads of each KV head."""
+    probabilities = output[1][0].float().sum(1)
+    kept.query_heads = len(probabilities)
+    kept.add(probabilities.unflatten(0, (kept.kv_heads, -1)).sum(1))
+
+
+@contextmanager
+def eager(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Iterator[None]:
+    """The model with its own eager attention, whose probabilities are those that its values are multiplied with.
+
+    Granite's with sink logits gives probabilities from before the sinks took their share; there gpt-oss's stands in,
+    which computes the same.
+    """
+    name = "eager"
+    if any(hasattr(layer.module, "sinks") for layer in layers):
+        from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+        name = WITH_SINKS
+        AttentionInterface.register(name, eager_attention_forward)
+        AttentionMaskInterface.register(name, eager_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
