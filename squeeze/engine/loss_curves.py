@@ -38,7 +38,7 @@ class Forks(Protocol):
 
     model: PreTrainedModel
     evictor: Evictor
-    rope: LengthwiseRope | None
+    ropes: list[LengthwiseRope]
 
     @property
     def layers(self) -> Sequence[CachedLayer]: ...
@@ -79,7 +79,7 @@ def measure(
             f"a prompt of {len(prompt)} tokens is too short to measure loss curves on: it must have {4 * TAIL}, "
             f"{TAIL} of them held out; take longer ones, or an allocation that need not measure on this prompt"
         )
-    if run.rope is not None and len(prompt) > unscaled_length(run.model.config):
+    if run.ropes and len(prompt) > unscaled_length(run.model.config):
         raise InputError(
             f"a prompt of {len(prompt)} tokens is too long to measure loss curves on: beyond "
             f"{unscaled_length(run.model.config)} tokens the model's RoPE depends on the length, and what a layer's "

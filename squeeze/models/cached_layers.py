@@ -23,7 +23,7 @@ class OwnLayer:
     kv_heads: int
     key_dim: int
     value_dim: int
-    window: int | None
+    window: int | None = None
     chunk: int | None = None
 
     def reach(self, tokens: int) -> int:
@@ -61,7 +61,8 @@ def _filled_layers(config: PretrainedConfig) -> Iterator[OwnLayer]:
     widest = max(seen, key=lambda shape: shape[0] * sum(shape[1:]), default=(heads, dim, dim))
     for layer in cache.layers:
         if isinstance(layer, DynamicLayer) and (_shape(layer) or not whole):
-            yield OwnLayer(*(_shape(layer) or widest), getattr(layer, "sliding_window", None))
+            heads, key_dim, value_dim = _shape(layer) or widest
+            yield OwnLayer(heads, key_dim, value_dim, getattr(layer, "sliding_window", None))
 
 
 def layers_of(cache: Cache) -> tuple[OwnLayer, ...]:
