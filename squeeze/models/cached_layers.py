@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from squeeze.allocations.base import CachedLayer
@@ -23,7 +23,7 @@ class OwnLayer:
     kv_heads: int
     key_dim: int
     value_dim: int
-    window: int | None
+    window: int | None = None
     chunk: int | None = None
 
     def reach(self, tokens: int) -> int:
@@ -63,6 +63,17 @@ def _filled_layers(config: PretrainedConfig) -> Iterator[OwnLayer]:
         if isinstance(layer, DynamicLayer) and (_shape(layer) or not whole):
             heads, key_dim, value_dim = _shape(layer) or widest
             yield OwnLayer(heads, key_dim, value_dim, getattr(layer, "sliding_window", None))
+
+
+def layers_of(cache: Cache) -> tuple[OwnLayer, ...]:
+    """Each layer that holds keys and values, of a full cache that has seen a token; a chunk counts as a window."""
+    found = [(_shape(layer), getattr(layer, "sliding_window", None)) for layer in cache.layers]
+    return tuple(OwnLayer(*shape, window) for shape, window in found if shape)
+
+
+def held_bytes(cache: Cache) -> int:
+    """Bytes of all keys and values that a full cache holds."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if _shape(layer))
 
 
 def _shape(layer: Any) -> tuple[int, int, int] | None:
