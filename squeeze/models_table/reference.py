@@ -26,7 +26,7 @@ from transformers.masking_utils import eager_mask
 from squeeze.models_table.kept import Kept
 
 if TYPE_CHECKING:
-    from squeeze.engine.probe import AttentionLayer
+    from squeeze.engine.findings import AttentionLayer
     from squeeze.evictors import Evictor
 
 #: A layer's keys and values, or what moves them.
@@ -173,12 +173,7 @@ def show(
         mask[head, held] = 0.0
     if len(heads) > 1:
         mask = mask.repeat_interleave(kept.query_heads // len(heads), dim=0)
-    changed = {"attention_mask": mask[None, :, None]}
-    alibi, evicted = kwargs.get("alibi"), position + 1 - len(kept.held[0])
-    if alibi is not None and kept.sinks and evicted:  # what it adds is linear in the position
-        moved = alibi[..., evicted : evicted + kept.sinks]
-        changed["alibi"] = torch.cat([moved, alibi[..., kept.sinks :]], dim=-1)
-    return args, kwargs | changed
+    return args, kwargs | {"attention_mask": mask[None, :, None]}
 
 
 def score(kept: Kept, module: nn.Module, args: Any, output: Any) -> None:
