@@ -2,8 +2,8 @@
 
 It is the model's own cache with these layers in the place of its own; what is no attention (state space, linear
 attention) stays what it is. During prefill a layer holds the whole prompt: until it is filled, where its budgets are
-known by then, else until all layers are. What the evictor keeps is then copied into a buffer allocated once; from there
-on a new token is written into one slot in place, and nothing is ever concatenated.
+known by then, else until all layers are. What the evictor keeps is then copied into a buffer allocated once; from
+there on a new token is written into one slot in place, and nothing is ever concatenated.
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ def prepare_cache(run: SqueezedModel, generation_config, model_kwargs, generatio
             "set it to True, or generate outside of `with squeezed(...)`"
         )
     if cache is None:
-        prompt = next(
-            model_kwargs[name].shape[-1] for name in ("position_ids", "attention_mask") if name in model_kwargs
-        )
+        by_token = next(model_kwargs[name] for name in ("position_ids", "attention_mask") if name in model_kwargs)
         # max_cache_length is one less than prompt and new tokens: the last token is never fed back.
         model_kwargs["past_key_values"] = run.cache(max_cache_length + 1 - by_token.shape[-1])
     return None
