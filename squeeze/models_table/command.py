@@ -37,7 +37,9 @@ def parser() -> Parser:
     )
     made.add_argument("names", nargs="*", metavar="NAME", help="tiny models of the table (default: all)")
     made.add_argument(
-        "--model", type=path_text, help="a real model, by its folder or by a name as in pred.py; on the CPU, in float32"
+        "--model",
+        type=path_text,
+        help="a real model, by its folder or by a name as in pred.py; on the CPU, in float32",
     )
     made.add_argument("--out", type=as_path, help="a page to write the whole table into, between its two markers")
     return made
