@@ -1,8 +1,9 @@
 """What a model's attention layers are, found by running the model once and not by knowing its name.
 
-One forward pass of three sequences of one and the same token, at positions 1, 2 and 38: nothing but positions tells
-them apart, so what a layer caches differs by its positional encoding alone. What is noted on the way says where
-attention sits, which cache layer it fills, how its output enters the residual stream, and how a key turns.
+One forward pass of sequences of one token: the same token at positions 1, 2 and 38, and another one. Nothing but
+positions tells the first three apart, so what a layer caches of them differs by its positional encoding alone. What is
+noted on the way says where attention sits, which cache layer it fills, how its output enters the residual stream, and
+how a key turns.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def _layer(
     encoding, rotation = rotations.find(stream, update.keys, update.values)
     if encoding == "none" and not seen.positioned:
         encoding = "unknown"
-    types = getattr(seen.config, "layer_types", None) or ()
+    cached, types = seen.cache.layers[index], getattr(seen.config, "layer_types", None) or ()
     chunked = index < len(types) and types[index] == "chunked_attention"
     return AttentionLayer(
         index=index,
@@ -159,7 +160,7 @@ def _layer(
         kv_heads=update.keys.shape[1],
         key_dim=update.keys.shape[-1],
         value_dim=update.values.shape[-1],
-        window=arguments.get("sliding_window"),
+        window=arguments.get("sliding_window", None if chunked else getattr(cached, "sliding_window", None)),
         chunk=seen.config.attention_chunk_size if chunked else None,
         softcap=arguments.get("softcap"),
         sinks=arguments.get("s_aux") is not None,
@@ -168,7 +169,7 @@ def _layer(
         residual=residual,
         regrouped=any(call.regrouped for call in uses),
         foreign=tuple(name for name in FOREIGN if any(call.arguments.get(name) is not None for call in uses)),
-        hybrid=isinstance(seen.cache.layers[index], LinearAttentionLayer),
+        hybrid=isinstance(cached, LinearAttentionLayer),
     )
 
 

@@ -15,7 +15,7 @@ from squeeze.engine.residual import Call
 from squeeze.engine.rotation import inverse_frequencies
 from squeeze.errors import InputError
 
-#: Of the sequences of one token each.
+#: Of the sequences with the same token, one each; another token comes last, so that sums must hold for two streams.
 POSITIONS = (1, 2, 38)
 #: Arguments by which a module gets positions that are added to its attention's logits (ALiBi, arXiv 2108.12409).
 BIASES = ("alibi", "position_bias")
@@ -40,7 +40,7 @@ class Attended(NamedTuple):
 
 
 class ProbePass:
-    """A forward pass of three sequences of one and the same token, and what was seen in it.
+    """A forward pass of short sequences, one token each, and what was seen in it.
 
     Attributes:
         cache: what the model was given, a DynamicCache.
@@ -74,11 +74,11 @@ class ProbePass:
         """
         device = self.decoder.get_input_embeddings().weight.device
         device = torch.device("cpu") if device.type == "meta" else device  # accelerate brings inputs to where they go
-        inputs = {"input_ids": torch.full((len(POSITIONS), 1), self.config.vocab_size // 2, device=device)}
+        token = self.config.vocab_size // 2
+        inputs = {"input_ids": torch.tensor([token] * len(POSITIONS) + [token - 1], device=device)[:, None]}
         if self.positioned:
-            inputs["position_ids"] = torch.tensor(POSITIONS, device=device)[:, None]
+            inputs["position_ids"] = torch.tensor([*POSITIONS, POSITIONS[0]], device=device)[:, None]
         with ExitStack() as undo:
-            undo.enter_context(torch.inference_mode(False))  # what is found is used elsewhere, too
             undo.enter_context(torch.no_grad())
             undo.enter_context(self._as_it_was())
             name = implementation or undo.enter_context(self._registered())
@@ -145,12 +145,13 @@ class ProbePass:
                 self._put_back(module, vars(module), attributes)
                 self._put_back(module, module._buffers, buffers)
             for buffer, values in angles:
-                buffer.copy_(values)
+                if not buffer.is_meta and not torch.equal(buffer, values):
+                    buffer.copy_(values)
 
     def _put_back(self, module: nn.Module, now: dict[str, Any], before: dict[str, Any]) -> None:
         for name in [name for name in now if name not in before or now[name] is not before[name]]:
             value = now.pop(name)
-            if isinstance(value, torch.Tensor) and value.shape[:1] == (len(POSITIONS),):
+            if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == len(POSITIONS) + 1:
                 self.stateful.append(module)
             if name in before:
                 now[name] = before[name]

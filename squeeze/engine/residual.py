@@ -8,15 +8,14 @@ attention). Sums are tried by least squares, and the one that leaves no more tha
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import nn
-
-from squeeze.engine.rotation import relative_error
 
 #: A factor below this is none.
 SMALL = 1e-2
@@ -135,63 +134,69 @@ class _Trace:
         for call in after:
             if call.module is block:
                 self.targets.append(call.gave)
-            elif self.branches[-1][0] in call.module.modules() or _same(call.given, self.branches[-1][1]):
+            elif self._is_around(call.module) or _same(call.given, self.branches[-1][1]):
                 self.branches += [(call.module, call.gave)] if call.gave is not None else []
             else:
                 self.targets.append(call.given)
                 self.others.append(call.gave)
         self.others += [call.gave for call in before if call.module in children]
 
+    def _is_around(self, module: nn.Module) -> bool:
+        return self.names[self.branches[-1][0]].startswith(self.names[module] + ".")
+
     @cached_property
     def fits(self) -> list[Fit]:
-        """Rules that leave nothing but rounding; sums with other branches only if there is none without."""
+        """Rules that leave nothing but rounding; sums with other branches only where there is none without."""
         for entry, x in self.streams:
-            for others in ([], _shaped(self.others, x)):
-                found = list(self._fits(self.names[entry], x, others))
+            tried = ([self._inside(self.names[entry], x)], self._sums(entry, x, False), self._sums(entry, x, True))
+            for fits in tried:
+                found = [fit for fit in fits if fit.error < self.tolerance]
                 if found:
                     return found
         return []
 
-    def _fits(self, entry: str, x: torch.Tensor, others: list[torch.Tensor]) -> Iterator[Fit]:
-        for made in _shaped([self.branches[0][1]], x) if not others else ():
-            for part in _shaped(self.inner, x):  # attention that adds the stream itself
-                weights, error = _solve([x, part], made)
-                if error < self.tolerance and min(map(abs, weights)) > SMALL:
-                    yield Fit(error, Rule(entry, self.names[self.attention], 0.0, 1.0))
-                    return
-        for module, output in self.branches:
-            for made in _shaped([output], x):
-                for target in _shaped(self.targets, x):
-                    for scale in self._scales(x, made, others, target):
-                        weights, error = _solve([x + scale * made, *others], target)
-                        if error < self.tolerance and abs(weights[0]) > SMALL:
-                            yield Fit(error, Rule(entry, self.names[module], 1.0, scale))
+    def _inside(self, entry: str, x: torch.Tensor) -> Fit:
+        """Attention that adds the stream itself: its output is x and what a module inside it gave."""
+        rule = Rule(entry, self.names[self.attention], 0.0, 1.0)
+        made = _shaped([self.branches[0][1]], x)
+        sums = [_solve([x, part], output) for output in made for part in _shaped(self.inner, x)]
+        return Fit(min((error for weights, error in sums if min(map(abs, weights)) > SMALL), default=torch.inf), rule)
 
-    def _scales(
-        self, x: torch.Tensor, made: torch.Tensor, others: list[torch.Tensor], target: torch.Tensor
-    ) -> list[float]:
-        """Factors of a branch to try: 1, what the configuration says, and what fits best."""
-        (of_stream, of_branch, *_), _ = _solve([x, made, *others], target)
-        best = [of_branch / of_stream] if min(abs(of_stream), abs(of_branch)) > SMALL else []
-        return [1.0, *self.scales, *best]
+    def _sums(self, entry: nn.Module, x: torch.Tensor, with_others: bool) -> list[Fit]:
+        """For each branch and target: its factors 1 and what the configuration says, and at last what fits best."""
+        others = _shaped(self.others, x) if with_others else []
+        told: list[Fit] = []
+        fitted: list[Fit] = []
+        for branch, output in self.branches:
+            for made, target in product(_shaped([output], x), _shaped(self.targets, x)):
+                (of_stream, of_branch, *_), _ = _solve([x, made, *others], target)
+                best = [of_branch / of_stream] if min(abs(of_stream), abs(of_branch)) > SMALL else []
+                for fits, scales in ((told, [1.0, *self.scales]), (fitted, best)):
+                    for scale in scales:
+                        rule = Rule(self.names[entry], self.names[branch], 1.0, scale)
+                        fits.append(Fit(self._error(x + scale * made, others, target), rule))
+        return told + fitted
+
+    def _error(self, stream: torch.Tensor, others: list[torch.Tensor], target: torch.Tensor) -> float:
+        """Of a target as a sum of the stream and other branches; infinite where the stream has no part in it."""
+        weights, error = _solve([stream, *others], target)
+        return error if abs(weights[0]) > SMALL else torch.inf
 
     def error(self, rule: Rule) -> float:
-        """Of a rule that was found in a block of the same class; infinite where this one lacks a module of it."""
+        """Of a rule that was found in a block of the same class; infinite where it is not one of this block."""
         x = next((given for module, given in self.streams if self.names[module] == rule.entry), None)
         made = next((gave for module, gave in self.branches if self.names[module] == rule.branch), None)
         if x is None or made is None or made.numel() != x.numel():
             return torch.inf
-        made = made.reshape(x.shape)
         if not rule.of_stream:
-            return min((_solve([x, part], made)[1] for part in _shaped(self.inner, x)), default=torch.inf)
-        targets = _shaped(self.targets, x)
+            return self._inside(rule.entry, x).error
+        stream, error = x + rule.of_branch * made.reshape(x.shape), torch.inf
         for others in ([], _shaped(self.others, x)):
-            error = min(
-                (_solve([x + rule.of_branch * made, *others], target)[1] for target in targets), default=torch.inf
-            )
+            errors = (self._error(stream, others, target) for target in _shaped(self.targets, x))
+            error = min(errors, default=torch.inf)
             if error < self.tolerance:
-                return error
-        return torch.inf
+                break
+        return error
 
     def residual(self, rule: Rule | None) -> Residual | None:
         """The rule with this block's modules."""
@@ -211,7 +216,9 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def _solve(basis: Sequence[torch.Tensor], target: torch.Tensor) -> tuple[list[float], float]:
     """Factors with which `basis` adds up to `target`, and the relative error that is left."""
-    matrix = torch.stack([tensor.flatten() for tensor in basis], dim=1).double()
-    wanted = target.double().flatten()[:, None]
-    weights = torch.linalg.lstsq(matrix, wanted).solution
-    return weights[:, 0].tolist(), relative_error(matrix @ weights, wanted)
+    columns = torch.stack([*basis, target]).flatten(1).double()
+    products = columns @ columns.T  # all that least squares need, and a few numbers
+    wanted, size = products[:-1, -1:], products[-1, -1].item()
+    weights = torch.linalg.lstsq(products[:-1, :-1], wanted).solution
+    left = columns[-1] - weights[:, 0] @ columns[:-1]
+    return weights[:, 0].tolist(), (left.square().sum().item() / max(size, 1e-24)) ** 0.5

@@ -61,15 +61,15 @@ class Rotation:
 
 def inverse_frequencies(decoder: PreTrainedModel) -> list[torch.Tensor]:
     """RoPE's inverse frequencies as the rotary modules of `decoder` hold them now, each once: `(pairs,)`, float32."""
-    held = [
-        buffer for name, buffer in decoder.named_buffers() if "inv_freq" in name and "original_inv_freq" not in name
-    ]
+    named = decoder.named_buffers()
+    held = [b for name, b in named if "inv_freq" in name and "original_inv_freq" not in name and not b.is_meta]
     width = getattr(decoder.config.get_text_config(decoder=True), "rotary_dim", None)
     if not held and width is not None:  # GPT-J and CodeGen keep sines and cosines alone
         held.append(10000.0 ** (-torch.arange(0, width, 2) / width))
     different: list[torch.Tensor] = []
     for buffer in held:
-        frequencies = buffer.detach().to("cpu", torch.float32, copy=True)
+        with torch.inference_mode(False):  # they are used elsewhere, too
+            frequencies = buffer.detach().to("cpu", torch.float32, copy=True)
         if not any(torch.equal(frequencies, other) for other in different):
             different.append(frequencies)
     return different
@@ -95,11 +95,13 @@ class Rotations:
         """How positions are in `keys` and `values`, `(sequences, kv_heads, 1, dim)`, of sequences with the same token.
 
         Args:
-            stream: what the layer was given, `(…, sequences, 1, hidden)`.
+            stream: what the layer was given, `(…, sequences, 1, hidden)`; of all three, the first sequences count.
         """
+        count = len(self.by)
+        keys, values = keys[:count], values[:count]
         if stream is None:
             return "unknown", None
-        if not self._alike(stream, -3):
+        if not self._alike(stream.narrow(-3, 0, count), -3):
             return "absolute", None
         parts = {"keys": keys, "values": values}
         moving = [name for name, part in parts.items() if not self._alike(part, 0)]
@@ -132,4 +134,5 @@ class Rotations:
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Norm of the difference over the norm of `wanted`."""
-    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
+    norm = torch.linalg.vector_norm
+    return (norm(found - wanted) / norm(wanted).clamp(min=1e-12)).item()
