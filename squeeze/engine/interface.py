@@ -127,7 +127,7 @@ def attend(
             reading.fused,
             scored,
         )
-        if own:
+        if own and layer.pending is not None:  # DiffLlama attends twice
             layer.take(scores)
     return attended.transpose(1, 2), None
 

@@ -147,7 +147,7 @@ class SqueezeLayer(CacheLayerMixin):
             scores: of the prompt's tokens, `(batch, heads, tokens)` float32, where the evictor needs them.
         """
         assert self.reading is not None and self.pending is not None
-        (keys, values), self.pending, self.places = self.pending, None, []
+        (keys, values), self.pending = self.pending, None
         seen, lengths, budgets = self.reading.seen, self.reading.lengths, self.reading.budgets
         if budgets is not None and any(seen):
             self.extend(keys, values, seen, lengths, budgets)

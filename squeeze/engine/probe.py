@@ -71,6 +71,9 @@ def probe(model: PreTrainedModel) -> Findings:
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The module whose forward pass takes token ids and a cache: the model without its head."""
+    inner = model.get_decoder()
+    if inner is not model and isinstance(inner, PreTrainedModel) and inner.config is model.config:
+        return inner  # of OPT, whose head goes past its base model
     if model.base_model is not model:
         return model.base_model
     return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)

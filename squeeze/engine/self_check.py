@@ -9,7 +9,7 @@ from __future__ import annotations
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
@@ -35,17 +35,25 @@ def self_check(run: SqueezedModel) -> None:
     if model.training or key in _passed.get(model, set()):
         return
     device, vocabulary = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
-    tokens = (torch.arange(PROMPT + STEPS, device=device) * 7919 % (vocabulary - 1) + 1)[None]
-    own = model(tokens, use_cache=False, output_hidden_states=True)
-    cache = run.fork(run.prefill(tokens[:, :PROMPT]), [[PROMPT + STEPS] * len(run.layers)], STEPS)
-    for position in range(PROMPT, PROMPT + STEPS):
+    length = min(
+        layer.reach(PROMPT + STEPS) for layer in run.layers
+    )  # a method may keep what a window has left behind
+    tokens = (torch.arange(length, device=device) * 7919 % (vocabulary - 1) + 1)[None]
+    # Its own cache, since a step of a state-space layer is not always what a pass over all tokens gives (Zamba 2).
+    own_cache = DynamicCache(config=run.findings.decoder.config)
+    model(tokens[:, : length - STEPS], past_key_values=own_cache, use_cache=True)
+    cache = run.fork(run.prefill(tokens[:, : length - STEPS]), [[length] * len(run.layers)], STEPS)
+    for position in range(length - STEPS, length):
         ids, positions = tokens[:, position : position + 1], torch.tensor([[position]], device=device)
         places = {"position_ids": positions} if "position_ids" in run.decoder_arguments else {}
-        step = model(ids, past_key_values=cache, use_cache=True, output_hidden_states=True, **places)
-        error = _apart(step.logits[:, -1], own.logits[:, position])
+        own, step = (
+            model(ids, past_key_values=each, use_cache=True, output_hidden_states=True, **places)
+            for each in (own_cache, cache)
+        )
+        error = _apart(step.logits, own.logits)
         if error > TOLERANCE.get(model.dtype, 5e-2):
             layers = zip(step.hidden_states, own.hidden_states, strict=True)
-            errors = [_apart(mine[:, -1], theirs[:, position]) for mine, theirs in layers]
+            errors = [_apart(mine, theirs) for mine, theirs in layers]
             first = next((number for number, each in enumerate(errors) if each > error / 4), len(errors) - 1)
             raise InputError(
                 f"a {model.config.model_type} model cannot be squeezed here: with room for every token its logits "
