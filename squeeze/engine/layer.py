@@ -310,6 +310,8 @@ class SqueezeLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # what transformers up to 5.15 calls it
+
 
 def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in autocast's dtype, where it is on: in which the model's own attention would multiply them."""

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from squeeze.allocations.base import CachedLayer, reach
+from squeeze.compatibility import cache_argument
 from squeeze.devices import unless_out_of_memory
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.prefill import KeptPrefill
@@ -156,7 +157,7 @@ def _divergences(
         output = run.model(
             token.expand(len(budgets), 1),
             position_ids=torch.full((len(budgets), 1), position, device=token.device),
-            past_key_values=cache,
+            **{cache_argument(): cache},
             use_cache=True,
         )
         logprobs = output.logits[:, -1].float().log_softmax(dim=-1)

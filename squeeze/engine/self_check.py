@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from squeeze.compatibility import cache_argument
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
 
@@ -41,13 +42,13 @@ def self_check(run: SqueezedModel) -> None:
     tokens = (torch.arange(length, device=device) * 7919 % (vocabulary - 1) + 1)[None]
     # Its own cache, since a step of a state-space layer is not always what a pass over all tokens gives (Zamba 2).
     own_cache = DynamicCache(config=run.findings.decoder.config)
-    model(tokens[:, : length - STEPS], past_key_values=own_cache, use_cache=True)
+    model(tokens[:, : length - STEPS], **{cache_argument(): own_cache}, use_cache=True)
     cache = run.fork(run.prefill(tokens[:, : length - STEPS]), [[length] * len(run.layers)], STEPS)
     for position in range(length - STEPS, length):
         ids, positions = tokens[:, position : position + 1], torch.tensor([[position]], device=device)
         places = {"position_ids": positions} if "position_ids" in run.decoder_arguments else {}
         own, step = (
-            model(ids, past_key_values=each, use_cache=True, output_hidden_states=True, **places)
+            model(ids, **{cache_argument(): each}, use_cache=True, output_hidden_states=True, **places)
             for each in (own_cache, cache)
         )
         error = _apart(step.logits, own.logits)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from squeeze.allocations.base import Budgets, LossCurves, PromptFacts, check_budgets
 from squeeze.allocations.explicit import Explicit
-from squeeze.compatibility import check_transformers
+from squeeze.compatibility import cache_argument, check_transformers
 from squeeze.config import SqueezeConfig, default_algorithm
 from squeeze.devices import section
 from squeeze.engine import loss_curves, states
@@ -131,7 +131,8 @@ class SqueezedModel:
         inputs = tokens.to(self.model.get_input_embeddings().weight.device)
         cache = self.cache(0)
         cache.whole = True
-        output = self.findings.decoder(input_ids=inputs, past_key_values=cache, use_cache=True, return_dict=True)
+        given = {"input_ids": inputs, cache_argument(): cache}
+        output = self.findings.decoder(**given, use_cache=True, return_dict=True)
         return Prefill(cache, self.config.attn, similarities=[[]]).keep(inputs, output, 0.0)
 
     def fork(self, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], max_new_tokens: int) -> SqueezeCache:

@@ -11,6 +11,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from squeeze import H2O, Allocation, Explicit, InputError, SlidingWindow, Squeeze, StreamingLLM, Uniform, squeezed
+from squeeze.compatibility import cache_argument
 from squeeze.engine.findings import AttentionLayer
 from squeeze.evictors import Evictor
 from squeeze.models_table.reference import Reference
@@ -94,7 +95,7 @@ class Batch:
             tokens = self.answer[:, step - 1 : step] if step else self.ids
             if step:
                 mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-            given = {"input_ids": tokens, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+            given = {"input_ids": tokens, "attention_mask": mask, cache_argument(): cache, "use_cache": True}
             if positional:
                 given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             parts.append(model(**given).logits * mask[:, -tokens.shape[1] :, None])

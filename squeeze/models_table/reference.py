@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import eager_mask
 
+from squeeze.compatibility import cache_argument
 from squeeze.models_table.kept import Kept
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Reference:
 
     def _run(self, tokens: torch.Tensor, cache: WholeCache, positions: torch.Tensor, mask: torch.Tensor | None) -> Any:
         where = {"position_ids": positions} if self.positional else {}
-        return self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
+        return self.model(input_ids=tokens, attention_mask=mask, use_cache=True, **{cache_argument(): cache}, **where)
 
     def _move(self, layer: AttentionLayer, by: int) -> Pair:
         """What moves a layer's keys, and its values, by so many positions; None where positions are not in them.
