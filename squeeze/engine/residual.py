@@ -215,10 +215,15 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 def _solve(basis: Sequence[torch.Tensor], target: torch.Tensor) -> tuple[list[float], float]:
-    """Factors with which `basis` adds up to `target`, and the relative error that is left."""
+    """Factors with which `basis` adds up to `target`, and the relative error that is left.
+
+    Each number counts relative to its own size, as its rounding is: a few dimensions of a stream are often a thousand
+    times larger than all others, and would decide alone.
+    """
     columns = torch.stack([*basis, target]).flatten(1).double()
+    sizes = columns[0].abs() + columns[-1].abs()
+    columns = columns / sizes.clamp(min=1e-6 * sizes.max().item() + 1e-30)
     products = columns @ columns.T  # all that least squares need, and a few numbers
-    wanted, size = products[:-1, -1:], products[-1, -1].item()
-    weights = torch.linalg.lstsq(products[:-1, :-1], wanted).solution
-    left = columns[-1] - weights[:, 0] @ columns[:-1]
-    return weights[:, 0].tolist(), (left.square().sum().item() / max(size, 1e-24)) ** 0.5
+    weights = torch.linalg.lstsq(products[:-1, :-1], products[:-1, -1:]).solution[:, 0]
+    norm = torch.linalg.vector_norm
+    return weights.tolist(), (norm(columns[-1] - weights @ columns[:-1]) / norm(columns[-1]).clamp(min=1e-12)).item()
