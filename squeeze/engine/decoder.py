@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
+from squeeze.compatibility import cache_argument
 from squeeze.devices import now
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.interface import forward_pass
@@ -32,14 +33,16 @@ def decoder_forward(run: SqueezedModel, original, names: Sequence[str], *args, *
     """
     given = dict(zip(names, args, strict=False)) | kwargs
     inputs = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    cache = given.get("past_key_values")
+    if "past_key_values" in given:  # from a call of the decoder itself, by the name that every release takes
+        given[cache_argument()] = given.pop("past_key_values")
+    cache = given.get(cache_argument())
     with run.lock:
         if not isinstance(cache, SqueezeCache) or inputs is None:
             use_cache = given.get("use_cache")
             if cache is None and (run.model.config.use_cache if use_cache is None else use_cache):
                 raise ValueError(
                     "inside `with squeezed(...) as run` a call of the model itself names its cache: "
-                    "past_key_values=run.cache(max_new_tokens), or use_cache=False for none"
+                    f"{cache_argument()}=run.cache(max_new_tokens), or use_cache=False for none"
                 )
             return original(**given)
         _check(run, cache, given)
@@ -83,7 +86,7 @@ def _prefill(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, 
             return _prefill_in_chunks(run, forward, prefill, given)
         if prefill.kept is not None:
             prefill.take_over(prefill.kept)
-            return prefill.kept.made(last_hidden_state=prefill.kept.output, past_key_values=cache)
+            return prefill.kept.made(last_hidden_state=prefill.kept.output, **{cache_argument(): cache})
         prefill.begin_chunk(0, prefill.cache.columns)
         if not prefill.shared:
             return forward(**given)

@@ -119,7 +119,7 @@ def attend(
         attended, scores = attention.prefill(
             query, key, value, layer.places, reading.lengths, rule, fused=reading.fused, with_scores=scored
         )
-        if own:
+        if own and layer.pending is not None:  # DiffLlama attends twice
             layer.take(scores)
     return attended.transpose(1, 2), None
 

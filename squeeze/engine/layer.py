@@ -147,7 +147,7 @@ class SqueezeLayer(CacheLayerMixin):
             scores: of the prompt's tokens, `(batch, heads, tokens)` float32, where the evictor needs them.
         """
         assert self.reading is not None and self.pending is not None
-        (keys, values), self.pending, self.places = self.pending, None, []
+        (keys, values), self.pending = self.pending, None
         seen, lengths, budgets = self.reading.seen, self.reading.lengths, self.reading.budgets
         if budgets is not None and any(seen):
             self.extend(keys, values, seen, lengths, budgets)
@@ -310,6 +310,8 @@ class SqueezeLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # what transformers up to 5.15 calls it
 
 
 def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from squeeze.compatibility import cache_argument
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
 
@@ -36,7 +37,9 @@ def self_check(run: SqueezedModel) -> None:
         return
     vocabulary = model.config.get_text_config().vocab_size
     device = model.get_input_embeddings().weight.device
-    tokens = (torch.arange(PROMPT + STEPS, device=device) * 7919 % (vocabulary - 1) + 1)[None]
+    # No more than a layer's own window: a method may keep what that has left behind.
+    count = min(layer.reach(PROMPT + STEPS) for layer in run.layers)
+    tokens = (torch.arange(count, device=device) * 7919 % (vocabulary - 1) + 1)[None]
     [own], [squeezed] = _logits(run, tokens, by_layer=False)
     error = _apart(squeezed, own)
     if error > TOLERANCE.get(model.dtype, 5e-2):
@@ -51,21 +54,24 @@ def self_check(run: SqueezedModel) -> None:
 
 
 def _logits(run: SqueezedModel, tokens: torch.Tensor, by_layer: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Logits after each of the last tokens, of the model itself and on a squeezed cache, `(STEPS, vocabulary)`.
+    """Logits after each of the last tokens, of the model on its own cache and on a squeezed one, `(STEPS, vocabulary)`.
 
     With `by_layer`, the hidden states of every layer, `(STEPS, hidden)`, in their place.
     """
-    model, asked = run.model, {"output_hidden_states": True} if by_layer else {}
-    whole = model(tokens, use_cache=False, **asked)
-    own = [*whole.hidden_states] if by_layer else [whole.logits]
-    cache = run.fork(run.prefill(tokens[:, :PROMPT]), [[PROMPT + STEPS] * len(run.layers)], STEPS)
-    steps = []
-    for position in range(PROMPT, PROMPT + STEPS):
-        step = run.step(tokens[:, position : position + 1], position, cache, **asked)
-        steps.append([*step.hidden_states] if by_layer else [step.logits])
-    return [states[0, PROMPT:] for states in own], [
-        torch.cat([part.to(parts[0].device) for part in parts], dim=1)[0] for parts in zip(*steps, strict=True)
-    ]
+    count, asked = tokens.shape[1], {"output_hidden_states": True} if by_layer else {}
+    prompt = tokens[:, : count - STEPS]
+    # Its own steps, and not one pass: in a state-space layer these are not always the same (Zamba 2).
+    own = DynamicCache(config=run.findings.decoder.config)
+    run.model(prompt, **{cache_argument(): own}, use_cache=True)
+    squeezed = run.fork(run.prefill(prompt), [[count] * len(run.layers)], STEPS)
+    found = []
+    for cache in (own, squeezed):
+        steps = []
+        for position in range(count - STEPS, count):
+            output = run.step(tokens[:, position : position + 1], position, cache, **asked)
+            steps.append([*output.hidden_states] if by_layer else [output.logits])
+        found.append([torch.cat(parts, dim=1)[0] for parts in zip(*steps, strict=True)])
+    return found[0], found[1]
 
 
 def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from squeeze.allocations.base import CachedLayer
+from squeeze.compatibility import cache_argument
 from squeeze.models.described import META, build, quiet
 from squeeze.models.folder_config import text_config
 
@@ -52,7 +53,8 @@ def _filled_layers(config: PretrainedConfig) -> Iterator[OwnLayer]:
         model = build(config).eval()
     cache, whole = DynamicCache(config=config), False
     with torch.no_grad(), suppress(RuntimeError, NotImplementedError, ValueError):
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=META), past_key_values=cache, use_cache=True)
+        given = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=META), cache_argument(): cache}
+        model(**given, use_cache=True)
         whole = True
     text = text_config(config)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
