@@ -54,7 +54,7 @@ def self_check(run: SqueezedModel) -> None:
 
 
 def _logits(run: SqueezedModel, tokens: torch.Tensor, by_layer: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Logits after each of the last tokens, of the model on its own cache and on a squeezed one, `(STEPS, vocabulary)`.
+    """Logits after each of the last tokens, on the model's own cache and on a squeezed one, `(STEPS, vocabulary)`.
 
     With `by_layer`, the hidden states of every layer, `(STEPS, hidden)`, in their place.
     """
