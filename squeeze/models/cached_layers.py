@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from squeeze.allocations.base import CachedLayer
 from squeeze.models.described import META, build, quiet
-from squeeze.models.folder_config import text_config
+from squeeze.models.folder_config import declares, text_config
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,16 @@ def _filled_layers(config: PretrainedConfig) -> Iterator[OwnLayer]:
     A few architectures look at numbers, of which there are none there, and stop after their first layers: then the
     widest layer seen stands for the others, or what the configuration says.
     """
+    config = deepcopy(config)
+    text = text_config(config)
+    if not declares(text, "sliding_window"):
+        vars(text).pop("sliding_window", None)  # left over in a file, it would mislead the cache
     with quiet():
         model = build(config).eval()
     cache, whole = DynamicCache(config=config), False
     with torch.no_grad(), suppress(RuntimeError, NotImplementedError, ValueError):
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=META), past_key_values=cache, use_cache=True)
         whole = True
-    text = text_config(config)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     seen = [shape for layer in cache.layers if (shape := _shape(layer))]
