@@ -113,7 +113,7 @@ class _Trace:
         branches: attention, and what is made of its output alone: wrappers, norms, dropouts; with their outputs.
         targets: what may be the stream after attention, with or without other branches: inputs of later modules, and
             the block's output.
-        others: outputs of other branches.
+        others: outputs of other branches: what no module takes, and so is added, if anything.
         inner: outputs of modules inside attention.
     """
 
@@ -130,7 +130,8 @@ class _Trace:
         self.streams = [(call.module, call.given) for call in [*norms[:1], own] if call.given is not None]
         inside, children = set(attention.modules()), set(block.children())
         self.inner = [call.gave for call in before if call.module in inside]
-        self.branches, self.targets, self.others = [(attention, at.gave)], [], []
+        self.branches, self.targets = [(attention, at.gave)], []
+        beside = [call for call in before if call.module in children]
         for call in after:
             if call.module is block:
                 self.targets.append(call.gave)
@@ -138,8 +139,9 @@ class _Trace:
                 self.branches += [(call.module, call.gave)] if call.gave is not None else []
             else:
                 self.targets.append(call.given)
-                self.others.append(call.gave)
-        self.others += [call.gave for call in before if call.module in children]
+                beside.append(call)
+        taken = [call.given for call in calls if not _same(call.given, call.gave)]  # not by a dropout
+        self.others = [call.gave for call in beside if not any(_same(call.gave, given) for given in taken)]
 
     def _is_around(self, module: nn.Module) -> bool:
         return self.names[self.branches[-1][0]].startswith(self.names[module] + ".")
