@@ -44,7 +44,8 @@ def decoder_forward(run: SqueezedModel, original, names: Sequence[str], *args, *
                     "inside `with squeezed(...) as run` a call of the model itself names its cache: "
                     f"{cache_argument()}=run.cache(max_new_tokens), or use_cache=False for none"
                 )
-            return original(**given)
+            with forward_pass(None, run.findings.configs, None):
+                return original(**given)
         _check(run, cache, given)
 
         def squeezed(**given):
