@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers import cache_utils
@@ -12,18 +13,20 @@ class _Absent:
     """Stands in for a class that the installed transformers does not have: nothing is an instance of it."""
 
 
-def _layer(name: str) -> Any:
-    return getattr(cache_utils, name, _Absent)
+def _with_state(name: str) -> Any:
+    """A class of layers with a state of linear attention; those before transformers 5.14 are others."""
+    layer = getattr(cache_utils, "LinearAttentionLayer", _Absent)
+    known = "number_of_states" in inspect.signature(layer.__init__).parameters
+    return getattr(cache_utils, name, _Absent) if known else _Absent
 
 
-#: A layer's state in place of keys and values, or beside them; since transformers 5.4 or thereabouts.
-LinearAttentionLayer = _layer("LinearAttentionLayer")
-LinearAttentionCacheLayerMixin = _layer("LinearAttentionCacheLayerMixin")
+LinearAttentionLayer = _with_state("LinearAttentionLayer")
+LinearAttentionCacheLayerMixin = _with_state("LinearAttentionCacheLayerMixin")
 
 #: Layers that hold nothing but keys and values, or a state of linear attention beside them.
 CACHE_LAYERS = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    _layer("LinearAttentionAndFullAttentionLayer"),
-    _layer("LinearAttentionAndSlidingWindowAttentionLayer"),
+    _with_state("LinearAttentionAndFullAttentionLayer"),
+    _with_state("LinearAttentionAndSlidingWindowAttentionLayer"),
 )
