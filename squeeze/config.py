@@ -41,13 +41,14 @@ class SqueezeConfig:
         algorithm: an `Evictor`, or what names one: `sliding_window`, `streaming` (StreamingLLM), `h2o`, an entry
             point, or `package.module:Class`, with parameters in brackets; None takes the model's default
             (`default_algorithm`).
-        ini_size: initial budget of every layer, as a fraction of the prompt's tokens, in (0, 1].
+        ini_size: initial budget of every layer, as a fraction of the prompt's tokens, or of those that its own window
+            holds (docs/budgets.md), in (0, 1].
         kv_class3: budget of the layers in class 3, as a fraction of the prompt's tokens, in (0, `ini_size`].
         allocation: an `Allocation`, which has its own sizes, or what names one. How similarities become budgets:
             `squeeze`, `squeeze-log` or `paper`; or, without `kv_class3`, `uniform`, and `calibrated` or `measured`, by
             loss curves: of a file (see `squeeze.allocations.calibration`), or measured on each prompt's own last
             tokens, which costs several prefills (see `squeeze.engine.loss_curves`).
-        budgets: tokens, one entry a layer, in place of `ini_size` and `kv_class3`.
+        budgets: tokens, one entry an attention layer, in place of `ini_size` and `kv_class3`.
         start_size: sink tokens that StreamingLLM never evicts.
         attn: prefill attention; `auto` and `sdpa` use PyTorch's fused kernel, `eager` explicit blocks of queries
             with a float32 softmax. H2O always uses the latter, since it needs the probabilities.

@@ -12,12 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
+from squeeze.compatibility import cache_argument
 from squeeze.devices import now, peak_memory
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
 from squeeze.generation.stats import SampleStats
 from squeeze.generation.stopping import StopStrings
-from squeeze.models.cached_layers import full_cache_bytes, own_layers
+from squeeze.models.cached_layers import full_cache_bytes, held_bytes, layers_of
 from squeeze.models.folder_config import valid_ids
 
 
@@ -58,20 +59,18 @@ def generate(
     """
     tokens, mask = pad_left(model, prompts)
     device = tokens.device
-    cache = None if run is not None else DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)  # the full one; a squeezed model makes its own
     held = {"kv_bytes": 0, "state_bytes": 0}
 
     def measure_cache() -> None:
-        if cache is not None:
-            filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-            held["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
+        held["kv_bytes"] = held_bytes(cache)
 
     first = FirstToken(measure_cache)
     start = now(device)
     output = model.generate(
         tokens,
         attention_mask=mask,
-        past_key_values=cache,
+        **{cache_argument(): cache if run is None else None},
         stopping_criteria=StoppingCriteriaList([first, *([stops] if stops else [])]),
         logits_processor=processors,
         pad_token_id=_pad_token(model),
@@ -80,6 +79,7 @@ def generate(
     end = now(device)
     if run is not None:
         held = {"kv_bytes": run.kv_bytes, "state_bytes": run.state_bytes}
+    own = layers_of(cache) if run is None else run.layers
     prefilled = first.time or end
     shared = run.shared_seconds if run is not None else 0.0
     ends = stop_tokens(model, settings)
@@ -101,7 +101,7 @@ def generate(
             decode_seconds=(end - prefilled) / len(prompts),
             kv_bytes=held["kv_bytes"] / len(prompts),
             state_bytes=held["state_bytes"] / len(prompts),
-            full_kv_bytes=full_cache_bytes(own_layers(model.config), len(prompt), model.dtype),
+            full_kv_bytes=full_cache_bytes(own, len(prompt), model.dtype),
             peak_memory_bytes=peak_memory(device),
             **layers,
         )

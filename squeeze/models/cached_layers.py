@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from squeeze.allocations.base import CachedLayer
+from squeeze.compatibility import cache_argument
 from squeeze.models.described import META, build, quiet
-from squeeze.models.folder_config import text_config
+from squeeze.models.folder_config import declares, text_config
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class OwnLayer:
     kv_heads: int
     key_dim: int
     value_dim: int
-    window: int | None
+    window: int | None = None
     chunk: int | None = None
 
     def reach(self, tokens: int) -> int:
@@ -38,31 +40,51 @@ def own_layers(config: PretrainedConfig) -> tuple[OwnLayer, ...]:
     nor those that use another's."""
     described = config.to_json_string(use_diff=False)
     if described not in _known:
-        _known[described] = tuple(_filled_layers(config))
+        _known[described] = _layers(config)
     return _known[described]
 
 
-def _filled_layers(config: PretrainedConfig) -> Iterator[OwnLayer]:
+def _layers(config: PretrainedConfig) -> tuple[OwnLayer, ...]:
     """What one forward pass leaves in a cache, on PyTorch's `meta` device.
 
     A few architectures look at numbers, of which there are none there, and stop after their first layers: then the
-    widest layer seen stands for the others, or what the configuration says.
+    widest layer seen stands for all, or what the configuration says.
     """
+    config = deepcopy(config)
+    text = text_config(config)
+    if not declares(text, "sliding_window"):
+        vars(text).pop("sliding_window", None)  # left over in a file, it would mislead the cache
     with quiet():
         model = build(config).eval()
     cache, whole = DynamicCache(config=config), False
     with torch.no_grad(), suppress(RuntimeError, NotImplementedError, ValueError):
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=META), past_key_values=cache, use_cache=True)
+        given = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=META), cache_argument(): cache}
+        model(**given, use_cache=True)
         whole = True
-    text = text_config(config)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    seen = [shape for layer in cache.layers if (shape := _shape(layer))]
-    widest = max(seen, key=lambda shape: shape[0] * sum(shape[1:]), default=(heads, dim, dim))
-    for layer in cache.layers:
-        if isinstance(layer, DynamicLayer) and (_shape(layer) or not whole):
-            heads, key_dim, value_dim = _shape(layer) or widest
-            yield OwnLayer(heads, key_dim, value_dim, getattr(layer, "sliding_window", None))
+    if whole:
+        return layers_of(cache)
+    seen = layers_of(cache) or [_said(text)]
+    widest = max(seen, key=lambda layer: layer.kv_heads * (layer.key_dim + layer.value_dim))
+    attending = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return tuple(replace(widest, window=getattr(layer, "sliding_window", None)) for layer in attending)
+
+
+def _said(config: PretrainedConfig) -> OwnLayer:
+    """A layer as the configuration has it, where all are alike."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return OwnLayer(heads, dim, dim)
+
+
+def layers_of(cache: Cache) -> tuple[OwnLayer, ...]:
+    """Each layer that holds keys and values, of a full cache that has seen a token; a chunk counts as a window."""
+    found = [(_shape(layer), getattr(layer, "sliding_window", None)) for layer in cache.layers]
+    return tuple(OwnLayer(*shape, window) for shape, window in found if shape)
+
+
+def held_bytes(cache: Cache) -> int:
+    """Bytes of all keys and values that a full cache holds."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if _shape(layer))
 
 
 def _shape(layer: Any) -> tuple[int, int, int] | None:
