@@ -1,4 +1,4 @@
-"""KV-cache budgets per layer for Llama and Mistral: SqueezeAttention (arXiv 2404.04793) and its peers."""
+"""KV-cache budgets per layer for any decoder of transformers: SqueezeAttention (arXiv 2404.04793) and its peers."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

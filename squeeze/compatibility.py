@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import traceback
@@ -22,7 +23,7 @@ class UntestedVersion(ImportError):
 
 
 def check_transformers() -> str:
-    """The installed version of transformers; UntestedVersion if it lacks the interfaces that models are squeezed by."""
+    """The installed version of transformers; UntestedVersion if it lacks the interfaces that squeezing goes by."""
     installed = version("transformers")
     if not _release(TESTED_TRANSFORMERS[0]) <= _release(installed) < (6, 0):
         raise UntestedVersion(
@@ -32,10 +33,11 @@ def check_transformers() -> str:
     return installed
 
 
+@functools.cache
 def cache_argument() -> str:
     """What models, `generate` and outputs call a cache: `cache` since transformers 5.24, before it `past_key_values`.
 
-    The old name is still taken from outside, with a warning; inside, modules know the new one alone.
+    A model still takes the old name, with a warning, and passes the cache on by the new one.
     """
     return "cache" if _release(version("transformers")) >= (5, 24) else "past_key_values"
 

@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from squeeze.benchmarks.base import Measure, Workload
 from squeeze.benchmarks.records import ComparedSample, FidelityStats
 from squeeze.benchmarks.scores import interval
+from squeeze.compatibility import cache_argument
 from squeeze.config import SqueezeConfig
 from squeeze.devices import unless_out_of_memory
 from squeeze.engine.squeezed_model import SqueezedModel
@@ -175,7 +176,7 @@ def _steps(
             inputs,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **{cache_argument(): cache},
             use_cache=True,
             logits_to_keep=1,
         )

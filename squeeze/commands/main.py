@@ -18,6 +18,7 @@ COMMANDS = {
     "sweep": ("squeeze.sweep.command", "run a grid of configurations"),
     "report": ("squeeze.report.command", "tables and figures of all runs"),
     "calibrate": ("squeeze.calibrate", "measure a model's loss curves, for --allocation calibrated"),
+    "models_table": ("squeeze.models_table.command", "which models can be squeezed by which methods; is yours?"),
     "bench": ("squeeze.bench.command", "measure speed and memory of caches"),
     "longbench": ("squeeze.benchmarks.longbench.download", "fetch and check LongBench's data"),
     "helm_requests": ("squeeze.helm.requests", "write HELM's requests of a scenario to a file"),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
+from squeeze.compatibility import cache_argument
 from squeeze.devices import now
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.interface import forward_pass
@@ -32,26 +33,31 @@ def decoder_forward(run: SqueezedModel, original, names: Sequence[str], *args, *
     """
     given = dict(zip(names, args, strict=False)) | kwargs
     inputs = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    cache = given.get("past_key_values")
-    findings = run.findings
+    if "past_key_values" in given:  # from a call of the decoder itself, by the name that every release takes
+        given[cache_argument()] = given.pop("past_key_values")
+    cache = given.get(cache_argument())
     with run.lock:
         if not isinstance(cache, SqueezeCache) or inputs is None:
             use_cache = given.get("use_cache")
             if cache is None and (run.model.config.use_cache if use_cache is None else use_cache):
                 raise ValueError(
                     "inside `with squeezed(...) as run` a call of the model itself names its cache: "
-                    "past_key_values=run.cache(max_new_tokens), or use_cache=False for none"
+                    f"{cache_argument()}=run.cache(max_new_tokens), or use_cache=False for none"
                 )
-            with forward_pass(None, findings.configs, None):
+            with forward_pass(None, run.findings.configs, None):
                 return original(**given)
         _check(run, cache, given)
-        with forward_pass(cache, findings.configs, run.attention):
-            batch, tokens = inputs.shape[:2]
-            if cache.compressed:
-                with cache.step(batch, tokens):
-                    return original(**given)
-            cache.begin(batch, tokens, given.get("attention_mask"))
-            return _prefill(run, original, cache, given)
+
+        def squeezed(**given):
+            with forward_pass(cache, run.findings.configs, run.attention):
+                return original(**given)
+
+        batch, tokens = inputs.shape[:2]
+        if cache.compressed:
+            with cache.step(batch, tokens):
+                return squeezed(**given)
+        cache.begin(batch, tokens, given.get("attention_mask"))
+        return _prefill(run, squeezed, cache, given)
 
 
 def _check(run: SqueezedModel, cache: SqueezeCache, given: dict[str, Any]) -> None:
@@ -71,28 +77,28 @@ def _check(run: SqueezedModel, cache: SqueezeCache, given: dict[str, Any]) -> No
         raise ValueError("training with gradient checkpointing takes its cache from a layer: call model.eval() first")
 
 
-def _prefill(run: SqueezedModel, original, cache: SqueezeCache, given: dict[str, Any]):
+def _prefill(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, Any]):
     """The decoder's output over the prompts that `cache` has begun with; the cache is cut by then."""
     config, inputs = run.model.config, given.get("input_ids")
     more = given.get("output_hidden_states", config.output_hidden_states)  # than a kept prefill has
     plain = not more and given.get("return_dict", config.return_dict) is not False
     with run.prefilling(cache, inputs, plain) as prefill:
         if prefill.chunk is not None:
-            return _prefill_in_chunks(run, original, prefill, given)
+            return _prefill_in_chunks(run, forward, prefill, given)
         if prefill.kept is not None:
             prefill.take_over(prefill.kept)
-            return prefill.kept.made(last_hidden_state=prefill.kept.output, past_key_values=cache)
+            return prefill.kept.made(last_hidden_state=prefill.kept.output, **{cache_argument(): cache})
         prefill.begin_chunk(0, prefill.cache.columns)
         if not prefill.shared:
-            return original(**given)
+            return forward(**given)
         assert inputs is not None
         start = now(inputs.device)
-        output = original(**given)
+        output = forward(**given)
         prefill.keep(inputs, output, now(inputs.device) - start)
         return output
 
 
-def _prefill_in_chunks(run: SqueezedModel, original, prefill: Prefill, given: dict[str, Any]) -> ModelOutput | tuple:
+def _prefill_in_chunks(run: SqueezedModel, forward, prefill: Prefill, given: dict[str, Any]) -> ModelOutput | tuple:
     """The decoder's output over prompts, a chunk of columns at a time.
 
     Counted from the end, where left-padded prompts meet: so the chunks of a prompt do not depend on its batch.
@@ -112,7 +118,7 @@ def _prefill_in_chunks(run: SqueezedModel, original, prefill: Prefill, given: di
             given |= {name: value[:, start:end] for name, value in by_column.items()}
             if mask is not None:
                 given["attention_mask"] = mask[:, :end]
-            parts.append(original(**given, return_dict=True))
+            parts.append(forward(**given, return_dict=True))
     output = parts[-1]
     output.last_hidden_state = torch.cat([part.last_hidden_state for part in parts], dim=1)
     if parts[0].hidden_states is not None:

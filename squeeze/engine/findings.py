@@ -13,7 +13,7 @@ from squeeze.engine.residual import Residual
 from squeeze.engine.rotation import Encoding, Rotation
 from squeeze.errors import InputError
 from squeeze.evictors import Evictor
-from squeeze.models.rope import depends_on_length
+from squeeze.models.rope import length_dependent
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +165,10 @@ def squeezable(
                 f"prefill_chunk cannot be used with {kind}, whose layers of linear attention may not go on from a "
                 "chunk's state: leave it out"
             )
-    if evictor.sinks and any(layer.rotation for layer in findings.layers) and depends_on_length(config):
+    changing = length_dependent(config)
+    if evictor.sinks and changing and any(layer.rotation for layer in findings.layers):
+        rope = changing[0]["rope_type"]
         raise InputError(
-            f"{evictor} moves sink tokens by fixed angles, and those of this {kind} depend on a sequence's length"
+            f"{evictor} moves sink tokens by fixed angles, and those of this {kind}'s RoPE, which is of type {rope}, "
+            "depend on a sequence's length"
         )

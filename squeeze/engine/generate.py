@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from transformers.generation import GenerationMode
 
+from squeeze.compatibility import cache_argument
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.squeezed_model import SqueezedModel
 
@@ -16,7 +17,7 @@ def prepare_cache(run: SqueezedModel, generation_config, model_kwargs, generatio
     Raises:
         ValueError: what is asked for cannot be done on a squeezed cache.
     """
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(cache_argument())
     if cache is not None and not isinstance(cache, SqueezeCache):
         original = type(run.model)._prepare_cache_for_generation
         return original(run.model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
@@ -41,7 +42,7 @@ def prepare_cache(run: SqueezedModel, generation_config, model_kwargs, generatio
     if cache is None:
         by_token = next(model_kwargs[name] for name in ("position_ids", "attention_mask") if name in model_kwargs)
         # max_cache_length is one less than prompt and new tokens: the last token is never fed back.
-        model_kwargs["past_key_values"] = run.cache(max_cache_length + 1 - by_token.shape[-1])
+        model_kwargs[cache_argument()] = run.cache(max_cache_length + 1 - by_token.shape[-1])
     return None
 
 

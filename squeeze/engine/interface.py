@@ -28,13 +28,18 @@ _registered = 0
 
 
 class _Pass(threading.local):
-    """The forward pass under way on a thread.
+    """The forward pass under way on a thread, which hooks may start within another one.
 
     Attributes:
-        cache: that it fills or reads; None outside of passes on a squeezed cache.
+        cache: that it fills or reads; None in passes without a squeezed cache, and between passes.
+        own: the attention functions' names before the outermost pass, by the `id` of the configuration that
+            holds them.
     """
 
     cache: SqueezeCache | None = None
+
+    def __init__(self) -> None:
+        self.own: dict[int, str | None] = {}
 
 
 _under_way = _Pass()
@@ -62,20 +67,20 @@ def forward_pass(cache: SqueezeCache | None, configs: Sequence[PretrainedConfig]
     """A block that holds one forward pass.
 
     Args:
-        cache: that it works on; None: the pass is the model's own.
-        configs: by which its modules look up their attention function.
-        name: that they find inside the block; None: the one that they have.
+        cache: the squeezed cache that it works on, or None.
+        configs: by which the model's modules look up their attention function.
+        name: that they find inside the block; None: the model's own.
     """
-    outer, _under_way.cache = _under_way.cache, cache
-    before = [config._attn_implementation_internal for config in configs]
+    outer, before = (_under_way.cache, _under_way.own), [config._attn_implementation_internal for config in configs]
+    _under_way.cache, _under_way.own = cache, dict(zip(map(id, configs), before, strict=True)) | _under_way.own
     try:
-        for config in configs if name is not None else ():
-            config._attn_implementation_internal = name
+        for config in configs:
+            config._attn_implementation_internal = name or _under_way.own[id(config)]
         yield
     finally:
-        _under_way.cache = outer
-        for config, own in zip(configs, before, strict=True):
-            config._attn_implementation_internal = own
+        _under_way.cache, _under_way.own = outer
+        for config, was in zip(configs, before, strict=True):
+            config._attn_implementation_internal = was
 
 
 def current_cache() -> SqueezeCache | None:
@@ -118,16 +123,9 @@ def attend(
             return attended.to(query.dtype).transpose(1, 2), None
         reading, scored = layer.reading, own and layer.evictor.needs_scores
         attended, scores = attention.prefill(
-            query,
-            key.to(query.dtype),
-            value.to(query.dtype),
-            layer.places,
-            reading.lengths,
-            rule,
-            reading.fused,
-            scored,
+            query, key, value, layer.places, reading.lengths, rule, fused=reading.fused, with_scores=scored
         )
-        if own:
+        if own and layer.pending is not None:  # DiffLlama attends twice
             layer.take(scores)
     return attended.transpose(1, 2), None
 

@@ -147,7 +147,7 @@ class SqueezeLayer(CacheLayerMixin):
             scores: of the prompt's tokens, `(batch, heads, tokens)` float32, where the evictor needs them.
         """
         assert self.reading is not None and self.pending is not None
-        (keys, values), self.pending, self.places = self.pending, None, []
+        (keys, values), self.pending = self.pending, None
         seen, lengths, budgets = self.reading.seen, self.reading.lengths, self.reading.budgets
         if budgets is not None and any(seen):
             self.extend(keys, values, seen, lengths, budgets)
@@ -159,7 +159,7 @@ class SqueezeLayer(CacheLayerMixin):
     def _with_past(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A chunk, after what is kept of earlier ones where there is any, left-padded; notes `places`."""
         assert self.reading is not None
-        seen, lengths = self.reading.seen, self.reading.lengths
+        seen, lengths, budgets = self.reading.seen, self.reading.lengths, self.reading.budgets
         self.places = [
             torch.arange(before, before + count, device=keys.device)
             for before, count in zip(seen, lengths, strict=True)
@@ -170,7 +170,8 @@ class SqueezeLayer(CacheLayerMixin):
         for row, (before, count) in enumerate(zip(seen, lengths, strict=True)):
             own = [part[row, :, part.shape[2] - count :] for part in (keys, values)]
             if before:
-                *kept, positions = self.past(row, before, self.reading.budgets[row])
+                assert budgets is not None, "a chunk needs budgets that are known before it"
+                *kept, positions = self.past(row, before, budgets[row])
                 own = [torch.cat(parts, dim=1) for parts in zip(kept, own, strict=True)]
                 self.places[row] = torch.cat([positions, self.places[row]])
             rows.append(own)
@@ -309,6 +310,8 @@ class SqueezeLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # what transformers up to 5.15 calls it
 
 
 def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from squeeze.allocations.base import CachedLayer, reach
 from squeeze.devices import unless_out_of_memory
@@ -46,6 +47,8 @@ class Forks(Protocol):
     def prefill(self, tokens: torch.Tensor) -> KeptPrefill: ...
 
     def fork(self, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], max_new_tokens: int) -> SqueezeCache: ...
+
+    def step(self, tokens: torch.Tensor, position: int, cache: SqueezeCache) -> CausalLMOutputWithPast: ...
 
 
 def cost(length: int, shares: int, layers: int) -> int:
@@ -153,12 +156,7 @@ def _divergences(
     cache = run.fork(prefill, budgets, len(text))
     kl = torch.zeros(len(budgets), device=full.device)
     for position, (token, expected) in enumerate(zip(text, full, strict=True), start=prefill.inputs.shape[1]):
-        output = run.model(
-            token.expand(len(budgets), 1),
-            position_ids=torch.full((len(budgets), 1), position, device=token.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        output = run.step(token.expand(len(budgets), 1), position, cache)
         logprobs = output.logits[:, -1].float().log_softmax(dim=-1)
         kl += (expected.exp() * (expected - logprobs)).sum(dim=-1)
     return (kl / len(text)).tolist()

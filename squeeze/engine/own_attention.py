@@ -25,7 +25,12 @@ def listen(facts: AttentionLayer) -> Callable[[], None]:
         facts.module.register_forward_pre_hook(_give_mask, with_kwargs=True),
         facts.module.register_forward_hook(_take),
     )
-    return lambda: [hook.remove() for hook in hooks] and None
+
+    def remove() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return remove
 
 
 def _give_mask(

@@ -17,6 +17,7 @@ from squeeze.allocations.base import LossCurves
 from squeeze.devices import section
 from squeeze.engine import states
 from squeeze.engine.cache import SqueezeCache
+from squeeze.engine.interface import current_cache
 from squeeze.engine.layer import Reading
 from squeeze.engine.residual import Residual
 from squeeze.importance import similarity
@@ -142,10 +143,14 @@ class Prefill:
 
     def _enter(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook before attention's norm, or its decoder layer: what it is given is the residual stream."""
+        if current_cache() is not self.cache:  # another pass, which a hook has started
+            return
         self.streams[number] = args[0] if args else kwargs["hidden_states"]
 
     def _leave(self, number: int, residual: Residual, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook after attention: the stream after it follows from its output, `(batch, tokens, hidden)`."""
+        if current_cache() is not self.cache:
+            return
         change = output[0] if isinstance(output, tuple) else output
         before = self.streams.pop(number).to(change.device)
         with section("importance", change.device):

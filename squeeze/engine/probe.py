@@ -16,14 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
 
+from squeeze.compatibility import cache_argument
+from squeeze.engine.cache_layers import CACHE_LAYERS, LinearAttentionLayer
 from squeeze.engine.findings import AttentionLayer, Findings, squeezable
 from squeeze.engine.probe_pass import POSITIONS, ProbePass, configs_of
 from squeeze.engine.residual import Residual, find_residuals
@@ -34,13 +29,6 @@ __all__ = ["AttentionLayer", "Findings", "Residual", "Rotation", "probe", "squee
 
 #: Relative error that is rounding, by the dtype of a model.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-#: Layers of a cache that hold nothing but keys and values, or a state of linear attention beside them.
-CACHE_LAYERS = (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-)
 #: Arguments of an attention function that change what is attended to, and that a squeezed cache cannot serve. The
 #: probe asks for no mask: one that arrives all the same is the layer's own making (Doge).
 FOREIGN = ("attention_mask", "position_bias", "indices", "block_indices", "sinks")
@@ -71,6 +59,9 @@ def probe(model: PreTrainedModel) -> Findings:
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The module whose forward pass takes token ids and a cache: the model without its head."""
+    inner = model.get_decoder()
+    if inner is not model and isinstance(inner, PreTrainedModel) and inner.config is model.config:
+        return inner  # of OPT, whose head goes past its base model
     if model.base_model is not model:
         return model.base_model
     return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
@@ -81,7 +72,7 @@ def _probe(model: PreTrainedModel, decoder: PreTrainedModel) -> Findings:
     if model.config.is_encoder_decoder:
         raise InputError(f"{kind} is an encoder-decoder, and squeezed takes models that are a decoder alone")
     no_cache = InputError(f"{kind} has no attention layers with a KV cache")
-    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
+    if cache_argument() not in inspect.signature(decoder.forward).parameters:
         raise no_cache
     seen = _look(decoder, kind)
     if not seen.cache.updates:

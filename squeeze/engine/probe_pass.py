@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache, PretrainedConfig, PreTrainedModel
 
+from squeeze.compatibility import cache_argument
 from squeeze.engine.residual import Call
 from squeeze.engine.rotation import inverse_frequencies
 from squeeze.errors import InputError
@@ -87,7 +88,7 @@ class ProbePass:
                 if module is not self.decoder:
                     undo.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
                     undo.callback(module.register_forward_hook(self._leave).remove)
-            self.decoder(**inputs, past_key_values=self.cache, use_cache=True)
+            self.decoder(**inputs, **{cache_argument(): self.cache}, use_cache=True)
             self.frequencies = inverse_frequencies(self.decoder)
 
     def attend(

@@ -113,7 +113,7 @@ class _Trace:
         branches: attention, and what is made of its output alone: wrappers, norms, dropouts; with their outputs.
         targets: what may be the stream after attention, with or without other branches: inputs of later modules, and
             the block's output.
-        others: outputs of other branches.
+        others: outputs of other branches: what no module takes, and so is added, if anything.
         inner: outputs of modules inside attention.
     """
 
@@ -130,7 +130,8 @@ class _Trace:
         self.streams = [(call.module, call.given) for call in [*norms[:1], own] if call.given is not None]
         inside, children = set(attention.modules()), set(block.children())
         self.inner = [call.gave for call in before if call.module in inside]
-        self.branches, self.targets, self.others = [(attention, at.gave)], [], []
+        self.branches, self.targets = [(attention, at.gave)], []
+        beside = [call for call in before if call.module in children]
         for call in after:
             if call.module is block:
                 self.targets.append(call.gave)
@@ -138,8 +139,9 @@ class _Trace:
                 self.branches += [(call.module, call.gave)] if call.gave is not None else []
             else:
                 self.targets.append(call.given)
-                self.others.append(call.gave)
-        self.others += [call.gave for call in before if call.module in children]
+                beside.append(call)
+        taken = [call.given for call in calls if not _same(call.given, call.gave)]  # not by a dropout
+        self.others = [call.gave for call in beside if not any(_same(call.gave, given) for given in taken)]
 
     def _is_around(self, module: nn.Module) -> bool:
         return self.names[self.branches[-1][0]].startswith(self.names[module] + ".")
@@ -215,10 +217,15 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 def _solve(basis: Sequence[torch.Tensor], target: torch.Tensor) -> tuple[list[float], float]:
-    """Factors with which `basis` adds up to `target`, and the relative error that is left."""
+    """Factors with which `basis` adds up to `target`, and the relative error that is left.
+
+    Each number counts relative to its own size, as its rounding is: a few dimensions of a stream are often a thousand
+    times larger than all others, and would decide alone.
+    """
     columns = torch.stack([*basis, target]).flatten(1).double()
+    sizes = columns[0].abs() + columns[-1].abs()
+    columns = columns / sizes.clamp(min=1e-6 * sizes.max().item() + 1e-30)
     products = columns @ columns.T  # all that least squares need, and a few numbers
-    wanted, size = products[:-1, -1:], products[-1, -1].item()
-    weights = torch.linalg.lstsq(products[:-1, :-1], wanted).solution
-    left = columns[-1] - weights[:, 0] @ columns[:-1]
-    return weights[:, 0].tolist(), (left.square().sum().item() / max(size, 1e-24)) ** 0.5
+    weights = torch.linalg.lstsq(products[:-1, :-1], products[:-1, -1:]).solution[:, 0]
+    norm = torch.linalg.vector_norm
+    return weights.tolist(), (norm(columns[-1] - weights @ columns[:-1]) / norm(columns[-1]).clamp(min=1e-12)).item()

@@ -9,8 +9,9 @@ from __future__ import annotations
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from squeeze.compatibility import cache_argument
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
 
@@ -34,25 +35,43 @@ def self_check(run: SqueezedModel) -> None:
     model, key = run.model, (id(run.findings), run.evictor.needs_scores)
     if model.training or key in _passed.get(model, set()):
         return
-    device, vocabulary = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
-    tokens = (torch.arange(PROMPT + STEPS, device=device) * 7919 % (vocabulary - 1) + 1)[None]
-    own = model(tokens, use_cache=False, output_hidden_states=True)
-    cache = run.fork(run.prefill(tokens[:, :PROMPT]), [[PROMPT + STEPS] * len(run.layers)], STEPS)
-    for position in range(PROMPT, PROMPT + STEPS):
-        ids, positions = tokens[:, position : position + 1], torch.tensor([[position]], device=device)
-        places = {"position_ids": positions} if "position_ids" in run.decoder_arguments else {}
-        step = model(ids, past_key_values=cache, use_cache=True, output_hidden_states=True, **places)
-        error = _apart(step.logits[:, -1], own.logits[:, position])
-        if error > TOLERANCE.get(model.dtype, 5e-2):
-            layers = zip(step.hidden_states, own.hidden_states, strict=True)
-            errors = [_apart(mine[:, -1], theirs[:, position]) for mine, theirs in layers]
-            first = next((number for number, each in enumerate(errors) if each > error / 4), len(errors) - 1)
-            raise InputError(
-                f"a {model.config.model_type} model cannot be squeezed here: with room for every token its logits "
-                f"differ from its own by {error:.2g} of the largest after {position + 1} tokens, and its hidden "
-                f"states from decoder layer {max(first - 1, 0)} on"
-            )
+    vocabulary = model.config.get_text_config().vocab_size
+    device = model.get_input_embeddings().weight.device
+    # No more than a layer's own window: a method may keep what that has left behind.
+    count = min(layer.reach(PROMPT + STEPS) for layer in run.layers)
+    tokens = (torch.arange(count, device=device) * 7919 % (vocabulary - 1) + 1)[None]
+    [own], [squeezed] = _logits(run, tokens, by_layer=False)
+    error = _apart(squeezed, own)
+    if error > TOLERANCE.get(model.dtype, 5e-2):
+        errors = [_apart(mine, theirs) for theirs, mine in zip(*_logits(run, tokens, by_layer=True), strict=True)]
+        first = next((number for number, each in enumerate(errors) if each > error / 4), len(errors) - 1)
+        raise InputError(
+            f"a {model.config.model_type} model cannot be squeezed here: with room for every token its logits differ "
+            f"from its own by {error:.2g} of the largest, and its hidden states from decoder layer "
+            f"{max(first - 1, 0)} on"
+        )
     _passed.setdefault(model, set()).add(key)
+
+
+def _logits(run: SqueezedModel, tokens: torch.Tensor, by_layer: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Logits after each of the last tokens, on the model's own cache and on a squeezed one, `(STEPS, vocabulary)`.
+
+    With `by_layer`, the hidden states of every layer, `(STEPS, hidden)`, in their place.
+    """
+    count, asked = tokens.shape[1], {"output_hidden_states": True} if by_layer else {}
+    prompt = tokens[:, : count - STEPS]
+    # Its own steps, and not one pass: in a state-space layer these are not always the same (Zamba 2).
+    own = DynamicCache(config=run.findings.decoder.config)
+    run.model(prompt, **{cache_argument(): own}, use_cache=True)
+    squeezed = run.fork(run.prefill(prompt), [[count] * len(run.layers)], STEPS)
+    found = []
+    for cache in (own, squeezed):
+        steps = []
+        for position in range(count - STEPS, count):
+            output = run.step(tokens[:, position : position + 1], position, cache, **asked)
+            steps.append([*output.hidden_states] if by_layer else [output.logits])
+        found.append([torch.cat(parts, dim=1)[0] for parts in zip(*steps, strict=True)])
+    return found[0], found[1]
 
 
 def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:

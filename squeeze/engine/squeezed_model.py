@@ -10,15 +10,16 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from squeeze.allocations.base import Budgets, LossCurves, PromptFacts, check_budgets
 from squeeze.allocations.explicit import Explicit
-from squeeze.compatibility import check_transformers
+from squeeze.compatibility import cache_argument, check_transformers
 from squeeze.config import SqueezeConfig, default_algorithm
 from squeeze.devices import section
 from squeeze.engine import loss_curves, states
@@ -131,7 +132,8 @@ class SqueezedModel:
         inputs = tokens.to(self.model.get_input_embeddings().weight.device)
         cache = self.cache(0)
         cache.whole = True
-        output = self.findings.decoder(input_ids=inputs, past_key_values=cache, use_cache=True, return_dict=True)
+        given = {"input_ids": inputs, cache_argument(): cache}
+        output = self.findings.decoder(**given, use_cache=True, return_dict=True)
         return Prefill(cache, self.config.attn, similarities=[[]]).keep(inputs, output, 0.0)
 
     def fork(self, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], max_new_tokens: int) -> SqueezeCache:
@@ -153,6 +155,12 @@ class SqueezedModel:
         states.restore(cache.layers, prefill.states, len(budgets))
         cache.compress(np.array(budgets).T)
         return cache
+
+    def step(self, tokens: torch.Tensor, position: int, cache: Cache, **more: Any) -> CausalLMOutputWithPast:
+        """The model's output of a decode step, of `tokens` `(batch, 1)` that all stand at one position."""
+        if "position_ids" in self.decoder_arguments:
+            more["position_ids"] = torch.full_like(tokens, position)
+        return self.model(tokens, **{cache_argument(): cache}, use_cache=True, **more)
 
     @contextmanager
     def prefilling(self, cache: SqueezeCache, inputs: torch.Tensor | None, plain: bool) -> Iterator[Prefill]:

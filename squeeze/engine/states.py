@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
+from squeeze.engine.cache_layers import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 from squeeze.engine.findings import AttentionLayer, Findings
 from squeeze.engine.layer import SqueezeLayer
 from squeeze.evictors import Evictor

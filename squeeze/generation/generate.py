@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
+from squeeze.compatibility import cache_argument
 from squeeze.devices import now, peak_memory
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
@@ -69,7 +70,7 @@ def generate(
     output = model.generate(
         tokens,
         attention_mask=mask,
-        past_key_values=cache if run is None else None,
+        **{cache_argument(): cache if run is None else None},
         stopping_criteria=StoppingCriteriaList([first, *([stops] if stops else [])]),
         logits_processor=processors,
         pad_token_id=_pad_token(model),

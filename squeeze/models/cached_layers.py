@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from squeeze.allocations.base import CachedLayer
+from squeeze.compatibility import cache_argument
 from squeeze.models.described import META, build, quiet
 from squeeze.models.folder_config import declares, text_config
 
@@ -57,7 +58,8 @@ def _layers(config: PretrainedConfig) -> tuple[OwnLayer, ...]:
         model = build(config).eval()
     cache, whole = DynamicCache(config=config), False
     with torch.no_grad(), suppress(RuntimeError, NotImplementedError, ValueError):
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=META), past_key_values=cache, use_cache=True)
+        given = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=META), cache_argument(): cache}
+        model(**given, use_cache=True)
         whole = True
     if whole:
         return layers_of(cache)

@@ -39,8 +39,9 @@ ALSO = frozenset(
     }
 )
 
-#: Settings that a run decides on by itself; special tokens come with the generation config.
-RUNS_OWN = frozenset({"use_cache", "pad_token_id", "bos_token_id", "eos_token_id"})
+#: Settings that a run decides on by itself; special tokens come with the generation config, but for the row of an
+#: embedding that is padding's.
+RUNS_OWN = frozenset({"use_cache", "bos_token_id", "eos_token_id"})
 
 #: Sizes by transformers' own names for them, and the least of each; a prompt keeps its first and its last token with 4
 #: positions (`squeeze.models.sources.prompt_limit`).
@@ -57,17 +58,6 @@ class SpecialTokens(msgspec.Struct):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | list[int] | None = None
-
-
-def declares(config: PretrainedConfig | type[PretrainedConfig], name: str) -> bool:
-    """Whether an architecture has this setting, and not just a file that somebody left it in."""
-    made = config if isinstance(config, type) else type(config)
-    return name in inspect.signature(made).parameters
-
-
-def own_window(config: PretrainedConfig) -> int | None:
-    """Tokens that a query sees at most, itself included, by the architecture's own sliding window; None for all."""
-    return getattr(config, "sliding_window", None) if declares(config, "sliding_window") else None
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -90,7 +80,7 @@ def model_config(folder: Path) -> PretrainedConfig:
     path, described = folder / "config.json", read_config(folder)
     kind = described.model_type
     if kind not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, cutoff=0.6)
+        near = difflib.get_close_matches(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, cutoff=0.7)
         code = "; code that comes with a model (auto_map) is never run" if described.auto_map else ""
         raise InputError(
             f"the model of {path} is of type {kind}, which transformers {__version__} does not know{code}"
@@ -110,6 +100,9 @@ def model_config(folder: Path) -> PretrainedConfig:
         raise InputError(f"{path} describes no model: {words}") from error
     for problem in _problems(config):
         raise InputError(f"{path}: {problem}")
+    for part in (config, text_config(config)):  # Llamas write -1; a class's own may be beyond a smaller vocabulary
+        if getattr(part, "pad_token_id", None) is not None:
+            part.pad_token_id = next(iter(valid_ids(part.pad_token_id, part.vocab_size)), None)
     config.name_or_path = str(folder)
     return config
 
@@ -120,7 +113,7 @@ def _kept(made: type[PretrainedConfig], known: dict[str, Any], path: Path) -> di
     Raises:
         InputError: a size is none.
     """
-    named = _named(made)
+    named: frozenset[str] = _named(made)  # type: ignore[arg-type] # classes are hashable
     kept = {name: value for name, value in known.items() if name in named}
     spelled = getattr(made, "attribute_map", {})
     for size, least in SIZES.items():

@@ -55,7 +55,7 @@ def load(
 
     Args:
         folder: from `fetch`.
-        attn: `auto` (sdpa), `sdpa`, `eager` or `flash_attention_2`.
+        attn: `auto` (sdpa where the architecture has it, else eager), `sdpa`, `eager` or `flash_attention_2`.
         device_map: accelerate's, in place of `device`, for a model that is larger than one device.
     Raises:
         InputError: the files are not a whole model, or a package is not installed that it or `attn` needs.
@@ -74,7 +74,7 @@ def load(
             config=config,
             generation_config=generation,
             dtype=dtype,
-            attn_implementation="sdpa" if attn == "auto" else attn,
+            attn_implementation=None if attn == "auto" else attn,  # sdpa, where the architecture has it
             use_safetensors=not weights.pickled,
             trust_remote_code=False,
             device_map=device_map or {"": device},
@@ -92,8 +92,11 @@ def load(
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(f"the weights in {folder} lack {len(missing)} tensors of the model, among them {missing[0]}")
-    if device_map is None:
-        pack(model)
+    try:
+        if device_map is None:
+            pack(model)
+    except Exception as error:  # whatever an architecture's forward pass raises
+        raise InputError(f"the model in {folder} cannot be run: {_reason(error)}") from error
     for name, buffer in model.named_buffers():
         if "inv_freq" in name and not buffer.isfinite().all():
             raise InputError(f"{folder / 'config.json'}: RoPE has no finite frequencies ({name}): see rope_parameters")

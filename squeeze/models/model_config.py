@@ -1,4 +1,4 @@
-"""What a model's `config.json` says of its files; what it says of the architecture, `folder_config.py` reads. No torch."""
+"""What a model's `config.json` says of its files; the architecture in it is for `folder_config.py`. No torch."""
 
 from __future__ import annotations
 

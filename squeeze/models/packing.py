@@ -8,13 +8,14 @@ input become one product: starting a small one costs as much as reading its weig
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
-
-#: Layers with the same input, in the order in which Llama's and Mistral's modules call them.
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+from transformers import PreTrainedModel
 
 
 def packed_linear(inputs: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -49,6 +50,15 @@ class PackedLinear(nn.Module):
         if torch.compiler.is_compiling():  # its own rule for oneDNN's operator wants weights that never change
             return torch.ops.squeeze.packed_linear(inputs, self.packed, self.bias)
         return packed_linear(inputs, self.packed, self.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`(out_features, in_features)` in rows again, made for those who ask: some modules look at a layer's."""
+        return self.packed.to_dense()
+
+    @property
+    def out_features(self) -> int:
+        return sum(self.sizes)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.sizes}, bias={self.bias is not None}"
@@ -89,11 +99,21 @@ class PackedPart(nn.Module):
     def __init__(self, parts: Parts, index: int):
         super().__init__()
         self.parts, self.index = parts, index
+        self.in_features, self.out_features = parts.packed.in_features, parts.packed.sizes[index]
         if index == 0:
             self.packed = parts.packed  # a module's child, once, so that it counts as part of the model
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.parts.take(self.index, inputs)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.parts.packed.weight.split(self.parts.packed.sizes)[self.index]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        joined = self.parts.packed.bias
+        return None if joined is None else joined.split(self.parts.packed.sizes)[self.index]
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -104,29 +124,60 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def pack(model: nn.Module) -> None:
+def pack(model: PreTrainedModel) -> None:
     """Replace the linear layers of `model` that lie on the CPU, in place; the model is for inference from then on.
 
     Layers that accelerate moves between devices are left as they are, and so is everything where `packs` says no.
     """
-    packed = False
-    for module in list(model.modules()):
-        children = module.named_children()
-        fit = {name: child for name, child in children if isinstance(child, nn.Linear) and _can_pack(child)}
-        for names in TOGETHER:
-            if all(name in fit for name in names):
-                parts = Parts(PackedLinear(*(fit.pop(name) for name in names)))
-                for index, name in enumerate(names):
-                    setattr(module, name, PackedPart(parts, index))
-                packed = True
-        for name, child in fit.items():
-            setattr(module, name, PackedLinear(child))
-            packed = True
-    if packed:  # what is left may be all that keeps the file of the weights mapped into memory
-        for parameter in model.parameters():
-            if parameter.device.type == "cpu":
-                parameter.data = parameter.data.clone()
-        _give_back_freed_memory()
+    fit = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) is nn.Linear and _can_pack(child)  # what is made of one may do more than multiply
+    ]
+    if not fit:
+        return
+    together = _same_inputs(model, fit)
+    for module, name, child in fit:
+        group = together.get(child, [(name, child)])
+        if group[0][1] is child:
+            packed = PackedLinear(*(linear for _, linear in group))
+            parts = Parts(packed)
+            for index, (member, _) in enumerate(group):
+                setattr(module, member, PackedPart(parts, index) if len(group) > 1 else packed)
+    del fit, together  # what is left may be all that keeps the file of the weights mapped into memory
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+    _give_back_freed_memory()
+
+
+Named = tuple[str, nn.Linear]
+
+
+def _same_inputs(
+    model: PreTrainedModel, fit: Sequence[tuple[nn.Module, str, nn.Linear]]
+) -> dict[nn.Linear, list[Named]]:
+    """The layers of a module that it gives one and the same input, in the order in which it asks them: queries, keys
+    and values mostly. Found in a forward pass of two tokens; what is asked in another way, or not at all, is alone."""
+    runs: list[tuple[nn.Module, torch.Tensor, torch.Tensor, list[Named]]] = []
+    asked: Counter[nn.Linear] = Counter()
+
+    def note(module: nn.Module, name: str, linear: nn.Linear, given: tuple[Any, ...]) -> None:
+        asked[linear] += 1
+        inputs = given[0]
+        if runs and runs[-1][0] is module and runs[-1][1] is inputs and torch.equal(runs[-1][2], inputs):
+            runs[-1][3].append((name, linear))
+        else:
+            runs.append((module, inputs, inputs.clone(), [(name, linear)]))
+
+    with ExitStack() as stack:
+        for module, name, child in fit:
+            hook = child.register_forward_pre_hook(lambda *given, at=(module, name): note(*at, *given))
+            stack.callback(hook.remove)
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    groups = [group for *_, group in runs if all(asked[linear] == 1 for _, linear in group)]
+    return {linear: group for group in groups for _, linear in group}
 
 
 def _can_pack(linear: nn.Linear) -> bool:

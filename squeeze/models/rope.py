@@ -47,7 +47,7 @@ def forward_name(module: nn.Module) -> str:
 
 
 class LengthwiseRope:
-    """Stands in for the forward pass of a model's rotary embedding, and asks that very code for one sequence at a time.
+    """Stands in for the forward pass of a model's rotary embedding, and asks that code for one length at a time.
 
     Attributes:
         lengths: tokens of each sequence, `(batch,)` or `(1,)`, where the forward pass under way does not show them: a
@@ -111,7 +111,7 @@ def find_lengthwise(model: PreTrainedModel) -> list[tuple[nn.Module, LengthwiseR
 
 
 def _kinds(rotary: nn.Module) -> list[dict[str, Any]]:
-    """What a rotary embedding's forward pass takes beside positions, for each kind of RoPE that depends on the length."""
+    """What a rotary embedding's forward pass is asked beside positions, for each kind that depends on the length."""
     kind = getattr(rotary, "rope_type", None)
     if isinstance(kind, dict):
         return [{"layer_type": name} for name, value in kind.items() if value in LENGTH_DEPENDENT]

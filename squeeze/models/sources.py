@@ -31,12 +31,12 @@ Length = Annotated[int, msgspec.Meta(ge=2)]
 GENERATION_MARGIN = 512
 PICKLES = "pytorch_model*.bin"
 
-#: Part of a model's name, in small letters and without signs → its probable architecture; the first that fits.
+#: Architecture → how names of its models look, in small letters; the first that fits.
 GUESSES = {
-    **{"mixtral": "mixtral", "ministral": "ministral", "mistral": "mistral", "llama4": "llama4", "llama": "llama"},
-    **{"gemma3n": "gemma3n", "gemma3": "gemma3", "gemma2": "gemma2", "gemma": "gemma", "gptoss": "gpt_oss"},
-    **{"qwen3": "qwen3", "qwen": "qwen2", "phi4": "phi3", "phi3": "phi3", "phi": "phi", "falcon": "falcon"},
-    **{"gptneox": "gpt_neox", "pythia": "gpt_neox", "gptj": "gptj", "gpt2": "gpt2", "opt": "opt"},
+    **{"mixtral": "mixtral", "ministral": "ministral", "mistral": "mistral", "llama4": "llama_?4", "llama": "llama"},
+    **{"gemma3": "gemma_?3", "gemma2": "gemma_?2", "gemma": "gemma", "gpt_oss": "gpt_?oss", "gpt2": "gpt_?2"},
+    **{"qwen3": "qwen_?3", "qwen2": "qwen", "phi3": "phi_?[34]", "phi": "(^|_)phi", "falcon": "falcon"},
+    **{"gpt_neox": "neox|pythia", "gptj": "gpt_?j", "opt": "(^|_)opt_"},
 }
 
 #: Of `generation_config.json`, what changed even greedy answers before it had no effect: a run begun then does not go
@@ -133,8 +133,14 @@ def guess_model_type(model: str, model_path: str | None, model_arch: str | None)
     except InputError:
         pass  # what cannot be loaded here can still be scored
     if model_arch is not None and model_arch != "no_change":
-        return model_arch.lower()
-    return next((kind for word, kind in GUESSES.items() if word in re.sub(r"[-_. ]", "", model.lower())), "llama")
+        return as_type(model_arch)
+    words = as_type(run_name(model))
+    return next((kind for kind, pattern in GUESSES.items() if re.search(pattern, words)), "llama")
+
+
+def as_type(name: str) -> str:
+    """A name of an architecture as most of transformers' own are spelled: GPT-NeoX is `gpt_neox`."""
+    return re.sub(r"[-. ]", "_", name.lower())
 
 
 def _local(base: Path, text: str) -> str | None:
@@ -217,7 +223,7 @@ def quiet_hub() -> Iterator[None]:
 
 def check_arch(model_arch: str | None, model_type: str) -> None:
     """Raises InputError if `--model_arch` names another architecture than the model's own."""
-    if model_arch is not None and model_arch != "no_change" and model_arch.lower() != model_type:
+    if model_arch not in (None, "no_change") and as_type(model_arch) != as_type(model_type):
         raise InputError(f"--model_arch is {model_arch}, but the model's own architecture is {model_type}")
 
 

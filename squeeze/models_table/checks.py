@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from squeeze import H2O, Explicit, InputError, SlidingWindow, Squeeze, StreamingLLM, squeezed
-from squeeze.engine.probe import AttentionLayer
+from squeeze import H2O, Allocation, Explicit, InputError, SlidingWindow, Squeeze, StreamingLLM, Uniform, squeezed
+from squeeze.compatibility import cache_argument
+from squeeze.engine.findings import AttentionLayer
 from squeeze.evictors import Evictor
 from squeeze.models_table.reference import Reference
 
@@ -22,11 +23,36 @@ STEPS = 32
 #: Of log-probabilities, and of logits as a part of the largest, in float32.
 TOLERANCE = 1e-3
 SQUEEZE = Squeeze("0.4", class3="0.2")
-OK = "ok"
 
 
 class Differs(Exception):
     """A model with a squeezed cache does not compute what it should; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a check.
+
+    Attributes:
+        cell: `ok`; `–` where the model cannot be put through it; `WRONG`.
+        reason: one sentence, of those that are not ok.
+    """
+
+    cell: str = "ok"
+    reason: str | None = None
+
+
+def verdict(check: Callable[..., None], *arguments: Any) -> Verdict:
+    """What comes of a check."""
+    try:
+        check(*arguments)
+    except InputError as error:
+        return Verdict("–", str(error))
+    except Differs as error:
+        return Verdict("WRONG", str(error))
+    except Exception as error:  # whatever a model's own code raises is the finding
+        return Verdict("WRONG", f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+    return Verdict()
 
 
 @dataclass(frozen=True)
@@ -69,7 +95,7 @@ class Batch:
             tokens = self.answer[:, step - 1 : step] if step else self.ids
             if step:
                 mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-            given = {"input_ids": tokens, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+            given = {"input_ids": tokens, "attention_mask": mask, cache_argument(): cache, "use_cache": True}
             if positional:
                 given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             parts.append(model(**given).logits * mask[:, -tokens.shape[1] :, None])
@@ -79,6 +105,21 @@ class Batch:
         """What the model generates by itself, greedily, after the prompts."""
         new = self.answer.shape[1] + 1
         return model.generate(self.ids, attention_mask=self.mask, max_new_tokens=new, do_sample=False)
+
+
+def check_method(model: PreTrainedModel, reference: Reference, evictor: Evictor, steps: int = STEPS) -> None:
+    """Full budgets; and less, alike in all layers, by chance, and by the model's own similarities.
+
+    Raises:
+        InputError: the method cannot be used with the model.
+        Differs: it computes something else than it should.
+    """
+    layers = reference.layers
+    check_full(model, layers, evictor)
+    check_budgets(model, reference, evictor, Uniform("0.3"), steps)
+    check_budgets(model, reference, evictor, seeded(layers, evictor), steps)
+    if all(layer.residual is not None for layer in layers):
+        check_budgets(model, reference, evictor, SQUEEZE, steps)
 
 
 def check_full(model: PreTrainedModel, layers: Sequence[AttentionLayer], evictor: Evictor) -> None:
@@ -94,23 +135,22 @@ def check_full(model: PreTrainedModel, layers: Sequence[AttentionLayer], evictor
     with squeezed(model, evictor, Explicit([10_000] * len(layers))) as run:
         got = batch.logits(model, run.cache(batch.answer.shape[1]))
         same = torch.equal(batch.generated(model), tokens)
-    differ("full budgets", got, want, want.abs().max().item())
+    differ("with full budgets, logits", got, want, want.abs().max().item())
     if not same:
         raise Differs("with full budgets, generate gives other tokens")
 
 
 def check_budgets(
-    model: PreTrainedModel, reference: Reference, evictor: Evictor, allocation: Any, steps: int = STEPS
+    model: PreTrainedModel, reference: Reference, evictor: Evictor, allocation: Allocation, steps: int
 ) -> None:
     """With less room, log-probabilities are the reference's, at every step and in every row."""
     batch = Batch.of(model, LENGTHS, steps)
     with squeezed(model, evictor, allocation) as run:
-        cache = run.cache(steps)
-        got = batch.logits(model, cache)[:, max(LENGTHS) - 1 :].float().log_softmax(-1)
-        budgets = run.budgets
+        got = batch.logits(model, run.cache(steps))[:, max(LENGTHS) - 1 :].float().log_softmax(-1)
+        budgets = run.budgets.tolist()
     for row in range(2):
-        want = reference(evictor, budgets[row].tolist(), batch.prompt(row), batch.answer[row])
-        differ(f"budgets {budgets[row].tolist()}", got[row], want)
+        want = reference(evictor, budgets[row], batch.prompt(row), batch.answer[row])
+        differ(f"with budgets {budgets[row]}, log-probabilities", got[row], want)
 
 
 def check_chunks(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
@@ -119,7 +159,7 @@ def check_chunks(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> No
     for size in (None, 16):
         with squeezed(model, SlidingWindow(), Explicit([31] * len(layers)), prefill_chunk=size) as run:
             logits.append(batch.logits(model, run.cache(STEPS)))
-    differ("a prefill in chunks", logits[1], logits[0], logits[0].abs().max().item())
+    differ("after a prefill in chunks, logits", logits[1], logits[0], logits[0].abs().max().item())
 
 
 def check_importance(model: PreTrainedModel) -> None:
@@ -130,25 +170,14 @@ def check_importance(model: PreTrainedModel) -> None:
         together = torch.as_tensor(run.similarities)
         for row in range(2):
             model.generate(batch.prompt(row)[None], max_new_tokens=2, do_sample=False)
-            differ("importance in a padded batch", together[row], torch.as_tensor(run.similarities[0]))
+            differ("similarities in a padded batch", together[row], torch.as_tensor(run.similarities[0]))
 
 
 def differ(what: str, got: torch.Tensor, want: torch.Tensor, scale: float = 1.0) -> None:
     """Raises Differs where two results are not the same up to rounding, as parts of `scale`."""
     error = (got - want).abs().max().item() / scale
     if not error <= TOLERANCE:
-        raise Differs(f"{what}: differs by {error:.2g}")
-
-
-def verdict(check: Callable[..., None], *arguments: Any, **options: Any) -> str:
-    """`ok`, or in one sentence what a check found, or why the model cannot be put through it."""
-    try:
-        check(*arguments, **options)
-    except (InputError, Differs) as error:
-        return str(error)
-    except Exception as error:  # whatever a model's own code raises is the finding
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    return OK
+        raise Differs(f"{what} differ by {error:.2g}")
 
 
 def own_cache(model: PreTrainedModel) -> DynamicCache:

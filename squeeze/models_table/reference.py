@@ -23,10 +23,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import eager_mask
 
+from squeeze.compatibility import cache_argument
 from squeeze.models_table.kept import Kept
 
 if TYPE_CHECKING:
-    from squeeze.engine.probe import AttentionLayer
+    from squeeze.engine.findings import AttentionLayer
     from squeeze.evictors import Evictor
 
 #: A layer's keys and values, or what moves them.
@@ -123,7 +124,7 @@ class Reference:
 
     def _run(self, tokens: torch.Tensor, cache: WholeCache, positions: torch.Tensor, mask: torch.Tensor | None) -> Any:
         where = {"position_ids": positions} if self.positional else {}
-        return self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
+        return self.model(input_ids=tokens, attention_mask=mask, use_cache=True, **{cache_argument(): cache}, **where)
 
     def _move(self, layer: AttentionLayer, by: int) -> Pair:
         """What moves a layer's keys, and its values, by so many positions; None where positions are not in them.
@@ -173,12 +174,7 @@ def show(
         mask[head, held] = 0.0
     if len(heads) > 1:
         mask = mask.repeat_interleave(kept.query_heads // len(heads), dim=0)
-    changed = {"attention_mask": mask[None, :, None]}
-    alibi, evicted = kwargs.get("alibi"), position + 1 - len(kept.held[0])
-    if alibi is not None and kept.sinks and evicted:  # what it adds is linear in the position
-        moved = alibi[..., evicted : evicted + kept.sinks]
-        changed["alibi"] = torch.cat([moved, alibi[..., kept.sinks :]], dim=-1)
-    return args, kwargs | changed
+    return args, kwargs | {"attention_mask": mask[None, :, None]}
 
 
 def score(kept: Kept, module: nn.Module, args: Any, output: Any) -> None:

@@ -166,6 +166,9 @@ def work_on(
     total = max(samples.total for _, samples in jobs)
     prompts = first.benchmark.encode(loaded.tokenizer, data, total, options, process)
     workload = Workload(loaded.model, loaded.tokenizer, data, prompts, loaded.squeezed, options)
+    for job, samples in jobs:
+        if loaded.squeezed is not None and job.config is not None:
+            job.run.note(samples, attention=loaded.squeezed.findings.described())
     measures: dict[bool, Measure[Any]] = {}  # comparisons share what they can
     points = [
         _point(job, samples, measures.setdefault(job.spec.fidelity, measure_of(job)), workload)

@@ -42,7 +42,9 @@ class RunSpec:
     )
     model_path: str | None = flag(None, "where --model lies, in place of what config/model2path.json says", path_text)
     model_arch: str | None = flag(
-        None, "Mistral or llama: must be the model's own architecture, which is the default; no_change: full cache"
+        None,
+        "Mistral, llama, qwen2 or another model_type of transformers: must be the model's own, which is the default; "
+        "no_change: full cache",
     )
     enable_squeeze: bool = switch("bound the KV cache (default: the full cache, the baseline)", in_sweeps=False)
     ini_size: str | float | None = flag(
@@ -57,7 +59,7 @@ class RunSpec:
     )
     algorithm: str | None = flag(
         None,
-        "which tokens stay: sliding_window (default for Mistral), streaming (StreamingLLM, default for llama) or h2o",
+        "which tokens stay: sliding_window (default for Mistral), streaming (StreamingLLM, default otherwise) or h2o",
         check=EVICTORS.check,
         axis=4,
         squeezed=True,

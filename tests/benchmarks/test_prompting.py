@@ -14,6 +14,7 @@ from squeeze.benchmarks.longbench.prompts import (
     encode_prompt,
     family,
     generation_settings,
+    in_template,
 )
 
 
@@ -151,6 +152,20 @@ def test_the_tokenizers_own_chat_template(tokenizer):
     check_chat_template(tokenizer, "SmolLM2-135M")
     with pytest.raises(InputError, match="M has no chat template of its own: leave --chat out"):
         check_chat_template(tiny_tokenizer(), "M")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[0].content }}{% if enable_thinking is not false %}<think>{% endif %}", "Ann"),  # as Qwen3's
+        ("{{ messages[0].content }}<|start|>assistant", "Ann<|start|>assistant<|channel|>final<|message|>"),  # gpt-oss
+        ("<|start|>assistant{{ messages[0].content }}", "<|start|>assistantAnn"),
+    ],
+)
+def test_no_thinking_aloud(template, expected):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    assert in_template(tokenizer, [{"role": "user", "content": "Ann"}]) == expected
 
 
 @pytest.mark.parametrize(

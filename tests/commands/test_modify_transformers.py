@@ -1,12 +1,13 @@
 """The check command: passes here, and names the line that fails and what to do elsewhere."""
 
 import pytest
+import torch
+from transformers import AttentionInterface
 
 import modify_transformers
 from squeeze import compatibility
 from squeeze.allocations.base import Budgets
-from squeeze.engine import decoder_layer as layer
-from squeeze.engine import patch
+from squeeze.engine import attention, patch, probe
 
 
 def test_this_environment_passes(capsys):
@@ -14,8 +15,9 @@ def test_this_environment_passes(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:-1]] == [
         "ok      transformers version",
-        "ok      attention classes",
-        *(f"ok      {architecture}" for architecture in ("llama", "llama", "mistral", "mistral")),
+        "ok      attention interface",
+        "ok      probe",
+        *(f"ok      {family}" for family in ("llama", "mistral", "gemma3_text", "gpt_neox", "qwen3")),
     ]
 
 
@@ -24,23 +26,21 @@ def test_this_environment_passes(capsys):
     [
         (lambda m: m.setattr(compatibility, "version", lambda name: "4.34.0"), "transformers version", "4.34.0"),
         (
-            lambda m: m.setattr(layer, "ATTENTION_ATTRIBUTES", ("q_proj", "qkv_proj")),
-            "attention classes",
-            "qkv_proj",
+            lambda m: m.setattr(AttentionInterface, "register", lambda *_: None),
+            "attention interface",
+            "AttentionInterface",
         ),
+        (lambda m: m.setattr(probe, "find_residuals", lambda layers, *_: [None] * len(layers)), "probe", "llama"),
+        (lambda m: m.setattr(attention, "prefill", nothing_attended), "attention interface", "differ from its own"),
         (
-            lambda m: m.setattr(layer, "apply_rotary_pos_emb", lambda q, k, *_: (q, k)),
-            "llama: full budget",
+            lambda m: m.setattr(patch, "self_check", lambda run: m.setattr(attention, "decode", nothing)),
+            "llama",
             "differs",
         ),
-        (
-            lambda m: m.setattr(patch, "prepare_cache", lambda *_: None),
-            "llama: full budget",
-            "names its cache",
-        ),
-        (lambda m: m.setattr(patch.SqueezedModel, "_allocate", whole), "llama: own budgets", "holds"),
+        (lambda m: m.setattr(patch, "prepare_cache", lambda *_: None), "llama", "names its cache"),
+        (lambda m: m.setattr(patch.SqueezedModel, "_allocate", whole), "llama", "holds"),
     ],
-    ids=["version", "attributes", "no-rope", "no-generate", "no-budgets"],
+    ids=["version", "interface", "probe", "prefill", "decode", "no-generate", "no-budgets"],
 )
 def test_a_broken_environment_fails_on_its_line(monkeypatch, capsys, break_it, line, reason):
     break_it(monkeypatch)
@@ -49,6 +49,16 @@ def test_a_broken_environment_fails_on_its_line(monkeypatch, capsys, break_it, l
     assert failed.startswith(f"FAILED  {line}")
     assert reason in failed
     assert "pip install" in advice
+
+
+def nothing_attended(queries, keys, values, *_, with_scores, **__):
+    """A prefill whose attention gives zeros."""
+    return torch.zeros_like(queries), torch.zeros(keys.shape[:3] if with_scores else 0)
+
+
+def nothing(queries, *_):
+    """A decode step whose attention gives zeros."""
+    return torch.zeros_like(queries)
 
 
 def whole(run, losses, similarities, length, max_new_tokens):

@@ -17,6 +17,7 @@ from squeeze import InputError, PromptFacts, SqueezeConfig, squeezed
 from squeeze.allocations import curves
 from squeeze.benchmarks.longbench.data import generation_lengths
 from squeeze.engine import loss_curves
+from squeeze.engine.interface import current_cache
 from squeeze.sweep import command as sweep
 
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
@@ -68,7 +69,7 @@ def test_curves_are_measured_before_the_prefill_begins(monkeypatch):
         run.use(SqueezeConfig("h2o", "0.3", allocation="measured"))
 
         def measure(*given):
-            passes.append((run.under_way, run.kept_prefill))
+            passes.append((current_cache(), run.kept_prefill))
             return original(*given)
 
         monkeypatch.setattr(loss_curves, "measure", measure)

@@ -11,6 +11,7 @@ from test_patch import left_pad
 
 from squeeze import SqueezeConfig, squeezed
 from squeeze.engine.layer import SqueezeLayer
+from squeeze.engine.prefill import Prefill
 from squeeze.models.packing import pack
 
 ALGORITHMS = ("sliding_window", "streaming", "h2o")
@@ -129,10 +130,11 @@ def test_a_prefill_that_broke_off_can_be_done_again():
     [("h2o", {"ini_size": "0.3", "kv_class3": "0.1"}), ("streaming", UNIFORM | {"prefill_chunk": 64})],
     ids=["measured", "chunks"],
 )
-def test_a_prefill_that_failed_leaves_nothing_behind(algorithm, sizes, share):
+def test_a_prefill_that_failed_leaves_nothing_behind(algorithm, sizes, share, monkeypatch):
     """Not its state, not its tensors, not what it was about to tell: even where the cache and the model live on."""
     model, (ids, mask) = random_model("llama"), BATCH
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs, prefills, begin = {"input_ids": ids, "attention_mask": mask}, [], Prefill.begin_chunk
+    monkeypatch.setattr(Prefill, "begin_chunk", lambda self, *a: prefills.append(weakref.ref(self)) or begin(self, *a))
     with squeezed(model, SqueezeConfig(algorithm, **sizes)) as run, torch.no_grad():
         run.share_prefills = share
         expected = model(**inputs, past_key_values=run.cache(4)).logits
@@ -140,10 +142,10 @@ def test_a_prefill_that_failed_leaves_nothing_behind(algorithm, sizes, share):
         cache, left = run.cache(4), []
 
         def fail(norm, args):
-            prefill = run.under_way
+            prefill = prefills[-1]()
             chunked = "prefill_chunk" in sizes
             if len(prefill.similarities) == (3 if chunked else 1):
-                tensors = [prefill.stream, args[0], *cache.layers[0].contents, *prefill.similarities[-1]]
+                tensors = [args[0], *cache.layers[0].contents, *prefill.similarities[-1]]
                 left.extend(weakref.ref(one) for one in (prefill, *tensors, cache.layers[0]))
                 raise KeyboardInterrupt
 
@@ -153,7 +155,7 @@ def test_a_prefill_that_failed_leaves_nothing_behind(algorithm, sizes, share):
         handle.remove()
         gc.collect()
         assert len(left) >= 9 and [one() for one in left] == [None] * len(left)
-        assert run.under_way is None and run.last is told
+        assert run.last is told
         if share and "prefill_chunk" not in sizes:
             assert run.kept_prefill is None
         assert model(**inputs, past_key_values=cache).logits.equal(expected)

@@ -20,6 +20,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from squeeze import H2O, SlidingWindow, StreamingLLM
 from squeeze.engine import probe as probe_module
@@ -204,6 +205,34 @@ def test_rounding_does_not_change_what_is_found(name, dtype):
     assert said(build(name).to(dtype)) == said(build(name))
 
 
+class Normed(LlamaDecoderLayer):
+    """A layer that scales attention's output by its length, in no module."""
+
+    def forward(self, hidden_states, **kwargs):
+        made = self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        after = hidden_states + torch.nn.functional.rms_norm(made, made.shape[-1:])
+        return after + self.mlp(self.post_attention_layernorm(after))
+
+
+def test_a_factor_that_one_token_alone_has_is_no_rule():
+    model = random_model("llama")
+    for layer in model.model.layers:
+        layer.__class__ = Normed
+    assert [layer.residual for layer in probe(model).layers] == [None] * 5
+
+
+def test_biases_that_dwarf_what_turns_do_not_hide_it():
+    """Qwen2 has keys of which a few dimensions, that hardly turn, are a hundred times larger than the others."""
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    model = random_model("llama", attention_bias=True, rope_parameters=rope).to(torch.bfloat16)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data.view(2, 8)[:, [3, 7]] = 300.0
+    expected = Rope(8)
+    for layer in probe(model).layers:
+        found = layer.rotation
+        assert found is not None and Rope(found.dims, found.interleaved, found.direction, found.part) == expected
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "olmo2", "cohere2", "gpt_neox"])
 def test_packed_layers_are_looked_through(name):
     model = build(name)
@@ -275,7 +304,7 @@ SCALED = {
 }
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "falcon", "qwen3_next", *SCALED])
+@pytest.mark.parametrize("name", ["gemma3_text", "phi", "falcon", "qwen3_next", *SCALED])
 def test_nothing_of_the_model_or_of_transformers_is_changed(name):
     model = (
         random_model("llama", rope_parameters=SCALED[name], max_position_embeddings=64)
@@ -332,6 +361,7 @@ def test_one_pass_is_enough():
     {
         "doge": "DogeAttention is given attention_mask",
         "deepseek_v32": "caches more than keys and values, in a DynamicIndexedLayer",
+        "deepseek_v4": "caches more than keys and values, in a DeepseekV4HCACache",
         "minimax": "MiniMax uses cache of its own",
         "recurrent_gemma": "keeps a state of its own, outside of the cache",
         "falcon (ALiBi, rw)": r"adds its positions \(ALiBi\) in code of its own",

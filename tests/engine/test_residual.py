@@ -53,13 +53,15 @@ class Block(nn.Module):
         return after + self.mlp(self.norm2(after))
 
 
-def rules(blocks, scales=(), dtype=torch.float32):
+def rules(blocks, scales=(), dtype=torch.float32, tokens=None, weaker=None):
     """Run blocks on two different tokens, and find their rules."""
     with torch.no_grad():
         for block in blocks:
             for parameter in block.parameters():
                 if parameter.ndim:
                     parameter.add_(0.2 * torch.randn_like(parameter))
+        for parameter in weaker.parameters() if weaker is not None else ():
+            parameter.mul_(1e-7)
     model, calls, givens = nn.Sequential(*blocks).to(dtype).eval(), [], []
     for module in model.modules():
         module.register_forward_pre_hook(lambda _, args: givens.append(args[0].float()))
@@ -69,7 +71,7 @@ def rules(blocks, scales=(), dtype=torch.float32):
             )
         )
     with torch.no_grad():
-        model(torch.randn(2, 1, HIDDEN).to(dtype))
+        model((torch.randn(2, 1, HIDDEN) if tokens is None else tokens).to(dtype))
     tolerance = 1e-4 if dtype == torch.float32 else 1.2e-2
     return find_residuals([(block.attn, block) for block in blocks], calls, scales, tolerance)
 
@@ -98,6 +100,15 @@ def test_ways_to_add(way, rule, entry, dtype):
         assert (residual.of_stream, residual.of_branch) == (way != "own", 1.0)
 
 
+@pytest.mark.parametrize("way", ["post", "pre"])
+def test_dimensions_of_the_stream_that_dwarf_all_others_do_not_hide_the_rule(way):
+    """In bfloat16 their rounding alone is more than all that attention adds to the others."""
+    tokens = torch.randn(2, 1, HIDDEN)
+    tokens[..., 4:] = 3000.0
+    (residual,) = rules([Block(way, 0.22)], scales=[0.22], dtype=torch.bfloat16, tokens=tokens)
+    assert residual.rule == ("x + post" if way == "post" else "x + 0.22·attn")
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_scaled_branches(told):
     """The factor is the configuration's to the last digit where it says one, and else what fits."""
@@ -105,6 +116,12 @@ def test_scaled_branches(told):
     for residual in found:
         assert residual.rule == "x + 0.22·attn"
         assert residual.of_branch == 0.22 if told else abs(residual.of_branch - 0.22) < 1e-4
+
+
+def test_a_block_that_hardly_attends_has_the_rule_of_its_class():
+    blocks = [Block("pre", 0.22) for _ in range(3)]
+    found = rules(blocks, scales=[0.22], dtype=torch.bfloat16, weaker=blocks[0].attn)
+    assert [residual.rule for residual in found] == ["x + 0.22·attn"] * 3
 
 
 def test_each_block_may_have_a_factor_of_its_own():

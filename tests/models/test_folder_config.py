@@ -7,14 +7,13 @@ import pytest
 import torch
 from conftest import random_model
 from tiny import save_rows, save_tiny, tiny_tokenizer
-from transformers import LlamaConfig, MistralConfig
+from transformers import LlamaConfig
 
 import pred
 from squeeze import InputError, SqueezeConfig, squeezed
 from squeeze.generation.generate import generate, greedy, pad_left, stop_tokens
 from squeeze.models import loading
-from squeeze.models.cached_layers import full_cache_bytes, own_layers
-from squeeze.models.folder_config import declares, generation_config, model_config, own_window
+from squeeze.models.folder_config import generation_config, model_config
 from squeeze.models.sources import greedy_wishes
 from squeeze.ranks import ALONE
 from squeeze.runs.jobs import prepare
@@ -141,13 +140,10 @@ def test_a_config_that_describes_no_model_is_a_sentence(folder):
 
 
 def test_a_window_counts_where_the_architecture_has_one(folder):
-    left_over, windowed = LlamaConfig(sliding_window=16), MistralConfig(sliding_window=16)
-    assert (own_window(left_over), own_window(windowed)) == (None, 16)
-    assert (declares(left_over, "sliding_window"), declares(MistralConfig, "sliding_window")) == (False, True)
-    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 5}
-    one = full_cache_bytes(own_layers(LlamaConfig(**sizes)), 1, torch.float32)
-    assert full_cache_bytes(own_layers(LlamaConfig(sliding_window=16, **sizes)), 100, torch.float32) == 100 * one
-    assert full_cache_bytes(own_layers(MistralConfig(sliding_window=16, **sizes)), 100, torch.float32) == 15 * one
+    change(folder, "config.json", sliding_window=16)
+    assert not hasattr(model_config(folder), "sliding_window")
+    change(folder, "config.json", model_type="mistral")
+    assert model_config(folder).sliding_window == 16
 
 
 def test_a_llama_with_a_leftover_window_keeps_and_sees_everything():

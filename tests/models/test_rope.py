@@ -100,7 +100,7 @@ def test_what_needs_fixed_angles_is_refused(name):
     model = made(name)
     assert depends_on_length(model.config) and unscaled_length(model.config) == 64
     with (
-        pytest.raises(InputError, match=f"fixed angles.*type {name}"),
+        pytest.raises(InputError, match="fixed angles"),
         squeezed(model, SqueezeConfig("streaming", 0.5, 0.5)),
     ):
         pass

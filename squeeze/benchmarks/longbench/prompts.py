@@ -26,6 +26,9 @@ ASSISTANT += "detailed, and polite answers to the {}'s questions."
 #: Words in the names of models that were taught to chat.
 CHAT_WORDS = re.compile(r"chat|instruct|(?<![a-z])(inst|it|assistant)(?![a-z])")
 
+#: Where an answer of gpt-oss begins, in which channel it will; and how its final channel is opened.
+HARMONY, FINAL_CHANNEL = "<|start|>assistant", "<|channel|>final<|message|>"
+
 #: The chat format by `run.json` of prompts in a template that came with the model.
 OWN_TEMPLATE = "the tokenizer's own chat template"
 
@@ -50,7 +53,7 @@ class Family:
     has_bases: bool = True
 
 
-#: Those that can be Llamas or Mistrals; the first that fits is the model's.
+#: Those that transformers has the code of; the first that fits is the model's.
 FAMILIES = (
     Family(
         ("longchat", "vicuna"),
@@ -155,13 +158,17 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> 
 
 
 def in_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
-    """Messages in the tokenizer's own chat template, up to where an answer begins.
+    """Messages in the tokenizer's own chat template, up to where an answer begins: one without thinking aloud, which
+    a benchmark's few tokens have no room for. Templates with a switch for it (Qwen3's) are told so, and in the format
+    of gpt-oss (harmony) the answer begins in the channel `final`.
 
     Raises:
         InputError: the template, which is a program that came with the model, fails.
     """
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        text = str(tokenizer.apply_chat_template(list(messages), **settings))
+        return text + FINAL_CHANNEL if text.endswith(HARMONY) else text
     except Exception as error:  # whatever a template raises
         reason = shortened(" ".join(str(error).split()), 200)
         raise InputError(f"the model's chat template cannot be used: {type(error).__name__}: {reason}") from None
