@@ -4,11 +4,13 @@ With `-m slow` all that the page has.
 """
 
 import re
+from importlib.metadata import version
 
 import pytest
 from conftest import ROOT
 
 from squeeze import H2O
+from squeeze.engine import prefill
 from squeeze.engine.probe import probe
 from squeeze.engine.rotation import Rotation
 from squeeze.models_table import checks
@@ -28,6 +30,13 @@ FAMILIES = {
 }
 
 
+#: Of an older transformers: models whose own code makes masks or caches that nobody asked for.
+OLDER = {"5.0": ("stablelm", "opt", "jamba", "falcon_h1")}
+RELEASE = ".".join(version("transformers").split(".")[:2])
+#: The page's own release; rows of others may differ in what they say.
+DOCUMENTED = f"with transformers {version('transformers')} " in (ROOT / "docs/models.md").read_text("utf-8")
+
+
 def documented():
     """Rows of the table in docs/models.md, by model."""
     lines = [line for line in (ROOT / "docs/models.md").read_text("utf-8").splitlines() if line.startswith("| ")]
@@ -37,11 +46,10 @@ def documented():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_computes_what_it_should(name):
-    found = row(name, build(name))
-    assert {check: found[check] for check in CHECKS} == {
-        check: "–" if check in FAMILIES[name] else "ok" for check in CHECKS
-    }, found["why not"]
-    assert documented()[name] == found
+    found, gaps = row(name, build(name)), CHECKS if name in OLDER.get(RELEASE, ()) else FAMILIES[name]
+    assert {check for check in CHECKS if found[check] != "ok"} == set(gaps), found["why not"]
+    assert "WRONG" not in found.values()
+    assert not DOCUMENTED or documented()[name] == found
 
 
 @pytest.mark.slow
@@ -49,7 +57,7 @@ def test_a_family_computes_what_it_should(name):
 def test_every_model_of_the_zoo_is_as_documented(name):
     found = row(name, build(name))
     assert "WRONG" not in found.values(), found["why not"]
-    assert documented()[name] == found
+    assert not DOCUMENTED or documented()[name] == found
 
 
 def test_the_page_has_every_model():
@@ -60,11 +68,9 @@ def test_an_error_of_the_engine_is_seen(monkeypatch):
     model = build("qwen3")
     reference = Reference(model, probe(model).layers)
     window, heavy, streaming = checks.EVICTORS
-    oldest = lambda self, position, budget, held, scores: (  # noqa: E731
-        held.masked_fill(held < 0, -10_000).argmin(-1)
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(H2O, "slot", oldest)
+    real = prefill.similarity
+    with monkeypatch.context() as patch:  # evicts the oldest
+        patch.setattr(H2O, "slot", lambda self, position, budget, held, scores: held.argmin(-1))
         found = verdict(check_method, model, reference, heavy)
         assert found.cell == "WRONG" and re.match(r"with budgets \[.*\], log-probabilities differ by", found.reason)
     with monkeypatch.context() as patch:
@@ -73,6 +79,6 @@ def test_an_error_of_the_engine_is_seen(monkeypatch):
         )
         assert verdict(check_method, model, reference, window).cell == "ok"
         assert verdict(check_method, model, reference, streaming).cell == "WRONG"
-    with monkeypatch.context() as patch:
-        patch.setattr("squeeze.engine.prefill.similarity", lambda *given: real(*given[:2], [41, 41], [41, 41]))
+    with monkeypatch.context() as patch:  # padding counts
+        patch.setattr(prefill, "similarity", lambda *given: real(*given[:2], [41, 41], [41, 41]))
         assert verdict(check_importance, model).cell == "WRONG"

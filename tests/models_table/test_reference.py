@@ -1,4 +1,4 @@
-"""The slow reference by masks, beside the one in plain loops that the engine's own tests have for Llama and Mistral."""
+"""The slow reference by masks, beside the one in plain loops that the engine has for Llama and Mistral."""
 
 import pytest
 import torch
