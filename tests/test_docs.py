@@ -196,7 +196,11 @@ class Checker:
             name, equals, _ = word.partition("=")
             if path == "script/test.sh":  # of pytest's own
                 markers = [marker.partition(":")[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
-                known = word == "-m" or (before == "-m" and word in markers) or (before != "-m" and (ROOT / word).is_file())
+                known = (
+                    word == "-m"
+                    or (before == "-m" and word in markers)
+                    or (before != "-m" and (ROOT / word).is_file())
+                )
                 assert known, f"{word} is no marker of the tests"
             elif equals:
                 assert "changes+=" in text and f"--{name}" in self.flags("pred.py"), f"{path} takes no {word}"
