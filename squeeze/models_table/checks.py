@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ LENGTHS = (41, 29)
 STEPS = 32
 #: Of log-probabilities, and of logits as a part of the largest, in float32.
 TOLERANCE = 1e-3
-SQUEEZE = Squeeze("0.4", class3="0.2")
+UNIFORM, SQUEEZE = Uniform(Fraction("0.3")), Squeeze(Fraction("0.4"), class3=Fraction("0.2"))
 
 
 class Differs(Exception):
@@ -116,7 +117,7 @@ def check_method(model: PreTrainedModel, reference: Reference, evictor: Evictor,
     """
     layers = reference.layers
     check_full(model, layers, evictor)
-    check_budgets(model, reference, evictor, Uniform("0.3"), steps)
+    check_budgets(model, reference, evictor, UNIFORM, steps)
     check_budgets(model, reference, evictor, seeded(layers, evictor), steps)
     if all(layer.residual is not None for layer in layers):
         check_budgets(model, reference, evictor, SQUEEZE, steps)

@@ -131,9 +131,10 @@ class Reference:
 
         Fitted to the keys of single tokens that stand alone at two positions.
         """
-        pairs = zip(*(self._alone(position)[layer.index] for position in (3, 3 + by)), strict=True)
-        keys, values = (None if torch.allclose(*pair, rtol=1e-4, atol=1e-5) else fit(*pair) for pair in pairs)
-        return keys, values
+        (key_before, value_before), (key_after, value_after) = (
+            self._alone(position)[layer.index] for position in (3, 3 + by)
+        )
+        return fit(key_before, key_after), fit(value_before, value_after)
 
     def _alone(self, position: int) -> dict[int, Pair]:
         """Keys and values of many different tokens, each of them alone in its sequence, at a position."""
@@ -147,12 +148,16 @@ class Reference:
         return self.standing[position]
 
 
-def fit(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """The matrix that turns a head's vectors into others, `(batch, heads, tokens, dim)` each, by least squares.
+def fit(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
+    """The matrix that turns vectors into others, `(batch, heads, tokens, dim)` each, by least squares.
+
+    None where they are the same.
 
     Raises:
         ArithmeticError: no matrix does.
     """
+    if torch.allclose(before, after, rtol=1e-4, atol=1e-5):
+        return None
     given, wanted = (states.flatten(0, 2).double() for states in (before, after))
     matrix = torch.linalg.lstsq(given, wanted).solution
     error = ((given @ matrix - wanted).norm() / wanted.norm()).item()

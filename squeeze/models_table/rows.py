@@ -58,7 +58,8 @@ def _reasons(verdicts: dict[str, Verdict]) -> str:
             by_reason.setdefault(found.reason, []).append(check)
     if len(by_reason) == 1 and len(verdicts) == len(next(iter(by_reason.values()))):
         return next(iter(by_reason))
-    return "; ".join(f"{', '.join(checks)}: {reason}" for reason, checks in by_reason.items())
+    said = ((", ".join(checks), reason) for reason, checks in by_reason.items())
+    return "; ".join(reason if reason.startswith(checks) else f"{checks}: {reason}" for checks, reason in said)
 
 
 def _attention(findings: Findings) -> Iterable[str]:
@@ -72,7 +73,7 @@ def _attention(findings: Findings) -> Iterable[str]:
     yield from _counted(layers, {layer: "code of its own" for layer in layers if not layer.interface})
     yield from _counted(layers, {layer: "a state beside" for layer in layers if layer.hybrid})
     if findings.others:
-        yield f"{findings.others} other layers that keep a state"
+        yield f"beside {findings.others} layers that keep a state"
 
 
 def _counted(layers: Sequence[AttentionLayer], marked: dict[AttentionLayer, str]) -> Iterable[str]:

@@ -10,10 +10,22 @@ from conftest import ROOT
 
 from squeeze.compatibility import TESTED_TRANSFORMERS, UntestedVersion, cache_argument, check_transformers
 
-#: What runs with each: the probe and every method on many families; and what the engine promises beside numbers.
+#: What runs with each: every method on some families, whole; and what the engine promises beside numbers.
+FAMILIES = (
+    "llama",
+    "mistral (window)",
+    "gemma3_text",
+    "gpt_oss",
+    "gpt2",
+    "deepseek_v3",
+    "falcon",
+    "stablelm",
+    "jamba",
+)
 TESTS = (
-    *("tests/models_table/test_families.py", "tests/models_table/test_reference.py"),
-    *("tests/engine/test_attention.py", "tests/engine/test_rotation.py", "tests/engine/test_patch.py"),
+    *(f"tests/models_table/test_families.py::test_a_family_computes_what_it_should[{name}]" for name in FAMILIES),
+    *("tests/models_table/test_reference.py", "tests/engine/test_attention.py", "tests/engine/test_rotation.py"),
+    "tests/engine/test_patch.py",
 )
 
 
