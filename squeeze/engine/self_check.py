@@ -78,7 +78,8 @@ def _logits(run: SqueezedModel, tokens: torch.Tensor, by_layer: bool) -> tuple[l
     count, asked = tokens.shape[1], {"output_hidden_states": True} if by_layer else {}
     prompt = tokens[:, : count - STEPS]
     # Its own steps, and not one pass: in a state-space layer these are not always the same (Zamba 2).
-    own = DynamicCache(config=run.findings.decoder.config)
+    hybrid = run.findings.others or any(layer.hybrid for layer in run.layers)
+    own = DynamicCache(config=run.findings.decoder.config) if hybrid else DynamicCache()
     run.model(prompt, **{cache_argument(): own}, use_cache=True)
     squeezed = run.fork(run.prefill(prompt), [[count] * len(run.layers)], STEPS)
     found = []
