@@ -20,6 +20,9 @@ from squeeze.models.rope import LengthwiseRope
 #: Arguments of a decoder's forward pass that have a column for each token, the tokens first.
 BY_COLUMN = ("input_ids", "inputs_embeds", "position_ids")
 
+#: What models that read more than text take beside tokens.
+MEDIA = ("pixel_values", "pixel_values_videos", "image_features", "input_features", "input_values")
+
 
 # Not for Dynamo, which would trace it into scikit-learn: the graph of a model that its user compiled breaks off here.
 @torch.compiler.disable
@@ -64,6 +67,12 @@ def _check(run: SqueezedModel, cache: SqueezeCache, given: dict[str, Any]) -> No
     if cache.owner[0] is not run.model or (not cache.compressed and cache.owner[1] is not run.evictor):
         raise ValueError(
             "the cache was made for another model, or before run.use(...): make one with run.cache(max_new_tokens)"
+        )
+    media = next((name for name in MEDIA if given.get(name) is not None), None)
+    if media is not None:
+        raise ValueError(
+            f"{media}: images, sound and video, whose tokens see each other, are not supported with a squeezed cache: "
+            "text only"
         )
     output_attentions = given.get("output_attentions")
     if output_attentions is None:

@@ -117,7 +117,7 @@ def attend(
     # The module whose keys these are; others may look at them again (Gemma 3n).
     own = not layer.shared or module is facts.module
     [query] = as_autocast(query)
-    with _without_autocast(query.device):
+    with without_autocast(query.device):
         if layer.reading is None:
             attended = attention.decode(query.to(key.dtype), key, value, layer, rule, own)
             return attended.to(query.dtype).transpose(1, 2), None
@@ -136,7 +136,7 @@ def _layer_of(module: torch.nn.Module) -> SqueezeLayer:
     return cache.by_module[module]
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A block in which no dtype is changed: attention has float32 softmax and sums, and products into buffers."""
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()

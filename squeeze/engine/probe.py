@@ -140,7 +140,10 @@ def _layer(
     if encoding == "none" and not seen.positioned:
         encoding = "unknown"
     cached, types = seen.cache.layers[index], getattr(seen.config, "layer_types", None) or ()
-    chunked = index < len(types) and types[index] == "chunked_attention"
+    kind = types[index] if index < len(types) else ""
+    # Of a window that only a mask would tell; a cache's own may come from a setting that the architecture has not.
+    masked = getattr(cached, "sliding_window", None) if "sliding" in kind else None
+    chunked = kind == "chunked_attention"
     return AttentionLayer(
         index=index,
         name=name,
@@ -151,7 +154,7 @@ def _layer(
         kv_heads=update.keys.shape[1],
         key_dim=update.keys.shape[-1],
         value_dim=update.values.shape[-1],
-        window=arguments.get("sliding_window", None if chunked else getattr(cached, "sliding_window", None)),
+        window=arguments.get("sliding_window", masked),
         chunk=seen.config.attention_chunk_size if chunked else None,
         softcap=arguments.get("softcap"),
         sinks=arguments.get("s_aux") is not None,

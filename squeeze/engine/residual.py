@@ -113,7 +113,7 @@ class _Trace:
         branches: attention, and what is made of its output alone: wrappers, norms, dropouts; with their outputs.
         targets: what may be the stream after attention, with or without other branches: inputs of later modules, and
             the block's output.
-        others: outputs of other branches: what no module takes, and so is added, if anything.
+        calls: all of the block, in the order in which they ended; beside: those of other branches.
         inner: outputs of modules inside attention.
     """
 
@@ -131,7 +131,7 @@ class _Trace:
         inside, children = set(attention.modules()), set(block.children())
         self.inner = [call.gave for call in before if call.module in inside]
         self.branches, self.targets = [(attention, at.gave)], []
-        beside = [call for call in before if call.module in children]
+        self.calls, self.beside = calls, [call for call in before if call.module in children]
         for call in after:
             if call.module is block:
                 self.targets.append(call.gave)
@@ -139,9 +139,13 @@ class _Trace:
                 self.branches += [(call.module, call.gave)] if call.gave is not None else []
             else:
                 self.targets.append(call.given)
-                beside.append(call)
-        taken = [call.given for call in calls if not _same(call.given, call.gave)]  # not by a dropout
-        self.others = [call.gave for call in beside if not any(_same(call.gave, given) for given in taken)]
+                self.beside.append(call)
+
+    @cached_property
+    def others(self) -> list[torch.Tensor | None]:
+        """Outputs of other branches: what no module takes, but dropouts that do nothing, is added, if anything."""
+        taken = [call.given for call in self.calls if not _same(call.given, call.gave)]
+        return [call.gave for call in self.beside if not any(_same(call.gave, given) for given in taken)]
 
     def _is_around(self, module: nn.Module) -> bool:
         return self.names[self.branches[-1][0]].startswith(self.names[module] + ".")
@@ -172,11 +176,13 @@ class _Trace:
         for branch, output in self.branches:
             for made, target in product(_shaped([output], x), _shaped(self.targets, x)):
                 (of_stream, of_branch, *_), _ = _solve([x, made, *others], target)
-                best = [of_branch / of_stream] if min(abs(of_stream), abs(of_branch)) > SMALL else []
-                for fits, scales in ((told, [1.0, *self.scales]), (fitted, best)):
-                    for scale in scales:
-                        rule = Rule(self.names[entry], self.names[branch], 1.0, scale)
-                        fits.append(Fit(self._error(x + scale * made, others, target), rule))
+                scales = [1.0, *self.scales]
+                best = of_branch / of_stream if min(abs(of_stream), abs(of_branch)) > SMALL else 1.0
+                new = [best] if all(abs(best - scale) > 1e-3 * scale for scale in scales) else []
+                for fits, factors in ((told, scales), (fitted, new)):
+                    for factor in factors:
+                        rule = Rule(self.names[entry], self.names[branch], 1.0, factor)
+                        fits.append(Fit(self._error(x + factor * made, others, target), rule))
         return told + fitted
 
     def _error(self, stream: torch.Tensor, others: list[torch.Tensor], target: torch.Tensor) -> float:
@@ -192,13 +198,13 @@ class _Trace:
             return torch.inf
         if not rule.of_stream:
             return self._inside(rule.entry, x).error
-        stream, error = x + rule.of_branch * made.reshape(x.shape), torch.inf
-        for others in ([], _shaped(self.others, x)):
-            errors = (self._error(stream, others, target) for target in _shaped(self.targets, x))
-            error = min(errors, default=torch.inf)
-            if error < self.tolerance:
-                break
-        return error
+        stream = x + rule.of_branch * made.reshape(x.shape)
+        alone = self._least(stream, [])
+        return alone if alone < self.tolerance else self._least(stream, _shaped(self.others, x))
+
+    def _least(self, stream: torch.Tensor, others: list[torch.Tensor]) -> float:
+        errors = (self._error(stream, others, target) for target in _shaped(self.targets, stream))
+        return min(errors, default=torch.inf)
 
     def residual(self, rule: Rule | None) -> Residual | None:
         """The rule with this block's modules."""

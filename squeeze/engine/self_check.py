@@ -6,14 +6,19 @@ computes attention, and this at what comes out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from squeeze.compatibility import cache_argument
+from squeeze.engine.interface import without_autocast
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
+from squeeze.evictors.h2o import H2O
+from squeeze.evictors.sliding_window import SlidingWindow
 
 #: Tokens of the prompt, and those that are fed one by one after it.
 PROMPT, STEPS = 12, 3
@@ -40,17 +45,29 @@ def self_check(run: SqueezedModel) -> None:
     # No more than a layer's own window: a method may keep what that has left behind.
     count = min(layer.reach(PROMPT + STEPS) for layer in run.layers)
     tokens = (torch.arange(count, device=device) * 7919 % (vocabulary - 1) + 1)[None]
-    [own], [squeezed] = _logits(run, tokens, by_layer=False)
-    error = _apart(squeezed, own)
-    if error > TOLERANCE.get(model.dtype, 5e-2):
+    with without_autocast(device), _built_in_evictor(run):
+        [own], [squeezed] = _logits(run, tokens, by_layer=False)
+        error = _apart(squeezed, own)
+        if error <= TOLERANCE.get(model.dtype, 5e-2):
+            _passed.setdefault(model, set()).add(key)
+            return
         errors = [_apart(mine, theirs) for theirs, mine in zip(*_logits(run, tokens, by_layer=True), strict=True)]
-        first = next((number for number, each in enumerate(errors) if each > error / 4), len(errors) - 1)
-        raise InputError(
-            f"a {model.config.model_type} model cannot be squeezed here: with room for every token its logits differ "
-            f"from its own by {error:.2g} of the largest, and its hidden states from decoder layer "
-            f"{max(first - 1, 0)} on"
-        )
-    _passed.setdefault(model, set()).add(key)
+    first = next((number for number, each in enumerate(errors) if each > error / 4), len(errors) - 1)
+    raise InputError(
+        f"a {model.config.model_type} model cannot be squeezed here: with room for every token its logits differ from "
+        f"its own by {error:.2g} of the largest, and its hidden states from decoder layer {max(first - 1, 0)} on"
+    )
+
+
+@contextmanager
+def _built_in_evictor(run: SqueezedModel) -> Iterator[None]:
+    """A block in which the model is looked at and no evictor of the user's own, which may have faults."""
+    own = run.evictor
+    run.evictor = H2O() if own.needs_scores else SlidingWindow()
+    try:
+        yield
+    finally:
+        run.evictor = own
 
 
 def _logits(run: SqueezedModel, tokens: torch.Tensor, by_layer: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -61,7 +78,8 @@ def _logits(run: SqueezedModel, tokens: torch.Tensor, by_layer: bool) -> tuple[l
     count, asked = tokens.shape[1], {"output_hidden_states": True} if by_layer else {}
     prompt = tokens[:, : count - STEPS]
     # Its own steps, and not one pass: in a state-space layer these are not always the same (Zamba 2).
-    own = DynamicCache(config=run.findings.decoder.config)
+    hybrid = run.findings.others or any(layer.hybrid for layer in run.layers)
+    own = DynamicCache(config=run.findings.decoder.config) if hybrid else DynamicCache()
     run.model(prompt, **{cache_argument(): own}, use_cache=True)
     squeezed = run.fork(run.prefill(prompt), [[count] * len(run.layers)], STEPS)
     found = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from squeeze.allocations.base import CachedLayer
 from squeeze.compatibility import cache_argument
 from squeeze.models.described import META, build, quiet
-from squeeze.models.folder_config import declares, text_config
+from squeeze.models.folder_config import text_config
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,6 @@ def _layers(config: PretrainedConfig) -> tuple[OwnLayer, ...]:
     A few architectures look at numbers, of which there are none there, and stop after their first layers: then the
     widest layer seen stands for all, or what the configuration says.
     """
-    config = deepcopy(config)
-    text = text_config(config)
-    if not declares(text, "sliding_window"):
-        vars(text).pop("sliding_window", None)  # left over in a file, it would mislead the cache
     with quiet():
         model = build(config).eval()
     cache, whole = DynamicCache(config=config), False
@@ -63,7 +58,7 @@ def _layers(config: PretrainedConfig) -> tuple[OwnLayer, ...]:
         whole = True
     if whole:
         return layers_of(cache)
-    seen = layers_of(cache) or [_said(text)]
+    seen = layers_of(cache) or [_said(text_config(config))]
     widest = max(seen, key=lambda layer: layer.kv_heads * (layer.key_dim + layer.value_dim))
     attending = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     return tuple(replace(widest, window=getattr(layer, "sliding_window", None)) for layer in attending)

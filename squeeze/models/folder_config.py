@@ -60,6 +60,11 @@ class SpecialTokens(msgspec.Struct):
     bos_token_id: int | list[int] | None = None
 
 
+def declares(config: PretrainedConfig, name: str) -> bool:
+    """Whether an architecture has this setting, and not just a file that somebody left it in."""
+    return name in inspect.signature(type(config)).parameters
+
+
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The part of a configuration that describes the decoder: itself, but where images or sounds have their own."""
     return config.get_text_config(decoder=True)

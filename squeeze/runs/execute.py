@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from squeeze.benchmarks.base import Measure, Workload
 from squeeze.ranks import Ranks
@@ -75,8 +75,20 @@ class LoadedModel:
     squeezed: SqueezedModel | None
 
 
-#: Runs what jobs miss of one data set, given by its number; the batch size at the end.
-Worker = Callable[[Sequence[OpenJob], int], int]
+class Worked(NamedTuple):
+    """What is known when jobs have all of a data set.
+
+    Args:
+        batch_size: at the end.
+        attention: what the probe found out about the model; None where no job squeezes it.
+    """
+
+    batch_size: int
+    attention: dict[str, Any] | None
+
+
+#: Runs what jobs miss of one data set, given by its number.
+Worker = Callable[[Sequence[OpenJob], int], Worked]
 
 
 def execute(jobs: Sequence[OpenJob], worker: Worker) -> Iterator[tuple[OpenJob, int]]:
@@ -95,9 +107,12 @@ def execute(jobs: Sequence[OpenJob], worker: Worker) -> Iterator[tuple[OpenJob, 
                 job.run.start(job.samples[index])
             unfinished = [job for job in jobs if job.samples[index].missing]
             if unfinished:
-                batch_size = worker(jobs, index)  # all of them: what is compared together stays together
+                worked = worker(jobs, index)  # all of them: what is compared together stays together
                 for job in unfinished:
-                    job.run.note(job.samples[index], batch_size=batch_size)
+                    facts: dict[str, Any] = {"batch_size": worked.batch_size}
+                    if job.job.config is not None:
+                        facts["attention"] = worked.attention
+                    job.run.note(job.samples[index], **facts)
             for job in jobs:
                 job.finish(index)
                 yield job, index
@@ -116,7 +131,7 @@ def local_worker(jobs: Sequence[OpenJob], process: Ranks, bar: tqdm | None = Non
         if process.share(any(job.missing for job in jobs)):
             loaded = stack.enter_context(load([job.job for job in jobs]))
 
-        def work(jobs: Sequence[OpenJob], index: int) -> int:
+        def work(jobs: Sequence[OpenJob], index: int) -> Worked:
             assert loaded is not None, "nothing was missing when the folders were read"
             return work_on([(job.job, job.samples[index]) for job in jobs], index, loaded, process, bar)
 
@@ -146,7 +161,7 @@ def load(jobs: Sequence[Job]) -> Iterator[LoadedModel]:
 
 def work_on(
     jobs: Sequence[tuple[Job, Samples]], index: int, loaded: LoadedModel, process: Ranks, bar: tqdm | None = None
-) -> int:
+) -> Worked:
     """Run what jobs miss of one data set.
 
     Args:
@@ -154,8 +169,6 @@ def work_on(
         index: the data set's number.
         process: the share of the batches that is run.
         bar: to move on; None: one of its own.
-    Returns:
-        The batch size at the end.
     """
     from squeeze.runs.batching import progress_bar, run_batches
 
@@ -166,16 +179,14 @@ def work_on(
     total = max(samples.total for _, samples in jobs)
     prompts = first.benchmark.encode(loaded.tokenizer, data, total, options, process)
     workload = Workload(loaded.model, loaded.tokenizer, data, prompts, loaded.squeezed, options)
-    for job, samples in jobs:
-        if loaded.squeezed is not None and job.config is not None:
-            job.run.note(samples, attention=loaded.squeezed.findings.described())
     measures: dict[bool, Measure[Any]] = {}  # comparisons share what they can
     points = [
         _point(job, samples, measures.setdefault(job.spec.fidelity, measure_of(job)), workload)
         for job, samples in jobs
     ]
     with progress_bar(points, prompts, options.batch_size, process) if bar is None else nullcontext(bar) as own:
-        return run_batches(points, prompts, options.batch_size, process, own)
+        batch_size = run_batches(points, prompts, options.batch_size, process, own)
+    return Worked(batch_size, None if loaded.squeezed is None else loaded.squeezed.findings.described())
 
 
 def _point(job: Job, samples: Samples, measure: Measure[Any], workload: Workload) -> Point:

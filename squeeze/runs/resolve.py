@@ -59,7 +59,7 @@ def resolve(spec: RunSpec, read: Reader, weights: bool = True) -> Model:
         InputError: the model is not there or of another architecture than `--model_arch`, or there are no such curves.
     """
     source = read(sources.resolve, spec.model, spec.model_path)
-    folder = read(sources.fetch, source, spec.allow_pickle, weights)
+    folder = read(sources.fetch, source, spec.allow_pickle, False)  # what a wrong model's gigabytes need not wait for
     from squeeze.models.folder_config import model_config, positions  # which take seconds to import
 
     described = read(model_config, folder)
@@ -68,6 +68,7 @@ def resolve(spec: RunSpec, read: Reader, weights: bool = True) -> Model:
     config = spec.config(kind)
     if not weights:
         return Model(source, folder, kind, most, None, config)
+    folder = read(sources.fetch, source, spec.allow_pickle, True)
     identity = read(sources.identity, source, folder, spec.allow_pickle)
     return Model(source, folder, kind, most, identity, with_curves(config, source.name, identity))
 

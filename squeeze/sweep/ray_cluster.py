@@ -20,7 +20,7 @@ from squeeze import threads
 from squeeze.compatibility import install
 from squeeze.errors import InputError
 from squeeze.ranks import Ranks
-from squeeze.runs.execute import OpenJob, Worker, load, measure_of, work_on
+from squeeze.runs.execute import OpenJob, Worked, Worker, load, measure_of, work_on
 from squeeze.runs.jobs import Job, prepare_all
 from squeeze.runs.samples import Samples
 from squeeze.runs.spec import RunSpec
@@ -86,7 +86,7 @@ class Cluster:
     def worker(self, group: Sequence[OpenJob], bar: tqdm) -> Iterator[Worker]:
         """Does runs on one model and the same data in as many tasks as fit on the cluster at once."""
 
-        def work(jobs: Sequence[OpenJob], index: int) -> int:
+        def work(jobs: Sequence[OpenJob], index: int) -> Worked:
             for open_job in jobs:  # before others write
                 if open_job.samples[index].missing:
                     open_job.run.begin(open_job.samples[index])
@@ -105,7 +105,9 @@ class Cluster:
                 for part in range(parts)
                 for shard in range(shards)
             ]
-            return min(self._results(tasks, [open_job.samples[index] for open_job in jobs], bar))
+            results = self._results(tasks, [open_job.samples[index] for open_job in jobs], bar)
+            attention = next((worked.attention for worked in results if worked.attention is not None), None)
+            return Worked(min(worked.batch_size for worked in results), attention)
 
         yield work
 
@@ -142,7 +144,7 @@ def prepare_in(folder: str, runs: Sequence[RunSpec | InputError]) -> list[Job | 
     return prepare_all(runs)
 
 
-def run_share(folder: str, runs: Sequence[tuple[RunSpec, dict[str, Any]]], index: int, share: Ranks) -> int:
+def run_share(folder: str, runs: Sequence[tuple[RunSpec, dict[str, Any]]], index: int, share: Ranks) -> Worked:
     """Do a share of the batches of one data set for runs on one model, in a task.
 
     Args:
@@ -150,8 +152,6 @@ def run_share(folder: str, runs: Sequence[tuple[RunSpec, dict[str, Any]]], index
         runs: each with its settings as the first process found them.
         index: the data set's number.
         share: which of the batches.
-    Returns:
-        The batch size at the end.
     Raises:
         InputError: this machine does not see the runs' folders, or would compute with other settings.
     """

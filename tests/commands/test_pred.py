@@ -324,16 +324,16 @@ def test_compiled_decoding_is_a_setting_of_the_run(place):
         (["--chat"], "tiny has no chat template of its own"),
         (["--model", "half"], "has no weights"),
         (["--model", "broken"], "cannot be loaded"),
-        (["--model", "gpt"], "is of type gpt2"),
+        (["--model", "t5"], "is of type t5, which is no decoder"),
     ],
 )
 def test_bad_input_leaves_no_folder(place, flags, words):
-    for name, weights in {"half": None, "gpt": b"", "broken": b"broken"}.items():
+    for name, weights in {"half": None, "t5": b"whole enough", "broken": b"broken"}.items():
         save_tiny(place / name)
         (place / name / "model.safetensors").unlink()
         if weights is not None:
             (place / name / "model.safetensors").write_bytes(weights)
-    (place / "gpt/config.json").write_text('{"model_type": "gpt2"}')
+    (place / "t5/config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(InputError, match=words) as error:
         predict(*flags)
     assert "\n" not in str(error.value)

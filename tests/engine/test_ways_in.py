@@ -170,6 +170,11 @@ def test_room_for_tokens_is_a_whole_number(count):
         run.cache(count)
 
 
+def test_images_are_a_sentence():
+    with squeezed(MODEL, EVERYTHING) as run, pytest.raises(ValueError, match="pixel_values: images, sound and video"):
+        MODEL.model(IDS, pixel_values=torch.zeros(1, 3, 2, 2), past_key_values=run.cache(2))
+
+
 def test_an_empty_prompt_and_guidance_are_sentences():
     with squeezed(MODEL, EVERYTHING) as run:
         with pytest.raises(ValueError, match="the prompt has no tokens"):

@@ -53,8 +53,12 @@ def test_angles_are_those_of_transformers_for_the_first_sequence_alone(name):
 def test_a_batch_and_what_came_before_change_nothing(name):
     """The longest first: transformers' own `dynamic` would go on with its angles."""
     rotary = LengthwiseRope(made(name).model.rotary_emb)
-    alone = [rotary(torch.zeros(1, 1, 48), torch.arange(length)[None, -1:]) for length in (200, 30, 100)]
-    together = rotary(torch.zeros(3, 1, 48), torch.tensor([[199], [29], [99]]))
+    fresh = [LengthwiseRope(made(name).model.rotary_emb) for _ in range(3)]
+    alone = [
+        each(torch.zeros(1, 1, 48), torch.arange(length)[None, -1:])
+        for each, length in zip(fresh, (200, 100, 30), strict=True)
+    ]
+    together = rotary(torch.zeros(3, 1, 48), torch.tensor([[199], [99], [29]]))
     for part in (0, 1):
         assert torch.equal(together[part], torch.cat([one[part] for one in alone]))
 
