@@ -160,6 +160,11 @@ def squeezable(
                 f"how attention of {kind} enters the residual stream was not found ({layer.name}): "
                 "take an allocation that needs no similarities, such as uniform or calibrated"
             )
+        if prefill_chunk is not None and not layer.interface:
+            raise InputError(
+                f"prefill_chunk cannot be used with {kind}, whose own code makes the masks of its attention, for a "
+                "prompt of which nothing is cut: leave it out"
+            )
         if prefill_chunk is not None and (findings.others or layer.hybrid):
             raise InputError(
                 f"prefill_chunk cannot be used with {kind}, whose layers of linear attention may not go on from a "
