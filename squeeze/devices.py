@@ -7,13 +7,16 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from squeeze.config import DTYPES
 from squeeze.errors import InputError
 from squeeze.text import shortened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -65,6 +68,12 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def _cpu_multiplies_bfloat16() -> bool:
     """True with AVX512-BF16 or AMX: without them it is emulated, and float32 is faster."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its token ids; the CPU for one whose embeddings accelerate brings in when they are asked."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def now(device: torch.device) -> float:

@@ -21,6 +21,9 @@ BLOCK = 128
 #: Logits held at a time there, as numbers: what stays in a CPU's cache; on a GPU, what keeps it busy.
 LOGITS = {"cpu": 5 << 20, "cuda": 32 << 20}
 
+#: Numbers of one head that flash-attn's kernel takes at most; keys and values must have as many.
+FLASH_WIDTH = 256
+
 #: Keys walked at a time there end at a multiple of this: oneDNN compiles and keeps a kernel for every shape it meets.
 COLUMNS = 256
 
@@ -235,7 +238,7 @@ def _fused_decode(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: SqueezeLayer, scale: float
 ) -> torch.Tensor:
     """`decode` with flash-attn or with `scaled_dot_product_attention`."""
-    if layer.kernel == "flash":
+    if layer.kernel == "flash" and keys.shape[3] == values.shape[3] <= FLASH_WIDTH:
         from flash_attn import flash_attn_with_kvcache
 
         tokens_first = (tensor.transpose(1, 2) for tensor in (queries, keys, values))

@@ -41,7 +41,12 @@ class Compiled:
     It is written and read inside one graph, in which it is no lookup at all.
     """
 
-    layer: SqueezeLayer
+    layer: SqueezeLayer | None = None
+
+
+def forget() -> None:
+    """Let go of the layer, whose cache would live on."""
+    Compiled.layer = None
 
 
 class OneLayer:
@@ -68,17 +73,21 @@ def block_forward(step: Callable[..., Any], number: int, block: torch.nn.Module,
     Args:
         number: of the cache layer that it works on, among those that are squeezed.
     """
-    name = next((name for name, value in kwargs.items() if isinstance(value, SqueezeCache)), None)
-    if name is None or not kwargs[name].compressed:
+    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, SqueezeCache)), None)
+    if cache is None or not cache.compressed:
         return original(*args, **kwargs)
-    return step(block, *args, **kwargs | {name: OneLayer(kwargs[name].squeezed[number])})
+    alone = OneLayer(cache.squeezed[number])
+    args = tuple(alone if value is cache else value for value in args)
+    return step(block, *args, **{name: alone if value is cache else value for name, value in kwargs.items()})
 
 
 def check_blocks(findings: Findings) -> None:
-    """Raises InputError unless every decoder layer keeps the cache of one attention layer, and nothing else."""
-    blocks = [layer.block for layer in findings.layers]
-    if findings.others or len(set(blocks)) < len(blocks) or not all(layer.interface for layer in findings.layers):
+    """Raises InputError unless every decoder layer keeps the cache of one plain attention layer, and nothing else."""
+    blocks = {layer.block for layer in findings.layers}
+    other = findings.others or len(blocks) < len(findings.layers)
+    if other or any(layer.hybrid or layer.chunk or not layer.interface for layer in findings.layers):
         raise InputError(
-            "compile needs decoder layers with one attention layer each, which uses transformers' AttentionInterface, "
-            "and this model has others: leave compile out"
+            "compile needs decoder layers with one attention layer each, which goes through transformers' "
+            "AttentionInterface and has no chunks, and nothing else that is cached; this model has others: leave "
+            "compile out"
         )

@@ -17,8 +17,8 @@ from squeeze.engine.prefill import Prefill
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.models.rope import LengthwiseRope
 
-#: Arguments of a decoder's forward pass that have a column for each token, the tokens first.
-BY_COLUMN = ("input_ids", "inputs_embeds", "position_ids")
+#: Arguments of a decoder's forward pass that prefills may differ in, or must agree in, to be shared.
+SHARED = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache", "return_dict")
 
 #: What models that read more than text take beside tokens.
 MEDIA = ("pixel_values", "pixel_values_videos", "image_features", "input_features", "input_values")
@@ -89,9 +89,13 @@ def _check(run: SqueezedModel, cache: SqueezeCache, given: dict[str, Any]) -> No
 def _prefill(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, Any]):
     """The decoder's output over the prompts that `cache` has begun with; the cache is cut by then."""
     config, inputs = run.model.config, given.get("input_ids")
-    more = given.get("output_hidden_states", config.output_hidden_states)  # than a kept prefill has
-    plain = not more and given.get("return_dict", config.return_dict) is not False
-    with run.prefilling(cache, inputs, plain) as prefill:
+    # What a kept prefill has no part of: more than the last hidden states, or what they depend on beside tokens.
+    asked = config.output_hidden_states or getattr(config, "output_router_logits", False)
+    more = [value for name, value in given.items() if name not in SHARED]
+    plain = not asked and given.get("return_dict", config.return_dict) is not False
+    plain = plain and all(value is None or value is False for value in more)
+    positions = given.get("position_ids")
+    with run.prefilling(cache, inputs, positions, plain) as prefill:
         if prefill.chunk is not None:
             return _prefill_in_chunks(run, forward, prefill, given)
         if prefill.kept is not None:
@@ -103,7 +107,7 @@ def _prefill(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, 
         assert inputs is not None
         start = now(inputs.device)
         output = forward(**given)
-        prefill.keep(inputs, output, now(inputs.device) - start)
+        prefill.keep(inputs, positions, output, now(inputs.device) - start)
         return output
 
 
@@ -115,18 +119,16 @@ def _prefill_in_chunks(run: SqueezedModel, forward, prefill: Prefill, given: dic
     cache = prefill.cache
     tokens, size = cache.columns, prefill.chunk or cache.columns
     return_dict = given.pop("return_dict", run.model.config.return_dict)
-    by_column = {name: given.pop(name) for name in BY_COLUMN if given.get(name) is not None}
-    inputs, mask = next(iter(by_column.values())), given.pop("attention_mask", None)
-    if "position_ids" in run.decoder_arguments and "position_ids" not in by_column:
-        by_column["position_ids"] = torch.arange(tokens, device=inputs.device)[None]
+    inputs = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    if "position_ids" in run.decoder_arguments and given.get("position_ids") is None:
+        given["position_ids"] = torch.arange(tokens, device=inputs.device)[None]
+    whole = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     parts = []
-    with _whole_lengths(run.ropes, by_column.get("position_ids")):
+    with _whole_lengths(run.ropes, given.get("position_ids")):
         for end in range((tokens - 1) % size + 1, tokens + 1, size):
             start = max(end - size, 0)
             prefill.begin_chunk(start, end)
-            given |= {name: value[:, start:end] for name, value in by_column.items()}
-            if mask is not None:
-                given["attention_mask"] = mask[:, :end]
+            given |= {name: _columns(name, value, start, end) for name, value in whole.items()}
             parts.append(forward(**given, return_dict=True))
     output = parts[-1]
     output.last_hidden_state = torch.cat([part.last_hidden_state for part in parts], dim=1)
@@ -134,6 +136,14 @@ def _prefill_in_chunks(run: SqueezedModel, forward, prefill: Prefill, given: dic
         by_layer = zip(*(part.hidden_states for part in parts), strict=True)
         output.hidden_states = tuple(None if each[0] is None else torch.cat(each, dim=1) for each in by_layer)
     return output.to_tuple() if return_dict is False else output
+
+
+def _columns(name: str, value: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Columns of an argument that has one for each token: the last dimension of positions, of which some models have
+    several kinds (M-RoPE), and the second one of others."""
+    if name == "attention_mask":
+        return value[:, :end]
+    return value[..., start:end] if name == "position_ids" or value.ndim == 1 else value[:, start:end]
 
 
 @contextmanager

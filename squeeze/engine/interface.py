@@ -111,6 +111,7 @@ def attend(
         `(batch, tokens, heads, head_dim)`, and no probabilities.
     """
     layer = Compiled.layer if torch.compiler.is_compiling() else _layer_of(module)
+    assert layer is not None
     facts = layer.facts
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = attention.Rule(scale, facts.window, facts.chunk, softcap, s_aux)
@@ -132,7 +133,11 @@ def attend(
 
 def _layer_of(module: torch.nn.Module) -> SqueezeLayer:
     cache = _under_way.cache
-    assert cache is not None
+    if cache is None:
+        raise ValueError(
+            "a model that shares its configuration object with a squeezed one was run during a pass of that one: give "
+            "it a copy, such as copy.deepcopy(config)"
+        )
     return cache.by_module[module]
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from squeeze.allocations.base import Allocation
 from squeeze.config import SqueezeConfig, as_config
-from squeeze.engine.compiling import block_forward, check_blocks, compiled, decode_block
+from squeeze.engine.compiling import block_forward, check_blocks, compiled, decode_block, forget
 from squeeze.engine.decoder import decoder_forward
 from squeeze.engine.generate import no_continuous_batching, prepare_cache
 from squeeze.engine.interface import registered
@@ -30,6 +30,9 @@ from squeeze.models.rope import find_lengthwise, forward_name
 
 #: Held while a model is patched, or put back: threads may want the same one.
 _patching = threading.Lock()
+
+#: The `id` of every configuration object by which a squeezed model's modules look up their attention function.
+_configs: set[int] = set()
 
 
 @contextmanager
@@ -83,6 +86,14 @@ def _patch(undo: ExitStack, model: PreTrainedModel, config: SqueezeConfig) -> Sq
     run = SqueezedModel(model, config)
     findings = run.findings
     undo.enter_context(registered())
+    for own in findings.configs:
+        if id(own) in _configs:
+            raise ValueError(
+                "the model shares its configuration object with another one that is squeezed: give it a copy, "
+                "such as copy.deepcopy(config)"
+            )
+    _configs.update(map(id, findings.configs))
+    undo.callback(_configs.difference_update, [id(own) for own in findings.configs])
     _replace(undo, model, "_prepare_cache_for_generation", partial(prepare_cache, run))
     _replace(undo, model, "init_continuous_batching", no_continuous_batching)
     decoder = findings.decoder
@@ -95,10 +106,12 @@ def _patch(undo: ExitStack, model: PreTrainedModel, config: SqueezeConfig) -> Sq
     for layer in findings.layers:
         if not layer.interface:
             undo.callback(listen(layer))
-    self_check(run)
+    self_check(run, run.evictor.needs_scores)
+    run.self_check = partial(self_check, run)
     if config.compile:
         check_blocks(findings)
         step = compiled(decode_block, model.device)
+        undo.callback(forget)
         # The number of a layer is an attribute of its modules, for each of which a graph would be made.
         undo.enter_context(torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True))
         for number, layer in enumerate(findings.layers):

@@ -18,7 +18,7 @@ from squeeze.devices import section
 from squeeze.engine import states
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.interface import current_cache
-from squeeze.engine.layer import Reading
+from squeeze.engine.layer import Reading, autocast_dtype
 from squeeze.engine.residual import Residual
 from squeeze.importance import similarity
 
@@ -52,6 +52,8 @@ class KeptPrefill:
 
     Args:
         inputs: token ids, `(batch, tokens)`.
+        positions: of the tokens, where they were given.
+        autocast: its dtype; None where it was off.
         prompt_lengths: tokens of each sequence, padding excluded.
         attn: prefill attention, as in `SqueezeConfig`.
         layers: keys, values and scores of each attention layer, see `SqueezeLayer`.
@@ -63,6 +65,8 @@ class KeptPrefill:
     """
 
     inputs: torch.Tensor
+    positions: torch.Tensor | None
+    autocast: torch.dtype | None
     prompt_lengths: list[int]
     attn: str
     layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -157,13 +161,15 @@ class Prefill:
             after = _stream_after(residual, before, change)
             self.similarities[-1][number] = similarity(before, after, self.lengths, self.cache.prompt_lengths)
 
-    def may_take_over(self, kept: KeptPrefill, inputs: torch.Tensor) -> bool:
+    def may_take_over(self, kept: KeptPrefill, inputs: torch.Tensor, positions: torch.Tensor | None) -> bool:
         """Whether a prefill of `inputs`, `(batch, tokens)` token ids, would give what `kept` holds."""
         lengths, scored = self.cache.prompt_lengths, self.cache.squeezed[0].evictor.needs_scores
+        settings = lengths, self.attn, scored, autocast_dtype(inputs.device)
         return (
-            (kept.prompt_lengths, kept.attn, kept.scored) == (lengths, self.attn, scored)
+            (kept.prompt_lengths, kept.attn, kept.scored, kept.autocast) == settings
             and (bool(kept.similarities) or not self.measured)
             and torch.equal(kept.inputs, inputs)
+            and _alike(kept.positions, positions)
         )
 
     def take_over(self, kept: KeptPrefill) -> None:
@@ -173,11 +179,15 @@ class Prefill:
         states.restore(self.cache.layers, kept.states)
         self.similarities, self.shared_seconds = [kept.similarities], kept.seconds
 
-    def keep(self, inputs: torch.Tensor, output: ModelOutput, seconds: float) -> KeptPrefill:
+    def keep(
+        self, inputs: torch.Tensor, positions: torch.Tensor | None, output: ModelOutput, seconds: float
+    ) -> KeptPrefill:
         """Keep the pass that has just ended."""
         cache = self.cache
         self.kept = KeptPrefill(
             inputs,
+            positions,
+            autocast_dtype(inputs.device),
             cache.prompt_lengths,
             self.attn,
             [layer.contents for layer in cache.squeezed],
@@ -195,6 +205,10 @@ class Prefill:
             return None
         by_chunk = torch.stack([torch.stack([values.cpu() for values in chunk]) for chunk in self.similarities])
         return by_chunk.sum(dim=0).T.numpy()
+
+
+def _alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _stream_after(residual: Residual, before: torch.Tensor, change: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from squeeze.compatibility import cache_argument
+from squeeze.devices import input_device
 from squeeze.engine.residual import Call
 from squeeze.engine.rotation import inverse_frequencies
 from squeeze.errors import InputError
@@ -73,8 +74,7 @@ class ProbePass:
         Raises:
             InputError: a cache layer is updated twice, or attention reads what is in none.
         """
-        device = self.decoder.get_input_embeddings().weight.device
-        device = torch.device("cpu") if device.type == "meta" else device  # accelerate brings inputs to where they go
+        device = input_device(self.decoder)
         token = self.config.vocab_size // 2
         inputs = {"input_ids": torch.tensor([token] * len(POSITIONS) + [token - 1], device=device)[:, None]}
         if self.positioned:

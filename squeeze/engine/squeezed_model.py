@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -21,7 +21,7 @@ from squeeze.allocations.base import Budgets, LossCurves, PromptFacts, check_bud
 from squeeze.allocations.explicit import Explicit
 from squeeze.compatibility import cache_argument, check_transformers
 from squeeze.config import SqueezeConfig, default_algorithm
-from squeeze.devices import section
+from squeeze.devices import input_device, section
 from squeeze.engine import loss_curves, states
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.findings import AttentionLayer, squeezable
@@ -57,6 +57,7 @@ class SqueezedModel:
         self.lock = threading.RLock()
         self.ropes: list[LengthwiseRope] = []
         self.compiled = config.compile
+        self.self_check: Callable[[bool], None] | None = None  # once the model is patched
         self.use(config)
         self.share_prefills = False
         self.kept_prefill: KeptPrefill | None = None
@@ -105,7 +106,13 @@ class SqueezedModel:
         squeezable(self.findings, evictor, similarities=similar, prefill_chunk=config.prefill_chunk)
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
+        if config.attn != "auto" and not all(layer.interface for layer in self.layers):
+            raise InputError(
+                f"attn {config.attn} has no effect on a model that computes attention by itself: leave it out"
+            )
         with self.lock:  # nothing is changed by a configuration that is refused
+            if self.self_check is not None:
+                self.self_check(evictor.needs_scores)
             self.config, self.evictor = config, evictor
 
     def forget_prefill(self) -> None:
@@ -129,12 +136,12 @@ class SqueezedModel:
         A prefill that is kept for other configurations is let go of first, unless the prefill under way takes it over.
         """
         self.forget_prefill()
-        inputs = tokens.to(self.model.get_input_embeddings().weight.device)
+        inputs = tokens.to(input_device(self.model))
         cache = self.cache(0)
         cache.whole = True
         given = {"input_ids": inputs, cache_argument(): cache}
         output = self.findings.decoder(**given, use_cache=True, return_dict=True)
-        return Prefill(cache, self.config.attn, similarities=[[]]).keep(inputs, output, 0.0)
+        return Prefill(cache, self.config.attn, similarities=[[]]).keep(inputs, None, output, 0.0)
 
     def fork(self, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], max_new_tokens: int) -> SqueezeCache:
         """A cache that goes on after one prompt's prefill, with other budgets in each sequence of its batch.
@@ -163,7 +170,9 @@ class SqueezedModel:
         return self.model(tokens, **{cache_argument(): cache}, use_cache=True, **more)
 
     @contextmanager
-    def prefilling(self, cache: SqueezeCache, inputs: torch.Tensor | None, plain: bool) -> Iterator[Prefill]:
+    def prefilling(
+        self, cache: SqueezeCache, inputs: torch.Tensor | None, positions: torch.Tensor | None, plain: bool
+    ) -> Iterator[Prefill]:
         """The prefill of the prompts that `cache` has begun with, whose forward pass runs inside the block.
 
         At the block's end the cache is cut. What must be measured on the prompts for their budgets, by forward passes
@@ -171,12 +180,13 @@ class SqueezedModel:
 
         Args:
             inputs: token ids, `(batch, columns)`; None where there are embeddings in their place.
-            plain: whether the pass gives nothing that a kept prefill does not have.
+            positions: of the tokens, where they are given.
+            plain: whether the pass takes and gives nothing that a kept prefill does not have.
         Raises:
             InputError: the allocation is `measured`, and there are no token ids or too few; or hidden states are not
                 finite.
         """
-        prefill = self._begin_prefill(cache, inputs, plain)
+        prefill = self._begin_prefill(cache, inputs, positions, plain)
         try:
             with prefill.listening():
                 yield prefill
@@ -186,7 +196,9 @@ class SqueezedModel:
             cache.forget()
             raise
 
-    def _begin_prefill(self, cache: SqueezeCache, inputs: torch.Tensor | None, plain: bool) -> Prefill:
+    def _begin_prefill(
+        self, cache: SqueezeCache, inputs: torch.Tensor | None, positions: torch.Tensor | None, plain: bool
+    ) -> Prefill:
         """A prefill, its loss curves where they are needed, and its budgets where they are known already."""
         config = self.config
         prefill = Prefill(cache, config.attn)
@@ -197,7 +209,7 @@ class SqueezedModel:
         prefill.measured = known and not isinstance(config.allocator, Explicit)
         if plain and self.share_prefills and inputs is not None and prefill.chunk is None:
             prefill.shared = True
-            if self.kept_prefill is not None and prefill.may_take_over(self.kept_prefill, inputs):
+            if self.kept_prefill is not None and prefill.may_take_over(self.kept_prefill, inputs, positions):
                 prefill.kept = self.kept_prefill
             self.kept_prefill = None  # let go of another one before this one is made
         prefill.losses = self._loss_curves(cache.prompt_lengths, inputs)

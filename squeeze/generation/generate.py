@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
+from squeeze.allocations.classes import CLASS_3
 from squeeze.compatibility import cache_argument
-from squeeze.devices import now, peak_memory
+from squeeze.devices import input_device, now, peak_memory
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
 from squeeze.generation.stats import SampleStats
@@ -90,8 +91,11 @@ def generate(
     for row, (prompt, new) in enumerate(zip(prompts, outputs, strict=True)):
         layers: dict[str, Any] = {}
         if run is not None:
-            layers["similarities"] = [round(float(value), 6) for value in np.asarray(run.similarities)[row]]
-            layers["classes"] = np.asarray(run.classes)[row].tolist()
+            if run.similarities is not None:
+                layers["similarities"] = [round(float(value), 6) for value in run.similarities[row]]
+            # Layers that were not sorted are all of the class that the others get their tokens from.
+            sorted_layers = run.classes is not None
+            layers["classes"] = run.classes[row].tolist() if sorted_layers else [CLASS_3] * len(run.layers)
             layers["budgets"] = np.asarray(run.budgets)[row].tolist()
             layers["notes"] = run.notes[row]
         sample = SampleStats(
@@ -124,7 +128,7 @@ def pad_left(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> tuple[t
                 f"the tokenizer gives token {int(prompt.max())}, and the model's tokens are 0 to "
                 f"{embeddings.num_embeddings - 1}: they do not belong together"
             )
-    device, pad = embeddings.weight.device, _pad_token(model)
+    device, pad = input_device(model), _pad_token(model)
     tokens = pad_sequence(list(prompts), batch_first=True, padding_value=pad, padding_side="left").to(device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
     return tokens, (torch.arange(tokens.shape[1], device=device) >= tokens.shape[1] - lengths).long()
