@@ -12,7 +12,7 @@ from reference import Reference
 from torch.nn.utils.rnn import pad_sequence
 
 from squeeze import SqueezeConfig, squeezed
-from squeeze.engine import attention
+from squeeze.engine import attention, patch
 from squeeze.engine import layer as layer_module
 from squeeze.models.loading import load
 
@@ -206,6 +206,7 @@ def test_fused_decoding_matches_the_reference(monkeypatch, algorithm, kernel):
     monkeypatch.setattr(layer_module, "decode_kernel", lambda device, dtype, scored: kernel)
     monkeypatch.setattr(attention, "scaled_dot_product_attention", laid_out)
     monkeypatch.setitem(sys.modules, "flash_attn", flash_reference)
+    monkeypatch.setattr(patch, "self_check", lambda *_: None)  # which would do the same on a few tokens
     flash_reference.calls.clear()
     model = random_model("llama", seed=9)
     prompt = torch.randint(3, 199, (45,), generator=torch.Generator().manual_seed(1))

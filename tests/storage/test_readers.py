@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_runs import make_bench, make_fidelity, make_helm, make_run
 
-from squeeze import H2O, InputError, calibrate
+from squeeze import H2O, InputError, PromptFacts, calibrate
 from squeeze.allocations import calibration, curves
 from squeeze.benchmarks.fidelity import Fidelity
 from squeeze.benchmarks.longbench import data as longbench
@@ -168,7 +168,9 @@ def loss_curves():
         found.relative(0)
         found.check("h2o", H2O(), found.losses.shape[2])
         share = found.shares[0]
-        curves.budgets(found.multiples, found.measurements(share), share, 500, 508, 2)
+        layers = found.losses.shape[2]
+        facts = PromptFacts(500, (508,) * layers, (500,) * layers, (1,) * layers, 2)
+        curves.budgets(found.multiples, found.measurements(share), share, facts)
 
     return Path("c.json"), [CURVES], use
 
