@@ -30,7 +30,7 @@ def model():
 def test_compiled_steps_give_the_plain_steps_tokens_and_buffers(model, algorithm):
     """A batch whose buffers fill first and evict later, then one prompt: no layer falls back to plain steps."""
     torch._dynamo.utils.counters.clear()
-    budgets = [5, 19, 40, 50, 60]
+    budgets = [7, 19, 40, 50, 60]  # none is the number of layers, for which a graph would be made
     for rows in (slice(0, 3), slice(1, 2)):
         held = []
         for compile in (False, True):
