@@ -197,7 +197,7 @@ def eager(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Iterator[
     which computes the same.
     """
     name = "eager"
-    if any(hasattr(layer.module, "sinks") for layer in layers):
+    if all(getattr(layer.module, "sinks", None) is not None for layer in layers):
         from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
         name = WITH_SINKS
