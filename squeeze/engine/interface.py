@@ -110,8 +110,12 @@ def attend(
     Returns:
         `(batch, tokens, heads, head_dim)`, and no probabilities.
     """
-    layer = Compiled.layer if torch.compiler.is_compiling() else _layer_of(module)
-    assert layer is not None
+    if not torch.compiler.is_compiling():
+        layer = _layer_of(module)
+    elif Compiled.layer is not None:
+        layer = Compiled.layer
+    else:  # a decoder layer that its user compiled
+        return _break_graph(module, query, key, value, scaling=scaling, softcap=softcap, s_aux=s_aux)
     facts = layer.facts
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = attention.Rule(scale, facts.window, facts.chunk, softcap, s_aux)
@@ -129,6 +133,12 @@ def attend(
         if own and layer.pending is not None:  # DiffLlama attends twice
             layer.take(scores)
     return attended.transpose(1, 2), None
+
+
+@torch.compiler.disable
+def _break_graph(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """`attend`, outside of the graph that is being traced."""
+    return attend(*args, **kwargs)
 
 
 def _layer_of(module: torch.nn.Module) -> SqueezeLayer:
