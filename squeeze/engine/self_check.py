@@ -47,12 +47,12 @@ def self_check(run: SqueezedModel, scored: bool) -> None:
         InputError: they differ, by more than rounding; the message says from which layer on.
     """
     model, key = run.model, (id(run.findings), scored)
-    if model.training or key in _passed.get(model, set()):
+    # No more than a layer's own window: a method may keep what that has left behind.
+    count = min(layer.reach(PROMPT + STEPS) for layer in run.layers)
+    if model.training or count < 2 or key in _passed.get(model, set()):
         return
     vocabulary = model.config.get_text_config().vocab_size
     device = input_device(model)
-    # No more than a layer's own window: a method may keep what that has left behind.
-    count = min(layer.reach(PROMPT + STEPS) for layer in run.layers)
     with without_autocast(device), _built_in_evictor(run, scored):
         for text in range(1 if model.dtype == torch.float32 else TEXTS):
             tokens = (torch.arange(count, device=device) * (7919 + 104 * text) % (vocabulary - 1) + 1)[None]
@@ -85,16 +85,17 @@ def _logits(run: SqueezedModel, tokens: torch.Tensor, by_layer: bool) -> tuple[l
     With `by_layer`, the hidden states of every layer, `(STEPS, hidden)`, in their place.
     """
     count, asked = tokens.shape[1], {"output_hidden_states": True} if by_layer else {}
-    prompt = tokens[:, : count - STEPS]
+    first = max(count - STEPS, 1)  # a window may be as short as that
+    prompt = tokens[:, :first]
     # Its own steps, and not one pass: in a state-space layer these are not always the same (Zamba 2).
     hybrid = run.findings.others or any(layer.hybrid for layer in run.layers)
     own = DynamicCache(config=run.findings.decoder.config) if hybrid else DynamicCache()
     run.model(prompt, **{cache_argument(): own}, use_cache=True)
-    squeezed = run.fork(run.prefill(prompt), [[count] * len(run.layers)], STEPS)
+    squeezed = run.fork(run.prefill(prompt), [[count] * len(run.layers)], count - first)
     found = []
     for cache in (own, squeezed):
         steps = []
-        for position in range(count - STEPS, count):
+        for position in range(first, count):
             output = run.step(tokens[:, position : position + 1], position, cache, **asked)
             steps.append([*output.hidden_states] if by_layer else [output.logits])
         found.append([torch.cat(parts, dim=1)[0] for parts in zip(*steps, strict=True)])

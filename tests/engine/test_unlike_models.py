@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import random_model
 from transformers import LlamaForCausalLM
 
 from squeeze import H2O, Explicit, InputError, SlidingWindow, Squeeze, SqueezeConfig, Uniform, squeezed
@@ -115,6 +116,16 @@ def test_experts_that_are_about_as_good_are_no_fault_of_the_cache(name, seed):
     """In bfloat16 a router may take another one after rounding: not in every text."""
     with squeezed(build(name, seed).to(torch.bfloat16), SlidingWindow(), Uniform(0.3)) as run:
         assert run.layers
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_a_window_shorter_than_the_self_checks_steps(window):
+    """Each layer holds its window, and the tokens are those of a model that sees no more."""
+    model = random_model("mistral", sliding_window=window)
+    expected = model.generate(IDS, **SETTINGS)
+    with squeezed(model, SlidingWindow(), Explicit([60] * 5)) as run:
+        assert model.generate(IDS, **SETTINGS).equal(expected)
+    assert run.budgets.tolist() == [[window] * 5] * 2
 
 
 def test_another_kind_of_method_is_checked_as_well(monkeypatch):
