@@ -95,7 +95,8 @@ class Reference:
             recent = list(range(count))[-(budget - self.start_size) :]
             return list(range(self.start_size)) + recent
         recent = list(range(count))[-(budget // 2) :]
-        rest = sorted(range(count - len(recent)), key=lambda p: -self.scores[i][kv][p])
+        older = range(count - len(recent))
+        rest = sorted(older, key=lambda p: (self.left(p, count), -self.scores[i][kv][p]))
         return sorted(rest[: budget - budget // 2]) + recent
 
     def victim(self, i, kv):
@@ -107,7 +108,12 @@ class Reference:
             return min(p for p in kept if p >= self.start_size)
         # the new token counts as recent, so budget // 2 - 1 of those held do
         recent = sorted(kept)[len(kept) - (budget // 2 - 1) :]
-        return min((p for p in kept if p not in recent), key=lambda p: self.scores[i][kv][p])
+        older = [p for p in kept if p not in recent]
+        return min(older, key=lambda p: (not self.left(p, self.seen), self.scores[i][kv][p]))
+
+    def left(self, position, query):
+        """Whether the model's own window would not show a token to the query at a position."""
+        return self.window is not None and position <= query - self.window
 
     @torch.no_grad()
     def step(self, token):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -64,6 +65,15 @@ class AttentionLayer:
     def reach(self, tokens: int) -> int:
         """Of so many tokens, those that the layer's own full cache holds."""
         return min(tokens, self.window or tokens, self.chunk or tokens)
+
+    def unseen(self, positions: torch.Tensor, query: torch.Tensor) -> torch.Tensor | None:
+        """Mask of the tokens at `positions` before the window or chunk of a query at `query`; None: there is neither.
+
+        The two are broadcast against one another.
+        """
+        if self.window is not None:
+            return positions <= query - self.window
+        return None if self.chunk is None else positions < query // self.chunk * self.chunk
 
     def described(self) -> dict[str, Any]:
         """Numbers and names, for files; what a layer does not have is left out."""

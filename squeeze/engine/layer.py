@@ -196,6 +196,9 @@ class SqueezeLayer(CacheLayerMixin):
         slot_positions = keys.new_full((batch, heads, slots) if placed else (0,), -1, dtype=torch.int32)
         for row, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
             row_scores = self.scores[row, :, -length:] if scored else self.scores
+            if scored:
+                every = torch.arange(length + 1, device=row_scores.device)
+                row_scores = self._in_sight(row_scores, every[:-1], every[-1:])
             kept = self._keep(length, budget, row_scores).to(keys.device).expand(heads, -1)
             count = kept.shape[1]
             for buffer, prompt in ((keys, self.keys), (values, self.values)):
@@ -263,7 +266,8 @@ class SqueezeLayer(CacheLayerMixin):
         value_dim = values.shape[3]
         rows = self.rows
         if self.evictor.needs_scores:
-            slots = self.evictor.slot(self.position, self.budget, self.slot_positions, self.scores)
+            scores = self._in_sight(self.scores, self.slot_positions, self.position[..., None])
+            slots = self.evictor.slot(self.position, self.budget, self.slot_positions, scores)
             check_slots(self.evictor, slots, (batch, heads), self.budget)
             rows = rows + slots
         rows = rows.view(-1)
@@ -274,6 +278,11 @@ class SqueezeLayer(CacheLayerMixin):
             self.scores.view(-1).index_fill_(0, rows, 0.0)
         if self.needs_positions:
             self.slot_positions.view(-1).index_copy_(0, rows, self.position.int().expand(batch, heads).reshape(-1))
+
+    def _in_sight(self, scores: torch.Tensor, positions: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Scores of tokens, by which those that the layer's own attention to a query would not see are the last."""
+        unseen = self.facts.unseen(positions, query)
+        return scores if unseen is None else scores.masked_fill(unseen, -torch.inf)
 
     def add_scores(self, probabilities: torch.Tensor) -> None:
         """Let scores grow by a step's attention probabilities, `(batch, heads, slots)`: see `_by_cached_head`."""

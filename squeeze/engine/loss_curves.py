@@ -16,10 +16,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from squeeze.allocations.base import CachedLayer, reach
+from squeeze.allocations.base import reach
 from squeeze.devices import unless_out_of_memory
 from squeeze.engine.cache import SqueezeCache
+from squeeze.engine.findings import AttentionLayer
 from squeeze.engine.prefill import KeptPrefill
+from squeeze.engine.replay import Outputs, recorded, replayed
 from squeeze.errors import InputError
 from squeeze.evictors import Evictor
 from squeeze.models.rope import LengthwiseRope, unscaled_length
@@ -42,7 +44,7 @@ class Forks(Protocol):
     ropes: list[LengthwiseRope]
 
     @property
-    def layers(self) -> Sequence[CachedLayer]: ...
+    def layers(self) -> Sequence[AttentionLayer]: ...
 
     def prefill(self, tokens: torch.Tensor) -> KeptPrefill: ...
 
@@ -95,8 +97,8 @@ def measure(
     full = run.model(prompt[None], use_cache=False, logits_to_keep=TAIL).logits[0].float().log_softmax(dim=-1)
     advance(length + len(prompt))
 
-    def losses(budgets: list[list[int]]) -> list[float]:
-        kl = divergences(run, prefill, budgets, prompt[length:], full)
+    def losses(budgets: list[list[int]], alike: Outputs) -> list[float]:
+        kl = divergences(run, prefill, budgets, prompt[length:], full, alike)
         advance(TAIL * len(budgets))
         return kl
 
@@ -106,7 +108,8 @@ def measure(
     curves, at_once = [], LAYERS_AT_ONCE[prompt.device.type]
     for share in shares:
         uniform = [tokens(layer, share) for layer in range(layers)]
-        [unchanged] = losses([uniform])
+        with recorded(run.layers) as outputs:
+            [unchanged] = losses([uniform], {})
         curves.append([[unchanged] * len(MULTIPLES) for _ in range(layers)])
         for first in range(0, layers, at_once):
             cuts = [
@@ -119,14 +122,22 @@ def measure(
                 [*uniform[:layer], tokens(layer, MULTIPLES[index] * share), *uniform[layer + 1 :]]
                 for layer, index in cuts
             ]
-            for (layer, index), loss in zip(cuts, losses(budgets), strict=True):
+            # Before the first layer that is cut, all is as it was when none was.
+            before = {layer.block for layer in run.layers[:first]}
+            alike = {block: steps for block, steps in outputs.items() if block in before}
+            for (layer, index), loss in zip(cuts, losses(budgets, alike), strict=True):
                 curves[-1][layer][index] = loss
     return curves
 
 
 @torch.inference_mode()
 def divergences(
-    run: Forks, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], text: torch.Tensor, full: torch.Tensor
+    run: Forks,
+    prefill: KeptPrefill,
+    budgets: Sequence[Sequence[int]],
+    text: torch.Tensor,
+    full: torch.Tensor,
+    alike: Outputs,
 ) -> list[float]:
     """Distance of caches cut to different budgets from the full one, over a text that follows on a prompt.
 
@@ -136,27 +147,35 @@ def divergences(
         budgets: tokens, `(caches, layers)`; run as one batch, or as several where memory is short.
         text: token ids, `(tokens,)`.
         full: the full cache's log-probabilities after each of them, `(tokens, vocabulary)`.
+        alike: what decoder layers give that need not run, since it is known.
     Returns:
         Mean KL(full || cut) over the text in nats, of each cache.
     Raises:
         torch.OutOfMemoryError: a single cache does not fit into memory.
     """
     if len(budgets) == 1:
-        return _divergences(run, prefill, budgets, text, full)
-    kl = unless_out_of_memory(lambda: _divergences(run, prefill, budgets, text, full))
+        return _divergences(run, prefill, budgets, text, full, alike)
+    kl = unless_out_of_memory(lambda: _divergences(run, prefill, budgets, text, full, alike))
     if kl is not None:
         return kl
     half = len(budgets) // 2
-    return [kl for part in (budgets[:half], budgets[half:]) for kl in divergences(run, prefill, part, text, full)]
+    parts = budgets[:half], budgets[half:]
+    return [kl for part in parts for kl in divergences(run, prefill, part, text, full, alike)]
 
 
 def _divergences(
-    run: Forks, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], text: torch.Tensor, full: torch.Tensor
+    run: Forks,
+    prefill: KeptPrefill,
+    budgets: Sequence[Sequence[int]],
+    text: torch.Tensor,
+    full: torch.Tensor,
+    alike: Outputs,
 ) -> list[float]:
     cache = run.fork(prefill, budgets, len(text))
     kl = torch.zeros(len(budgets), device=full.device)
-    for position, (token, expected) in enumerate(zip(text, full, strict=True), start=prefill.inputs.shape[1]):
-        output = run.step(token.expand(len(budgets), 1), position, cache)
-        logprobs = output.logits[:, -1].float().log_softmax(dim=-1)
-        kl += (expected.exp() * (expected - logprobs)).sum(dim=-1)
+    with replayed(alike, len(budgets)):
+        for position, (token, expected) in enumerate(zip(text, full, strict=True), start=prefill.inputs.shape[1]):
+            output = run.step(token.expand(len(budgets), 1), position, cache)
+            logprobs = output.logits[:, -1].float().log_softmax(dim=-1)
+            kl += (expected.exp() * (expected - logprobs)).sum(dim=-1)
     return (kl / len(text)).tolist()

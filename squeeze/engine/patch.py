@@ -22,6 +22,7 @@ from squeeze.engine.decoder import decoder_forward
 from squeeze.engine.generate import no_continuous_batching, prepare_cache
 from squeeze.engine.interface import registered
 from squeeze.engine.own_attention import listen
+from squeeze.engine.replay import stand_in
 from squeeze.engine.self_check import self_check
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.engine.unwrap import unwrap
@@ -94,14 +95,14 @@ def _patch(undo: ExitStack, model: PreTrainedModel, config: SqueezeConfig) -> Sq
             )
     _configs.update(map(id, findings.configs))
     undo.callback(_configs.difference_update, [id(own) for own in findings.configs])
-    _replace(undo, model, "_prepare_cache_for_generation", partial(prepare_cache, run))
-    _replace(undo, model, "init_continuous_batching", no_continuous_batching)
+    stand_in(undo, model, "_prepare_cache_for_generation", partial(prepare_cache, run))
+    stand_in(undo, model, "init_continuous_batching", no_continuous_batching)
     decoder = findings.decoder
-    _replace(undo, decoder, "forward", partial(decoder_forward, run, decoder.forward, run.decoder_arguments))
+    stand_in(undo, decoder, "forward", partial(decoder_forward, run, decoder.forward, run.decoder_arguments))
     for rotary, lengthwise in find_lengthwise(model):
         name = forward_name(rotary)
         if vars(rotary).get(name) is not lengthwise:
-            _replace(undo, rotary, name, lengthwise)
+            stand_in(undo, rotary, name, lengthwise)
         run.ropes.append(lengthwise)
     for layer in findings.layers:
         if not layer.interface:
@@ -116,15 +117,5 @@ def _patch(undo: ExitStack, model: PreTrainedModel, config: SqueezeConfig) -> Sq
         undo.enter_context(torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True))
         for number, layer in enumerate(findings.layers):
             block = layer.block
-            _replace(undo, block, "forward", partial(block_forward, step, number, block, block.forward))
+            stand_in(undo, block, "forward", partial(block_forward, step, number, block, block.forward))
     return run
-
-
-def _replace(undo: ExitStack, owner: object, name: str, value: object) -> None:
-    """Set an instance attribute; `undo` puts back what was there, or that nothing was."""
-    own = vars(owner)
-    if name in own:
-        undo.callback(setattr, owner, name, own[name])
-    else:
-        undo.callback(delattr, owner, name)
-    setattr(owner, name, value)

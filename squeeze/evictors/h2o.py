@@ -14,7 +14,8 @@ class H2O(Evictor):
     """Heavy-hitter oracle (section 4, algorithm 1), per KV head.
 
     Of a budget, `budget // 2` are the recent window (the new token counts) and the rest heavy hitters. Scores are
-    attention probabilities accumulated over all queries so far, summed over the query heads of a KV head.
+    attention probabilities accumulated over all queries so far, summed over the query heads of a KV head. What the
+    layer's own window has left behind is no heavy hitter.
     """
 
     name = "h2o"

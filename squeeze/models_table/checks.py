@@ -126,10 +126,10 @@ def check_method(model: PreTrainedModel, reference: Reference, evictor: Evictor,
 def check_full(model: PreTrainedModel, layers: Sequence[AttentionLayer], evictor: Evictor) -> None:
     """With room for every token, logits and generated tokens are the unpatched model's.
 
-    A method that keeps other tokens than the last ones must not fill a layer that has a window.
+    StreamingLLM must not fill a layer that has a window: its sinks stay, where the model's own cache lets go of them.
     """
     narrowest = min([t for layer in layers for t in (layer.window, layer.chunk) if t], default=sum(LENGTHS))
-    short = evictor.name != "sliding_window" and narrowest < max(LENGTHS) + 9
+    short = evictor.sinks > 0 and narrowest < max(LENGTHS) + 9
     lengths, steps = ((narrowest // 2, narrowest // 2 - 1), narrowest // 2) if short else (LENGTHS, 9)
     batch = Batch.of(model, lengths, steps)
     want, tokens = batch.logits(model, own_cache(model)), batch.generated(model)

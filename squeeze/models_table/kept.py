@@ -17,14 +17,16 @@ class Kept:
         evictor: sliding window, StreamingLLM or H2O.
         budget: tokens.
         kv_heads: of the layer's cache.
+        window, chunk: of the layer's own attention, or None.
     Attributes:
         held: for each KV head its positions, ascending.
         scores: attention that each position has gathered, `(kv_heads, tokens so far)`; nothing without H2O.
         query_heads: that attend to it, once `scores` are known.
     """
 
-    def __init__(self, evictor: Evictor, budget: int, kv_heads: int):
+    def __init__(self, evictor: Evictor, budget: int, kv_heads: int, window: int | None, chunk: int | None):
         self.method, self.sinks, self.budget, self.kv_heads = evictor.name, evictor.sinks, budget, kv_heads
+        self.window, self.chunk = window, chunk
         self.held: list[list[int]] = []
         self.scores = torch.empty(kv_heads, 0)
         self.query_heads = kv_heads
@@ -32,6 +34,12 @@ class Kept:
     def add(self, scores: torch.Tensor) -> None:
         """Add the attention that each position got in a forward pass, `(kv_heads, tokens so far)`."""
         self.scores = torch.nn.functional.pad(self.scores, (0, scores.shape[1] - self.scores.shape[1])) + scores
+
+    def first_seen(self, position: int) -> int:
+        """The first token that the layer's own attention shows to the one at `position`."""
+        if self.chunk is not None:
+            return position // self.chunk * self.chunk
+        return 0 if self.window is None else max(position - self.window + 1, 0)
 
     def prefill(self, tokens: int) -> None:
         """Keep what a prompt of so many tokens leaves."""
@@ -46,17 +54,18 @@ class Kept:
             return positions[: self.sinks] + positions[len(positions) - (self.budget - self.sinks) :]
         recent = positions[len(positions) - self.budget // 2 :]
         older = positions[: -len(recent)]
-        heavy = sorted(older, key=lambda position: -self.scores[head, position].item())
+        first = self.first_seen(len(positions))
+        heavy = sorted(older, key=lambda position: (position < first, -self.scores[head, position].item()))
         return sorted(heavy[: self.budget - len(recent)]) + recent
 
     def admit(self, position: int) -> None:
         """Hold the token at `position`, for which a layer that is full evicts one first."""
         for head, held in enumerate(self.held):
             if len(held) == self.budget:
-                held.remove(self._victim(head))
+                held.remove(self._victim(head, position))
             held.append(position)
 
-    def _victim(self, head: int) -> int:
+    def _victim(self, head: int, position: int) -> int:
         held = self.held[head]
         if self.method == "sliding_window":
             return held[0]
@@ -64,4 +73,5 @@ class Kept:
             return held[self.sinks]
         # The new token counts as recent, so one less of those that are held does.
         older = held[: len(held) - (self.budget // 2 - 1)]
-        return min(older, key=lambda position: self.scores[head, position].item())
+        first = self.first_seen(position)
+        return min(older, key=lambda other: (other >= first, self.scores[head, other].item()))

@@ -5,8 +5,8 @@ at every decode step each attention layer gets a mask of the tokens that it woul
 positions. Where StreamingLLM moves sink tokens, their keys are moved by a matrix that was fitted to the model's own
 keys at two positions, not by anybody's idea of RoPE.
 
-Of the probe's findings are used: which modules attend, and the index, KV heads, key width and chunk of their layer in
-the cache.
+Of the probe's findings are used: which modules attend, and the index, KV heads, key width, window and chunk of their
+layer in the cache.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Reference:
             answer: token ids, `(tokens,)`, that are fed to the model as if it had generated them.
         """
         kept = [
-            Kept(evictor, *sizes) for sizes in zip(budgets, (layer.kv_heads for layer in self.layers), strict=True)
+            Kept(evictor, budget, layer.kv_heads, layer.window, layer.chunk)
+            for budget, layer in zip(budgets, self.layers, strict=True)
         ]
         cache = WholeCache(self.model.config.get_text_config(decoder=True), evictor.sinks)
         with eager(self.model, self.layers):
@@ -170,7 +171,7 @@ def show(
     layer: AttentionLayer, kept: Kept, position: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> Pair:
     """Before attention: a mask of the tokens that are held, of those in the query's chunk."""
-    first = 0 if layer.chunk is None else position // layer.chunk * layer.chunk
+    first = 0 if layer.chunk is None else kept.first_seen(position)
     heads = [[other for other in held if other >= first] for held in kept.held]
     if all(held == heads[0] for held in heads):
         heads = heads[:1]

@@ -44,9 +44,11 @@ def slow_loss(model, algorithm, budgets, context, tail):
     return sum(losses) / len(losses)
 
 
+@pytest.mark.parametrize("at_once", [2, 5])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_curve_is_what_a_slow_loop_measures(algorithm):
+def test_a_curve_is_what_a_slow_loop_measures(monkeypatch, algorithm, at_once):
     model, share, told = random_model("llama"), Fraction(3, 10), []
+    monkeypatch.setitem(loss_curves.LAYERS_AT_ONCE, "cpu", at_once)
     with squeezed(model, SqueezeConfig(algorithm, "0.3", kv_class3="0.3")) as run:
         [curves] = loss_curves.measure(run, PROMPT, [share], told.append)
     length = len(PROMPT) - loss_curves.TAIL

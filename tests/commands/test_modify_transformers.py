@@ -33,7 +33,7 @@ def test_this_environment_passes(capsys):
         (lambda m: m.setattr(probe, "find_residuals", lambda layers, *_: [None] * len(layers)), "probe", "llama"),
         (lambda m: m.setattr(attention, "prefill", nothing_attended), "attention interface", "differ from its own"),
         (
-            lambda m: m.setattr(patch, "self_check", lambda run: m.setattr(attention, "decode", nothing)),
+            lambda m: m.setattr(patch, "self_check", lambda *_: m.setattr(attention, "decode", nothing)),
             "llama",
             "differs",
         ),

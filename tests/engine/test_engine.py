@@ -96,7 +96,7 @@ def test_sinks_that_come_after_the_prompt():
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_own_window_in_prefill(algorithm, attn):
-    """A window of 24 over a prompt of 300 tokens: prefill honours it, it caps budgets, what is kept is attended."""
+    """A window of 24 over a prompt of 300 tokens: prefill honours it, it caps budgets, and H2O's heavy hitters."""
     model = random_model("mistral", seed=6, sliding_window=24)
     prompt = torch.randint(3, 199, (300,), generator=torch.Generator().manual_seed(7))
     run = compare(model, prompt, SqueezeConfig(algorithm, "0.06", "0.05", attn=attn))
@@ -118,14 +118,17 @@ def test_room_for_everything_gives_the_full_caches_tokens(embedded, prompts, arc
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_window_model_gives_the_full_caches_tokens_up_to_the_window(embedded, prompts, algorithm):
+@pytest.mark.parametrize("shorter", [-16, 100])
+def test_room_for_a_windows_tokens_gives_the_full_caches(embedded, prompts, algorithm, shorter):
+    """Left behind while decoding, or by the prompt already; StreamingLLM's sinks stay, and its text is another then."""
     model = embedded("mistral")
     prompt = prompts[0]
-    window = model.config.sliding_window = len(prompt) + 16
+    window = model.config.sliding_window = len(prompt) - shorter
+    same = slice(None) if algorithm != "streaming" else slice(max(window, len(prompt)))
     try:
-        full = model.generate(prompt[None], max_new_tokens=32, do_sample=False)[:, :window]
+        full = model.generate(prompt[None], max_new_tokens=32, do_sample=False)[:, same]
         with squeezed(model, SqueezeConfig(algorithm, budgets=[len(prompt) + 32] * 30)) as run:
-            assert model.generate(prompt[None], max_new_tokens=32, do_sample=False)[:, :window].equal(full)
+            assert model.generate(prompt[None], max_new_tokens=32, do_sample=False)[:, same].equal(full)
         assert (run.budgets == window).all(), "the window caps budgets that are larger"
     finally:
         model.config.sliding_window = None
