@@ -197,8 +197,8 @@ def decode(
 
     Args:
         queries: `(batch, heads, 1, head_dim)`, after RoPE.
-        keys, values: the layer's first `longest` slots, or what the model made of them (latent attention), whose heads
-            are then a multiple of the layer's.
+        keys, values: the layer's slots that are attended to, or what the model made of them (latent attention), whose
+            heads are then a multiple of the layer's.
         layer: its `update` has placed the new token.
         counted: whether these queries count for scores.
     Returns:

@@ -38,6 +38,8 @@ class SqueezeCache(Cache):
         by_module: the layer that an attention module attends to.
         owner: the model that the cache was made for, and the evictor of its run then.
         whole: whether the prompt is only to be read, and never cut (`SqueezedModel.prefill`).
+        whole_buffers: whether decode steps attend to empty slots, too, and mask them: then shapes stay what they are,
+            and a compiled step is compiled once.
         prompt_lengths: tokens of each sequence's prompt, padding excluded.
         columns: tokens of the longest prompt, to which the others are padded on the left.
         budgets: tokens, `(layers, batch)`; with no columns until every layer is cut.
@@ -55,7 +57,7 @@ class SqueezeCache(Cache):
         self.findings = findings
         self._make_layers(evictor)
         self.owner: tuple[Any, Evictor] = None, evictor
-        self.whole = False
+        self.whole = self.whole_buffers = False
         self.max_new_tokens = max_new_tokens
         self.prompt_lengths: list[int] = []
         self.columns = 0
@@ -137,10 +139,13 @@ class SqueezeCache(Cache):
         """Lengths are worked out on the host as well, so that a decode step never waits for its device."""
         seen = np.array(self.prompt_lengths) + self.steps + 1
         kept = np.minimum(seen, self.budgets)
-        longest = kept.max(axis=1)
+        slots = self.budgets.max(axis=1)
+        longest = slots if self.whole_buffers else kept.max(axis=1)
         ragged = kept.min(axis=1) < longest
-        for layer, layer_longest, layer_ragged in zip(self.squeezed, longest.tolist(), ragged.tolist(), strict=True):
-            layer.longest, layer.ragged = layer_longest, layer_ragged
+        counts = longest.tolist(), slots.tolist(), ragged.tolist()
+        for layer, seen_slots, all_slots, layer_ragged in zip(self.squeezed, *counts, strict=True):
+            layer.longest = None if seen_slots == all_slots else seen_slots
+            layer.ragged = layer_ragged
         evicting = bool((kept < seen).any())
         for schedule in self.schedules:
             schedule.advance(evicting)

@@ -66,19 +66,42 @@ def decode_block(block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(block).forward(block, *args, **kwargs)
 
 
-@torch.compiler.disable
-def block_forward(step: Callable[..., Any], number: int, block: torch.nn.Module, original, *args: Any, **kwargs: Any):
-    """Stands in for a decoder layer's forward pass where its decode step is compiled, as `step`.
+class CompiledBlock:
+    """Stands in for a decoder layer's forward pass where its decode step is compiled.
+
+    What would tell layers apart, and have a graph made for each, is the same for all of them during the step.
 
     Args:
+        step: `decode_block`, compiled.
         number: of the cache layer that it works on, among those that are squeezed.
+        block: the decoder layer.
     """
-    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, SqueezeCache)), None)
-    if cache is None or not cache.compressed:
-        return original(*args, **kwargs)
-    alone = OneLayer(cache.squeezed[number])
-    args = tuple(alone if value is cache else value for value in args)
-    return step(block, *args, **{name: alone if value is cache else value for name, value in kwargs.items()})
+
+    def __init__(self, step: Callable[..., Any], number: int, block: torch.nn.Module):
+        self.step, self.number, self.block, self.original = step, number, block, block.forward
+        self.numbered = [vars(module) for module in block.modules() if "layer_idx" in vars(module)]
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, SqueezeCache)), None)
+        if cache is None or not cache.compressed:
+            return self.original(*args, **kwargs)
+        layer = cache.squeezed[self.number]
+        # Not parts of tensors of all layers, each of which begins elsewhere.
+        layer.budget, layer.lengths, layer.rows = layer.budget.clone(), layer.lengths.clone(), layer.rows.clone()
+        given = {id(cache): OneLayer(layer), id(kwargs.get("attention_mask")): None}  # which `attend` does not look at
+        args, kwargs = (
+            tuple(given.get(id(value), value) for value in args),
+            {name: given.get(id(value), value) for name, value in kwargs.items()},
+        )
+        numbers = [attributes["layer_idx"] for attributes in self.numbered]
+        try:
+            for attributes in self.numbered:
+                attributes["layer_idx"] = 0
+            return self.step(self.block, *args, **kwargs)
+        finally:
+            for attributes, own in zip(self.numbered, numbers, strict=True):
+                attributes["layer_idx"] = own
 
 
 def check_blocks(findings: Findings) -> None:

@@ -98,8 +98,8 @@ class SqueezeLayer(CacheLayerMixin):
         lengths: tokens of each sequence after the step, `(batch, 1)`.
         rows: where the step writes in `keys` and `values` seen as `(batch * kv_heads * slots, head_dim)`, int64,
             `(batch, kv_heads)`; with scores only each buffer's first row, to which the evictor adds its slot.
-        longest: tokens of the sequence with the most, after the step.
-        ragged: whether sequences hold different numbers of tokens.
+        longest: slots that are attended to; None: all of them.
+        ragged: whether some of these are empty in some sequence.
         kernel: of attention in decode steps, see `decode_kernel`.
     """
 
@@ -110,7 +110,7 @@ class SqueezeLayer(CacheLayerMixin):
     budget: torch.Tensor
     lengths: torch.Tensor
     rows: torch.Tensor
-    longest: int
+    longest: int | None
     ragged: bool
     kernel: str
 
@@ -130,11 +130,13 @@ class SqueezeLayer(CacheLayerMixin):
         Args:
             keys, values: `(batch, kv_heads, tokens, head_dim)`, left-padded; one token in a decode step.
         Returns:
-            The first `longest` slots in a decode step; the prompt, or what is kept of it and its next chunk.
+            The slots that are attended to in a decode step; the prompt, or what is kept of it and its next chunk.
         """
         keys, values = as_autocast(keys.detach(), values.detach())
         if self.reading is None:
             self.write(keys, values)
+            if self.longest is None:
+                return self.keys, self.values
             return self.keys[:, :, : self.longest], self.values[:, :, : self.longest]
         # Copies, where they are a part of a larger product that would stay in memory with them.
         self.pending = _apart(keys), values.contiguous()

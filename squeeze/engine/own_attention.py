@@ -45,8 +45,8 @@ def _give_mask(
 
 def slot_mask(layer: SqueezeLayer, dtype: torch.dtype) -> torch.Tensor:
     """What is added to the logits of a decode step, `(batch, 1, 1, slots)`: 0, or `dtype`'s least for empty slots."""
-    slots = torch.arange(layer.longest, device=layer.lengths.device)
-    mask = torch.zeros(len(layer.lengths), layer.longest, dtype=dtype, device=layer.lengths.device)
+    slots = torch.arange(layer.keys.shape[2], device=layer.lengths.device)[: layer.longest]
+    mask = torch.zeros(len(layer.lengths), len(slots), dtype=dtype, device=layer.lengths.device)
     return mask.masked_fill_(slots >= layer.lengths, torch.finfo(dtype).min)[:, None, None]
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from squeeze.allocations.base import Allocation
 from squeeze.config import SqueezeConfig, as_config
-from squeeze.engine.compiling import block_forward, check_blocks, compiled, decode_block, forget
+from squeeze.engine.compiling import CompiledBlock, check_blocks, compiled, decode_block, forget
 from squeeze.engine.decoder import decoder_forward
 from squeeze.engine.generate import no_continuous_batching, prepare_cache
 from squeeze.engine.interface import registered
@@ -113,9 +113,6 @@ def _patch(undo: ExitStack, model: PreTrainedModel, config: SqueezeConfig) -> Sq
         check_blocks(findings)
         step = compiled(decode_block, model.device)
         undo.callback(forget)
-        # The number of a layer is an attribute of its modules, for each of which a graph would be made.
-        undo.enter_context(torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True))
         for number, layer in enumerate(findings.layers):
-            block = layer.block
-            stand_in(undo, block, "forward", partial(block_forward, step, number, block, block.forward))
+            stand_in(undo, layer.block, "forward", CompiledBlock(step, number, layer.block))
     return run

@@ -38,7 +38,8 @@ class Schedule:
         self.layers, self.evictor = layers, layers[0].evictor
         rotation = layers[0].facts.rotation
         self.rotation = None if rotation is None else replace(rotation, inv_freq=rotation.inv_freq.to(device))
-        self.position = torch.tensor(lengths, device=device)[:, None]
+        # No view of another tensor, as later positions are none: a compiled step would be compiled again.
+        self.position = torch.tensor([[length] for length in lengths], device=device)
         self.budgets = torch.tensor(budgets, device=device)[..., None]
         slots = torch.tensor([layer.keys.shape[2] for layer in layers], device=device)
         self.first_rows = (torch.arange(batch * heads, device=device) * slots[:, None]).view(-1, batch, heads)

@@ -127,7 +127,7 @@ class SqueezedModel:
         """
         whole_number("max_new_tokens", max_new_tokens, 0)
         made = SqueezeCache(self.evictor, self.findings, max_new_tokens)
-        made.owner = self.model, self.evictor
+        made.owner, made.whole_buffers = (self.model, self.evictor), self.compiled
         return made
 
     def prefill(self, tokens: torch.Tensor) -> KeptPrefill:

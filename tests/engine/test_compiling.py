@@ -30,7 +30,7 @@ def model():
 def test_compiled_steps_give_the_plain_steps_tokens_and_buffers(model, algorithm):
     """A batch whose buffers fill first and evict later, then one prompt: no layer falls back to plain steps."""
     torch._dynamo.utils.counters.clear()
-    budgets = [7, 19, 40, 50, 60]  # none is the number of layers, for which a graph would be made
+    budgets = [7, 19, 40, 50, 60]
     for rows in (slice(0, 3), slice(1, 2)):
         held = []
         for compile in (False, True):
@@ -46,7 +46,8 @@ def test_compiled_steps_give_the_plain_steps_tokens_and_buffers(model, algorithm
             torch.testing.assert_close(other.scores, one.scores, atol=1e-4, rtol=1e-4)
             assert other.slot_positions.equal(one.slot_positions)
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] >= 1, "something was compiled"
+    # Where a sequence has empty slots and where none has, of a batch and of one prompt; and what tries the compiler.
+    assert 4 <= counters["stats"]["unique_graphs"] <= 5
     assert not counters["graph_break"], dict(counters["graph_break"])
 
 

@@ -120,7 +120,7 @@ def test_room_for_everything_gives_the_full_caches_tokens(embedded, prompts, arc
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("shorter", [-16, 100])
 def test_room_for_a_windows_tokens_gives_the_full_caches(embedded, prompts, algorithm, shorter):
-    """Left behind while decoding, or by the prompt already; StreamingLLM's sinks stay, and its text is another then."""
+    """Left behind while decoding, or by the prompt; StreamingLLM's sinks stay, and its text is another then."""
     model = embedded("mistral")
     prompt = prompts[0]
     window = model.config.sliding_window = len(prompt) - shorter

@@ -13,8 +13,8 @@ from squeeze.models_table.zoo import build
 PROMPT = torch.arange(3, 90).repeat(3)[:200]
 SHARE = Fraction(3, 10)
 
-#: Plain, with attention and MLP side by side, with experts, with tuples, with a state space between attention layers or
-#: beside them, with one block at several depths, with layers that share a cache, with streams of four dimensions.
+#: Plain, with attention and MLP side by side, with experts, with tuples, with a state space between attention layers
+#: or beside them, with one block at several depths, with layers that share a cache, with streams of four dimensions.
 FAMILIES = ("llama", "gpt_neox", "mixtral", "falcon", "jamba", "falcon_h1", "zamba2", "gemma3n_text", "deepseek_v3")
 
 
