@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from squeeze.allocations.base import Allocation
