@@ -24,12 +24,15 @@ from squeeze.evictors.sliding_window import SlidingWindow
 #: Tokens of the prompt, and those that are fed one by one after it.
 PROMPT, STEPS = 12, 3
 
-#: Texts that are tried in 16 bits until one passes: where two experts are about as good, rounding makes a router take
-#: another one, and what comes out is far off. A fault would be there in every text.
+#: Texts that are tried until one passes, where numbers are coarse: where two experts are about as good, rounding makes
+#: a router take another one, and what comes out is far off. A fault would be there in every text.
 TEXTS = 4
 
 #: How far logits may be apart, as a fraction of the largest one.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+#: The same of a quantized model, some of which round what goes into a layer to 8 bits (bitsandbytes' int8).
+QUANTIZED = 2e-1
 
 #: Models that have passed, and with which findings and methods.
 _passed: WeakKeyDictionary[PreTrainedModel, set[tuple[int, bool]]] = WeakKeyDictionary()
@@ -53,12 +56,13 @@ def self_check(run: SqueezedModel, scored: bool) -> None:
         return
     vocabulary = model.config.get_text_config().vocab_size
     device = input_device(model)
+    tolerance = QUANTIZED if getattr(model, "is_quantized", False) else TOLERANCE.get(model.dtype, 5e-2)
     with without_autocast(device), _built_in_evictor(run, scored):
-        for text in range(1 if model.dtype == torch.float32 else TEXTS):
+        for text in range(1 if tolerance == TOLERANCE[torch.float32] else TEXTS):
             tokens = (torch.arange(count, device=device) * (7919 + 104 * text) % (vocabulary - 1) + 1)[None]
             [own], [squeezed] = _logits(run, tokens, by_layer=False)
             error = _apart(squeezed, own)
-            if error <= TOLERANCE.get(model.dtype, 5e-2):
+            if error <= tolerance:
                 _passed.setdefault(model, set()).add(key)
                 return
         errors = [_apart(mine, theirs) for theirs, mine in zip(*_logits(run, tokens, by_layer=True), strict=True)]

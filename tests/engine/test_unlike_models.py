@@ -1,6 +1,7 @@
 """What only some architectures bring into the engine: inputs and outputs of their own, states, experts, wide keys."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from squeeze import H2O, Explicit, InputError, SlidingWindow, Squeeze, SqueezeConfig, Uniform, squeezed
 from squeeze.devices import input_device
-from squeeze.engine import patch
+from squeeze.engine import attention, patch
 from squeeze.generation.generate import generate
 from squeeze.generation.stats import summarize
 from squeeze.models_table.zoo import build
@@ -134,3 +135,16 @@ def test_another_kind_of_method_is_checked_as_well(monkeypatch):
     with squeezed(build("llama"), SlidingWindow(), Uniform(0.3)) as run:
         run.use(SqueezeConfig("h2o", 0.3, 0.3))
     assert checked == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("off", "quantized", "passes"), [(0.05, False, False), (0.05, True, True), (1.5, True, False)]
+)
+def test_a_quantized_model_may_round_more(monkeypatch, off, quantized, passes):
+    """Some round what goes into a layer to 8 bits; a fault is larger than that."""
+    model, decode = build("llama"), attention.decode
+    model.is_quantized = quantized
+    monkeypatch.setattr(attention, "decode", lambda *given: decode(*given) * (1 + off))
+    refused = pytest.raises(InputError, match=r"cannot be squeezed here: .* differ from its own")
+    with nullcontext() if passes else refused, squeezed(model, SlidingWindow(), Uniform(0.3)):
+        pass
