@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from squeeze.engine.cache import SqueezeCache
-from squeeze.engine.findings import Findings
+from squeeze.engine.findings import AttentionLayer, Findings
 from squeeze.engine.layer import SqueezeLayer
 from squeeze.errors import InputError
 
@@ -69,17 +69,20 @@ def decode_block(block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 class CompiledBlock:
     """Stands in for a decoder layer's forward pass where its decode step is compiled.
 
-    What would tell layers apart, and have a graph made for each, is the same for all of them during the step.
+    What would tell layers apart, and have a graph made for each, is the same for all of them during the step: where
+    parts of larger tensors begin, and the number that attention gives to `update`, of which transformers' own code
+    makes no other use. Others' code may, and is compiled for each number.
 
     Args:
         step: `decode_block`, compiled.
         number: of the cache layer that it works on, among those that are squeezed.
-        block: the decoder layer.
+        layer: attention and the decoder layer around it.
     """
 
-    def __init__(self, step: Callable[..., Any], number: int, block: torch.nn.Module):
-        self.step, self.number, self.block, self.original = step, number, block, block.forward
-        self.numbered = [vars(module) for module in block.modules() if "layer_idx" in vars(module)]
+    def __init__(self, step: Callable[..., Any], number: int, layer: AttentionLayer):
+        self.step, self.number, self.block, self.original = step, number, layer.block, layer.block.forward
+        own, known = vars(layer.module), type(layer.module).__module__.startswith("transformers.")
+        self.numbered = own if known and "layer_idx" in own else None
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,21 +90,19 @@ class CompiledBlock:
         if cache is None or not cache.compressed:
             return self.original(*args, **kwargs)
         layer = cache.squeezed[self.number]
-        # Not parts of tensors of all layers, each of which begins elsewhere.
         layer.budget, layer.lengths, layer.rows = layer.budget.clone(), layer.lengths.clone(), layer.rows.clone()
         given = {id(cache): OneLayer(layer), id(kwargs.get("attention_mask")): None}  # which `attend` does not look at
         args, kwargs = (
             tuple(given.get(id(value), value) for value in args),
             {name: given.get(id(value), value) for name, value in kwargs.items()},
         )
-        numbers = [attributes["layer_idx"] for attributes in self.numbered]
+        if self.numbered is None:
+            return self.step(self.block, *args, **kwargs)
+        index, self.numbered["layer_idx"] = self.numbered["layer_idx"], 0
         try:
-            for attributes in self.numbered:
-                attributes["layer_idx"] = 0
             return self.step(self.block, *args, **kwargs)
         finally:
-            for attributes, own in zip(self.numbered, numbers, strict=True):
-                attributes["layer_idx"] = own
+            self.numbered["layer_idx"] = index
 
 
 def check_blocks(findings: Findings) -> None:

@@ -282,9 +282,9 @@ class SqueezeLayer(CacheLayerMixin):
             self.slot_positions.view(-1).index_copy_(0, rows, self.position.int().expand(batch, heads).reshape(-1))
 
     def _in_sight(self, scores: torch.Tensor, positions: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """Scores of tokens, by which those that the layer's own attention to a query would not see are the last."""
+        """Scores of tokens: -1, less than any other, of those that the layer's own attention to a query hides."""
         unseen = self.facts.unseen(positions, query)
-        return scores if unseen is None else scores.masked_fill(unseen, -torch.inf)
+        return scores if unseen is None else scores.masked_fill(unseen, -1.0)
 
     def add_scores(self, probabilities: torch.Tensor) -> None:
         """Let scores grow by a step's attention probabilities, `(batch, heads, slots)`: see `_by_cached_head`."""

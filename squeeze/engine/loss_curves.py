@@ -9,7 +9,9 @@ evictions at every step, so that a curve measures what a run would do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from fractions import Fraction
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -34,6 +36,9 @@ MULTIPLES = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(
 
 #: Layers that are cut in one batch, each to all sizes, by the kind of device; fewer where memory is short.
 LAYERS_AT_ONCE = {"cpu": 5, "cuda": 64}
+
+
+Beside = Callable[[SqueezeCache], AbstractContextManager[None]]
 
 
 class Forks(Protocol):
@@ -97,8 +102,8 @@ def measure(
     full = run.model(prompt[None], use_cache=False, logits_to_keep=TAIL).logits[0].float().log_softmax(dim=-1)
     advance(length + len(prompt))
 
-    def losses(budgets: list[list[int]], alike: Outputs) -> list[float]:
-        kl = divergences(run, prefill, budgets, prompt[length:], full, alike)
+    def losses(budgets: list[list[int]], beside: Beside) -> list[float]:
+        kl = divergences(run, prefill, budgets, prompt[length:], full, beside)
         advance(TAIL * len(budgets))
         return kl
 
@@ -108,8 +113,8 @@ def measure(
     curves, at_once = [], LAYERS_AT_ONCE[prompt.device.type]
     for share in shares:
         uniform = [tokens(layer, share) for layer in range(layers)]
-        with recorded(run.layers) as outputs:
-            [unchanged] = losses([uniform], {})
+        outputs: Outputs = {}
+        [unchanged] = losses([uniform], partial(recorded, run.layers, outputs))
         curves.append([[unchanged] * len(MULTIPLES) for _ in range(layers)])
         for first in range(0, layers, at_once):
             cuts = [
@@ -125,7 +130,7 @@ def measure(
             # Before the first layer that is cut, all is as it was when none was.
             before = {layer.block for layer in run.layers[:first]}
             alike = {block: steps for block, steps in outputs.items() if block in before}
-            for (layer, index), loss in zip(cuts, losses(budgets, alike), strict=True):
+            for (layer, index), loss in zip(cuts, losses(budgets, partial(replayed, alike)), strict=True):
                 curves[-1][layer][index] = loss
     return curves
 
@@ -137,7 +142,7 @@ def divergences(
     budgets: Sequence[Sequence[int]],
     text: torch.Tensor,
     full: torch.Tensor,
-    alike: Outputs,
+    beside: Beside,
 ) -> list[float]:
     """Distance of caches cut to different budgets from the full one, over a text that follows on a prompt.
 
@@ -147,20 +152,20 @@ def divergences(
         budgets: tokens, `(caches, layers)`; run as one batch, or as several where memory is short.
         text: token ids, `(tokens,)`.
         full: the full cache's log-probabilities after each of them, `(tokens, vocabulary)`.
-        alike: what decoder layers give that need not run, since it is known.
+        beside: given each cache, a block that its steps run in.
     Returns:
         Mean KL(full || cut) over the text in nats, of each cache.
     Raises:
         torch.OutOfMemoryError: a single cache does not fit into memory.
     """
     if len(budgets) == 1:
-        return _divergences(run, prefill, budgets, text, full, alike)
-    kl = unless_out_of_memory(lambda: _divergences(run, prefill, budgets, text, full, alike))
+        return _divergences(run, prefill, budgets, text, full, beside)
+    kl = unless_out_of_memory(lambda: _divergences(run, prefill, budgets, text, full, beside))
     if kl is not None:
         return kl
     half = len(budgets) // 2
     parts = budgets[:half], budgets[half:]
-    return [kl for part in parts for kl in divergences(run, prefill, part, text, full, alike)]
+    return [kl for part in parts for kl in divergences(run, prefill, part, text, full, beside)]
 
 
 def _divergences(
@@ -169,11 +174,11 @@ def _divergences(
     budgets: Sequence[Sequence[int]],
     text: torch.Tensor,
     full: torch.Tensor,
-    alike: Outputs,
+    beside: Beside,
 ) -> list[float]:
     cache = run.fork(prefill, budgets, len(text))
     kl = torch.zeros(len(budgets), device=full.device)
-    with replayed(alike, len(budgets)):
+    with beside(cache):
         for position, (token, expected) in enumerate(zip(text, full, strict=True), start=prefill.inputs.shape[1]):
             output = run.step(token.expand(len(budgets), 1), position, cache)
             logprobs = output.logits[:, -1].float().log_softmax(dim=-1)

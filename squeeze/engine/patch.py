@@ -113,5 +113,5 @@ def _patch(undo: ExitStack, model: PreTrainedModel, config: SqueezeConfig) -> Sq
         step = compiled(decode_block, model.device)
         undo.callback(forget)
         for number, layer in enumerate(findings.layers):
-            stand_in(undo, layer.block, "forward", CompiledBlock(step, number, layer.block))
+            stand_in(undo, layer.block, "forward", CompiledBlock(step, number, layer))
     return run

@@ -3,50 +3,67 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.findings import AttentionLayer
+from squeeze.engine.interface import current_cache
 
-#: Of each decoder layer, what came out of it at every step, `(1, 1, hidden)`, alone or first in a tuple.
+#: Of each decoder layer, what its forward pass gave at every step: a hidden state `(1, 1, hidden)`, alone or as the
+#: first of a tuple.
 Outputs = dict[nn.Module, list[Any]]
 
 
 @contextmanager
-def recorded(layers: Sequence[AttentionLayer]) -> Iterator[Outputs]:
-    """A block whose decode steps of one sequence are recorded; what it gives is whole at its end.
+def recorded(layers: Sequence[AttentionLayer], outputs: Outputs, cache: SqueezeCache) -> Iterator[None]:
+    """A block whose decode steps on a cache of one sequence are recorded in `outputs`, which are whole at its end.
 
-    Left out are decoder layers that hold several attention layers, or one that others use as well, and those that do
-    not give a hidden state `(1, 1, hidden)` (Gemma 3n).
+    Left out are decoder layers that hold several attention layers, or one that others use as well, and those that give
+    something else than a hidden state (Gemma 3n).
 
     Args:
         layers: all of a model's attention layers.
     """
-    counts = Counter(layer.block for layer in layers)
-    outputs: Outputs = {layer.block: [] for layer in layers if counts[layer.block] == len(layer.users) == 1}
+    counts, before = Counter(layer.block for layer in layers), cache.steps
+    blocks = [layer.block for layer in layers if counts[layer.block] == len(layer.users) == 1]
 
-    def record(block: nn.Module, _: Any, output: Any) -> None:
-        outputs[block].append(output)
+    def record(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if current_cache() is cache:  # and no other pass, of a hook or of another thread
+            outputs.setdefault(block, []).append(output)
+        return output
 
-    with ExitStack() as hooks:
-        for block in outputs:
-            hooks.callback(block.register_forward_hook(record).remove)
-        yield outputs
+    with ExitStack() as undo:
+        for block in blocks:
+            stand_in(undo, block, "forward", partial(record, block, block.forward))
+        yield
     for block, steps in list(outputs.items()):
-        if any(_hidden(output).shape[:-1] != (1, 1) for output in steps):
+        if len(steps) != cache.steps - before or not all(map(_is_hidden, steps)):
             del outputs[block]
 
 
 @contextmanager
-def replayed(outputs: Outputs, sequences: int) -> Iterator[None]:
+def replayed(outputs: Outputs, cache: SqueezeCache) -> Iterator[None]:
     """A block in whose decode steps these decoder layers do not run, and give what they gave, to each sequence."""
+    sequences = len(cache.prompt_lengths)
+
+    def replay(steps: Iterator[Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if current_cache() is not cache:
+            return forward(*args, **kwargs)
+        output = next(steps)
+        if isinstance(output, tuple):
+            return tuple(_for_each(value, sequences) for value in output)
+        return _for_each(output, sequences)
+
     with ExitStack() as undo:
         for block, steps in outputs.items():
-            stand_in(undo, block, "forward", _Replay(steps, sequences))
+            stand_in(undo, block, "forward", partial(replay, iter(steps), block.forward))
         yield
 
 
@@ -60,17 +77,13 @@ def stand_in(undo: ExitStack, owner: object, name: str, value: object) -> None:
     setattr(owner, name, value)
 
 
-def _hidden(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _is_hidden(output: Any) -> bool:
+    hidden = output[0] if isinstance(output, tuple) else output
+    return isinstance(hidden, torch.Tensor) and hidden.shape[:-1] == (1, 1)
 
 
-class _Replay:
-    """Stands in for a decoder layer's forward pass."""
-
-    def __init__(self, steps: Sequence[Any], sequences: int):
-        self.steps, self.sequences = iter(steps), sequences
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = next(self.steps)
-        hidden = _hidden(output).expand(self.sequences, -1, -1).contiguous()
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+def _for_each(value: Any, sequences: int) -> Any:
+    """A tensor of one sequence for several; a copy, which the next layer may write to."""
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != 1:
+        return value
+    return value.expand(sequences, *value.shape[1:]).clone(memory_format=torch.contiguous_format)

@@ -20,8 +20,8 @@ class Evictor(Strategy, ABC):
 
     Attributes:
         needs_scores: whether attention probabilities are accumulated for the method. They are float32, added up over
-            all queries so far and over the query heads of a KV head; minus infinity where a token has left the layer's
-            own window or chunk, so that it is the first to go.
+            all queries so far and over the query heads of a KV head; -1 where a token has left the layer's own window
+            or chunk: less than any other, so that it is the first to go.
         sinks: tokens at the start of a sequence that stay in the first slots. Their keys are turned as if they moved
             closer to the recent ones while tokens between are evicted, as StreamingLLM does.
         fixed_slots: whether a token's slot does not depend on the tokens after it, so that a prompt can be prefilled

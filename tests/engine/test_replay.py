@@ -26,10 +26,18 @@ def measured(model, monkeypatch, at_once):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_curves_are_those_of_passes_through_all_layers(monkeypatch, family):
-    model = build(family)
+    model, counts = build(family), []
+    original = loss_curves.replayed
+
+    def replayed(outputs, cache):
+        counts.append(len(outputs))
+        return original(outputs, cache)
+
+    monkeypatch.setattr(loss_curves, "replayed", replayed)
     found, expected = measured(model, monkeypatch, 1), measured(model, monkeypatch, 64)
     assert expected.max() > 1e-4
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    assert max(counts) == {"gemma3n_text": 0, "jamba": 1, "zamba2": 1}.get(family, 3)
 
 
 def test_layers_before_the_cut_run_no_more(monkeypatch):
@@ -40,3 +48,32 @@ def test_layers_before_the_cut_run_no_more(monkeypatch):
     steps = [count - passes[0] for count in passes]
     assert steps == [0, 0, loss_curves.TAIL, loss_curves.TAIL, 2 * loss_curves.TAIL]
     assert not any("forward" in vars(block) for block in model.model.layers), "their own passes are back"
+
+
+def test_a_users_hook_adds_to_what_a_layer_gives_once(monkeypatch):
+    model = random_model("llama")
+    vector = 5 * torch.randn(48, generator=torch.Generator().manual_seed(1))
+    without = measured(model, monkeypatch, 1)
+    model.model.layers[1].register_forward_hook(lambda _, given, output: output + vector)
+    found, expected = measured(model, monkeypatch, 1), measured(model, monkeypatch, 64)
+    assert (expected - without).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_pass_that_a_users_hook_starts_runs_all_layers(monkeypatch):
+    model, token, seen = random_model("llama"), torch.tensor([[5]]), []
+    alone, without = model(token, use_cache=False).logits, measured(model, monkeypatch, 1)
+    monkeypatch.setitem(loss_curves.LAYERS_AT_ONCE, "cpu", 1)
+
+    def start_a_pass(*_):
+        if not starting:
+            starting.append(True)
+            seen.append(model(token, use_cache=False).logits)
+            starting.clear()
+
+    with squeezed(model, SqueezeConfig("sliding_window", "0.3", "0.3")) as run:
+        starting = []
+        model.model.layers[4].mlp.register_forward_hook(start_a_pass)
+        found = torch.tensor(loss_curves.measure(run, PROMPT, [SHARE]))
+    assert len(seen) > 6 * loss_curves.TAIL and all(torch.allclose(one, alone, atol=1e-5) for one in seen)
+    torch.testing.assert_close(found, without, rtol=1e-3, atol=1e-6)
