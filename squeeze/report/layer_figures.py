@@ -70,7 +70,7 @@ def budget_bars(layers: pd.DataFrame, ini_size: float, title: str) -> Figure:
 
     Args:
         layers: `layers.parse_layers` of one run.
-        ini_size: what every layer would have uniformly, drawn as a line.
+        ini_size: what every layer would have uniformly of what it reaches, drawn as a line.
     """
     grouped = layers.groupby("layer")
     shares = 100 * grouped["share"].agg(["mean", "min", "max"])
@@ -86,7 +86,9 @@ def budget_bars(layers: pd.DataFrame, ini_size: float, title: str) -> Figure:
             axes.bar(part.index, part["mean"], width=0.9, label=f"class {layer_class}, layers: {len(part)}", **bars)
         varied = shares[shares["max"] - shares["min"] > 0.5]
         axes.vlines(varied.index, varied["min"], varied["max"], color="#222222", linewidth=0.9)
-        axes.axhline(100 * ini_size, color="#222222", linewidth=1, linestyle="--", label=f"uniform, {ini_size:g}")
+        uniform = 100 * ini_size * grouped["reach"].mean()
+        line: Any = {"color": "#222222", "linewidth": 1, "linestyle": "--", "label": f"uniform, {ini_size:g}"}
+        axes.stairs(uniform, np.arange(len(uniform) + 1) - 0.5, baseline=None, **line)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
         axes.set_xlim(-0.8, len(shares) - 0.2)
         figure.legend(loc="outside lower center", ncols=2, handlelength=2)

@@ -11,7 +11,7 @@ from squeeze.allocations import calibration
 from squeeze.benchmarks.records import LayeredSample, check_layers, read_samples
 from squeeze.errors import InputError
 from squeeze.report.results import GROUP
-from squeeze.runs.manifest import Manifest
+from squeeze.runs.manifest import Manifest, ProbedRun
 from squeeze.storage.files import read_bytes, read_json
 
 
@@ -34,13 +34,16 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
 
     Returns:
         A row for each prompt and layer, in order: `prompt` and `layer` from 0, `similarity` (NaN in runs that did not
-        keep it), `layer_class` 1 to 3, `budget` in tokens, and `share`, the budget as a fraction of the prompt.
+        keep it), `layer_class` 1 to 3, `budget` in tokens, `share`, the budget as a fraction of the prompt, and
+        `reach`, that part of the prompt which `ini_size` is a fraction of (docs/budgets.md): less than 1 in a layer whose
+        own window is shorter.
     Raises:
         InputError: the run's samples are damaged or have no budgets.
     """
     path = folder / "samples" / f"{dataset}.jsonl"
     samples = read_samples(read_bytes(path), path, LayeredSample)
     check_layers(samples, path)
+    windows = _windows(folder, dataset)
     rows = []
     for sample in samples:
         stats = sample["stats"]
@@ -49,10 +52,26 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
             zip(similarities, stats.classes, stats.budgets, strict=True)
         ):
             row = {"prompt": sample["index"], "layer": layer, "similarity": similarity, "layer_class": layer_class}
-            rows.append(row | {"budget": budget, "share": budget / stats.prompt_tokens})
+            reach = min(windows.get(layer, stats.prompt_tokens), stats.prompt_tokens) / stats.prompt_tokens
+            rows.append(row | {"budget": budget, "share": budget / stats.prompt_tokens, "reach": reach})
     frame = pd.DataFrame(rows)
     frame["similarity"] = frame["similarity"].astype(float)
     return frame
+
+
+def _windows(folder: Path, dataset: str) -> dict[int, int]:
+    """Tokens that the own windows or chunks of layers hold, by their numbers; empty where all layers are alike."""
+    starts = read_json(folder / "run.json", ProbedRun)["datasets"][dataset]["starts"]
+    kinds = next((attention["layers"] for start in reversed(starts) if (attention := start.get("attention"))), [])
+    if len({(kind.get("window"), kind.get("chunk")) for kind in kinds}) < 2:
+        return {}
+    found: dict[int, int] = {}
+    for kind in kinds:
+        tokens = kind.get("window", kind.get("chunk"))
+        for span in kind["layers"].split(", ") if tokens is not None else ():
+            first, _, last = span.partition("-")
+            found |= dict.fromkeys(range(int(first), int(last or first) + 1), tokens)
+    return found
 
 
 def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibration | None:

@@ -101,6 +101,32 @@ class Start(TypedDict):
     versions: NotRequired[dict[str, str | None]]
 
 
+class AttentionKind(TypedDict):
+    """Attention layers that are alike: their numbers, as in `0-2, 4`, and what their own attention sees."""
+
+    layers: Annotated[str, Meta(pattern=r"^\d{1,6}(-\d{1,6})?(, \d{1,6}(-\d{1,6})?)*\Z")]
+    window: NotRequired[Positive]
+    chunk: NotRequired[Positive]
+
+
+class Attention(TypedDict):
+    layers: list[AttentionKind]
+
+
+class Probed(TypedDict):
+    """A start; runs of HELM's own, and old ones, do not say what attention is like."""
+
+    attention: NotRequired[Attention | None]
+
+
+class ProbedDataset(TypedDict):
+    starts: list[Probed]
+
+
+class ProbedRun(TypedDict):
+    datasets: dict[str, ProbedDataset]
+
+
 class Origin(TypedDict):
     sha256: NotRequired[str]
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from made_runs import make_bench, make_fidelity, make_grid, make_helm, make_run, write_lines, write_manifest
+from matplotlib.patches import StepPatch
 from tiny import save_rows, save_tiny
 
 import pred
 from squeeze import InputError
 from squeeze.benchmarks.longbench.data import generation_lengths
-from squeeze.report import results
+from squeeze.report import layer_figures, results
 from squeeze.report.layers import chosen, parse_layers
 from squeeze.runs import inventory
 
@@ -239,7 +240,8 @@ def test_layers_of_the_run_in_the_middle():
     [folder] = chosen(read("runs").runs)["folder"]
     assert folder == "runs/squeeze/0.2/10"
     layers = parse_layers(Path(folder), "samsum")
-    assert list(layers.columns) == ["prompt", "layer", "similarity", "layer_class", "budget", "share"]
+    assert list(layers.columns) == ["prompt", "layer", "similarity", "layer_class", "budget", "share", "reach"]
+    assert (layers["reach"] == 1).all()
     assert layers["share"].mean() == pytest.approx(0.2, abs=0.01)
     old = make_run(Path("old"), ini_size=0.4, KV_class3=0.2, similarities=False)
     assert parse_layers(old, "samsum")["similarity"].isna().all()
@@ -250,6 +252,28 @@ def test_layers_of_the_run_in_the_middle():
     write_lines(old / "samples/samsum.jsonl", [{"index": 0, "stats": stats}])
     with pytest.raises(InputError, match="has samples of 1 and 2 layers"):
         parse_layers(old, "samsum")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "reached"),
+    [
+        ([{"layers": "0, 2-3", "window": 30}, {"layers": "1, 4"}], [0.25, 1, 0.25, 0.25, 1]),
+        ([{"layers": "0-3", "chunk": 300}, {"layers": "4"}], [1] * 5),  # longer than the prompt
+        ([{"layers": "0-4", "window": 30}], [1] * 5),  # all alike: a fraction of the prompt, as published
+    ],
+)
+def test_what_a_layers_own_window_reaches(kinds, reached):
+    folder = make_run(Path("run"), ini_size=0.2, KV_class3=0.1)
+    stats = {"prompt_tokens": 120, "classes": [1] * 5, "budgets": [9] * 5, "similarities": [0.9] * 5}
+    write_lines(folder / "samples/samsum.jsonl", [{"index": 0, "stats": stats}])
+    manifest = json.loads((folder / "run.json").read_text())
+    manifest["datasets"]["samsum"]["starts"][-1]["attention"] = {"layers": kinds}
+    (folder / "run.json").write_text(json.dumps(manifest))
+    layers = parse_layers(folder, "samsum")
+    assert layers["reach"].tolist() == reached
+    bars = layer_figures.budget_bars(layers, 0.2, "").axes[0]
+    [line] = [patch for patch in bars.patches if isinstance(patch, StepPatch)]
+    assert line.get_data().values.tolist() == pytest.approx([20 * reach for reach in reached])
 
 
 def test_the_same_run_by_two_ways_is_one():
