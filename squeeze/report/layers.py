@@ -35,8 +35,8 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
     Returns:
         A row for each prompt and layer, in order: `prompt` and `layer` from 0, `similarity` (NaN in runs that did not
         keep it), `layer_class` 1 to 3, `budget` in tokens, `share`, the budget as a fraction of the prompt, and
-        `reach`, that part of the prompt which `ini_size` is a fraction of (docs/budgets.md): less than 1 in a layer whose
-        own window is shorter.
+        `reach`, that part of the prompt which `ini_size` is a fraction of (docs/budgets.md): less than 1 in a layer
+        whose own window is shorter.
     Raises:
         InputError: the run's samples are damaged or have no budgets.
     """
@@ -68,7 +68,9 @@ def _windows(folder: Path, dataset: str) -> dict[int, int]:
     found: dict[int, int] = {}
     for kind in kinds:
         tokens = kind.get("window", kind.get("chunk"))
-        for span in kind["layers"].split(", ") if tokens is not None else ():
+        if tokens is None:
+            continue
+        for span in kind["layers"].split(", "):
             first, _, last = span.partition("-")
             found |= dict.fromkeys(range(int(first), int(last or first) + 1), tokens)
     return found
