@@ -271,8 +271,8 @@ def pairs(args):
             group = kl.setdefault((told["algorithm"], told["ini_size"]), {})
             group.setdefault(told["allocation"], {})[entry.dataset] = [row["kl"] for row in rows]
     lines = []
-    for (algorithm, size), group in kl.items():
-        for allocation, tasks in group.items():
+    for (algorithm, size), group in sorted(kl.items()):
+        for allocation, tasks in sorted(group.items(), key=lambda item: (item[0] != "uniform", item[0])):
             means, differences = [], []
             for task, values in tasks.items():
                 both = [
