@@ -14,7 +14,7 @@ from squeeze.engine import compiling
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.models.packing import pack
 
-ALGORITHMS = ("sliding_window", "streaming", "h2o")
+ALGORITHMS = (pytest.param("sliding_window", marks=pytest.mark.slow), "streaming", "h2o")
 IDS = torch.randint(3, 199, (3, 40), generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(40) >= torch.tensor([[0], [11], [25]])).long()
 

@@ -294,6 +294,7 @@ def test_runs_on_the_same_requests_are_scored_together(tiny, capsys):
     assert "xsum: ROUGE-1/2/L by HELM" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_three_sentences_of_cnndm(tiny):
     [asked] = requests(tiny, "--scenario", "cnndm_local", "--temperature", "0")
     assert asked["request"]["max_tokens"] == 128

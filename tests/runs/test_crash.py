@@ -142,6 +142,7 @@ def lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_pred_that_is_killed_three_times_goes_on_with_sampling(place):
     expected = whole_run()
     partial = FOLDER / "samsum.partial.jsonl"
