@@ -103,7 +103,7 @@ def measure(
     advance(length + len(prompt))
 
     def losses(budgets: list[list[int]], beside: Beside) -> list[float]:
-        kl = divergences(run, prefill, budgets, prompt[length:], full, beside)
+        kl = in_parts(budgets, lambda part: divergences(run, prefill, part, prompt[length:], full, beside))
         advance(TAIL * len(budgets))
         return kl
 
@@ -149,33 +149,15 @@ def divergences(
     Args:
         run: what `squeezed` gave.
         prefill: of the prompt, from `run.prefill`.
-        budgets: tokens, `(caches, layers)`; run as one batch, or as several where memory is short.
+        budgets: tokens, `(caches, layers)`.
         text: token ids, `(tokens,)`.
         full: the full cache's log-probabilities after each of them, `(tokens, vocabulary)`.
         beside: given each cache, a block that its steps run in.
     Returns:
         Mean KL(full || cut) over the text in nats, of each cache.
     Raises:
-        torch.OutOfMemoryError: a single cache does not fit into memory.
+        torch.OutOfMemoryError: the caches do not fit into memory.
     """
-    if len(budgets) == 1:
-        return _divergences(run, prefill, budgets, text, full, beside)
-    kl = unless_out_of_memory(lambda: _divergences(run, prefill, budgets, text, full, beside))
-    if kl is not None:
-        return kl
-    half = len(budgets) // 2
-    parts = budgets[:half], budgets[half:]
-    return [kl for part in parts for kl in divergences(run, prefill, part, text, full, beside)]
-
-
-def _divergences(
-    run: Forks,
-    prefill: KeptPrefill,
-    budgets: Sequence[Sequence[int]],
-    text: torch.Tensor,
-    full: torch.Tensor,
-    beside: Beside,
-) -> list[float]:
     cache = run.fork(prefill, budgets, len(text))
     kl = torch.zeros(len(budgets), device=full.device)
     with beside(cache):
@@ -184,3 +166,18 @@ def _divergences(
             logprobs = output.logits[:, -1].float().log_softmax(dim=-1)
             kl += (expected.exp() * (expected - logprobs)).sum(dim=-1)
     return (kl / len(text)).tolist()
+
+
+def in_parts(budgets: list[list[int]], run: Callable[[list[list[int]]], list[float]]) -> list[float]:
+    """What `run` gives for budgets `(caches, layers)`: as one batch, or as several where memory is short.
+
+    Raises:
+        torch.OutOfMemoryError: a single cache does not fit into memory.
+    """
+    if len(budgets) == 1:
+        return run(budgets)
+    found = unless_out_of_memory(lambda: run(budgets))
+    if found is not None:
+        return found
+    half = len(budgets) // 2
+    return in_parts(budgets[:half], run) + in_parts(budgets[half:], run)
