@@ -87,9 +87,13 @@ class SqueezeCache(Cache):
         self.prompt_lengths = _prompt_lengths(batch, columns, attention_mask)
 
     def compress(self, budgets: np.ndarray) -> None:
-        """Cut every layer to its budgets, `(layers, batch)` tokens: decode steps can follow."""
+        """Cut every layer to its budgets, `(layers, batch)` tokens: decode steps can follow.
+
+        A layer may hold fewer sequences than the batch has, the first ones.
+        """
         for layer, layer_budgets in zip(self.squeezed, budgets.tolist(), strict=True):
-            layer.compress(self.prompt_lengths, layer_budgets)
+            held = layer.keys.shape[0]
+            layer.compress(self.prompt_lengths[:held], layer_budgets[:held])
         self.end_prefill(budgets)
 
     def end_prefill(self, budgets: np.ndarray) -> None:
@@ -99,12 +103,13 @@ class SqueezeCache(Cache):
             layer.reading = None
         alike: dict[tuple[Any, ...], list[int]] = {}
         for index, layer in enumerate(self.squeezed):
-            shapes = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
+            shapes = *layer.keys.shape[:2], layer.keys.shape[3], layer.values.shape[3]
             alike.setdefault((layer.keys.device, *shapes, id(layer.facts.rotation)), []).append(index)
-        self.schedules = [
-            Schedule([self.squeezed[i] for i in own], self.prompt_lengths, self.budgets[own].tolist())
-            for own in alike.values()
-        ]
+        self.schedules = []
+        for own in alike.values():
+            layers = [self.squeezed[i] for i in own]
+            held = layers[0].keys.shape[0]
+            self.schedules.append(Schedule(layers, self.prompt_lengths[:held], self.budgets[own, :held].tolist()))
         self.compressed = True
 
     def forget(self) -> None:

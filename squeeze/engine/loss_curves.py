@@ -9,10 +9,8 @@ evictions at every step, so that a curve measures what a run would do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from fractions import Fraction
-from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -35,10 +33,19 @@ TAIL = 48
 MULTIPLES = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
 
 #: Layers that are cut in one batch, each to all sizes, by the kind of device; fewer where memory is short.
-LAYERS_AT_ONCE = {"cpu": 5, "cuda": 64}
+LAYERS_AT_ONCE = {"cpu": 16, "cuda": 64}
 
 
-Beside = Callable[[SqueezeCache], AbstractContextManager[None]]
+class Cut(NamedTuple):
+    """Budgets that differ from uniform ones in one layer.
+
+    Args:
+        layer: its number; before it all is as with uniform budgets.
+        budgets: tokens of each layer.
+    """
+
+    layer: int
+    budgets: list[int]
 
 
 class Forks(Protocol):
@@ -53,7 +60,13 @@ class Forks(Protocol):
 
     def prefill(self, tokens: torch.Tensor) -> KeptPrefill: ...
 
-    def fork(self, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], max_new_tokens: int) -> SqueezeCache: ...
+    def fork(
+        self,
+        prefill: KeptPrefill,
+        budgets: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        running: Sequence[int] | None = None,
+    ) -> SqueezeCache: ...
 
     def step(self, tokens: torch.Tensor, position: int, cache: SqueezeCache) -> CausalLMOutputWithPast: ...
 
@@ -102,9 +115,9 @@ def measure(
     full = run.model(prompt[None], use_cache=False, logits_to_keep=TAIL).logits[0].float().log_softmax(dim=-1)
     advance(length + len(prompt))
 
-    def losses(budgets: list[list[int]], beside: Beside) -> list[float]:
-        kl = in_parts(budgets, lambda part: divergences(run, prefill, part, prompt[length:], full, beside))
-        advance(TAIL * len(budgets))
+    def losses(cuts: list[Cut], outputs: Outputs, record: bool = False) -> list[float]:
+        kl = in_parts(cuts, lambda part: divergences(run, prefill, part, prompt[length:], full, outputs, record))
+        advance(TAIL * len(cuts))
         return kl
 
     def tokens(layer: int, size: Fraction) -> int:
@@ -114,23 +127,20 @@ def measure(
     for share in shares:
         uniform = [tokens(layer, share) for layer in range(layers)]
         outputs: Outputs = {}
-        [unchanged] = losses([uniform], partial(recorded, run.layers, outputs))
+        [unchanged] = losses([Cut(layers, uniform)], outputs, record=True)
         curves.append([[unchanged] * len(MULTIPLES) for _ in range(layers)])
         for first in range(0, layers, at_once):
-            cuts = [
+            places = [
                 (layer, index)
                 for layer in range(first, min(first + at_once, layers))
                 for index, multiple in enumerate(MULTIPLES)
                 if multiple != 1
             ]
-            budgets = [
-                [*uniform[:layer], tokens(layer, MULTIPLES[index] * share), *uniform[layer + 1 :]]
-                for layer, index in cuts
+            cuts = [
+                Cut(layer, [*uniform[:layer], tokens(layer, MULTIPLES[index] * share), *uniform[layer + 1 :]])
+                for layer, index in places
             ]
-            # Before the first layer that is cut, all is as it was when none was.
-            before = {layer.block for layer in run.layers[:first]}
-            alike = {block: steps for block, steps in outputs.items() if block in before}
-            for (layer, index), loss in zip(cuts, losses(budgets, partial(replayed, alike)), strict=True):
+            for (layer, index), loss in zip(places, losses(cuts, outputs), strict=True):
                 curves[-1][layer][index] = loss
     return curves
 
@@ -139,45 +149,53 @@ def measure(
 def divergences(
     run: Forks,
     prefill: KeptPrefill,
-    budgets: Sequence[Sequence[int]],
+    cuts: Sequence[Cut],
     text: torch.Tensor,
     full: torch.Tensor,
-    beside: Beside,
+    outputs: Outputs,
+    record: bool = False,
 ) -> list[float]:
     """Distance of caches cut to different budgets from the full one, over a text that follows on a prompt.
+
+    A layer runs for those caches only that are cut in it or before it.
 
     Args:
         run: what `squeezed` gave.
         prefill: of the prompt, from `run.prefill`.
-        budgets: tokens, `(caches, layers)`.
+        cuts: of each cache, in the order of their layers.
         text: token ids, `(tokens,)`.
         full: the full cache's log-probabilities after each of them, `(tokens, vocabulary)`.
-        beside: given each cache, a block that its steps run in.
+        outputs: of the layers, where no layer is cut.
+        record: fill `outputs`, by a single cache.
     Returns:
         Mean KL(full || cut) over the text in nats, of each cache.
     Raises:
         torch.OutOfMemoryError: the caches do not fit into memory.
     """
-    cache = run.fork(prefill, budgets, len(text))
-    kl = torch.zeros(len(budgets), device=full.device)
-    with beside(cache):
+    running = [
+        sum(cut.layer <= number for cut in cuts) if layer.block in outputs else len(cuts)
+        for number, layer in enumerate(run.layers)
+    ]
+    cache = run.fork(prefill, [cut.budgets for cut in cuts], len(text), running)
+    kl = torch.zeros(len(cuts), device=full.device)
+    with recorded(outputs, cache) if record else replayed(outputs, running, cache):
         for position, (token, expected) in enumerate(zip(text, full, strict=True), start=prefill.inputs.shape[1]):
-            output = run.step(token.expand(len(budgets), 1), position, cache)
+            output = run.step(token.expand(len(cuts), 1), position, cache)
             logprobs = output.logits[:, -1].float().log_softmax(dim=-1)
             kl += (expected.exp() * (expected - logprobs)).sum(dim=-1)
     return (kl / len(text)).tolist()
 
 
-def in_parts(budgets: list[list[int]], run: Callable[[list[list[int]]], list[float]]) -> list[float]:
-    """What `run` gives for budgets `(caches, layers)`: as one batch, or as several where memory is short.
+def in_parts(cuts: list[Cut], run: Callable[[list[Cut]], list[float]]) -> list[float]:
+    """What `run` gives for each cut: as one batch, or as several where memory is short.
 
     Raises:
         torch.OutOfMemoryError: a single cache does not fit into memory.
     """
-    if len(budgets) == 1:
-        return run(budgets)
-    found = unless_out_of_memory(lambda: run(budgets))
+    if len(cuts) == 1:
+        return run(cuts)
+    found = unless_out_of_memory(lambda: run(cuts))
     if found is not None:
         return found
-    half = len(budgets) // 2
-    return in_parts(budgets[:half], run) + in_parts(budgets[half:], run)
+    half = len(cuts) // 2
+    return in_parts(cuts[:half], run) + in_parts(cuts[half:], run)

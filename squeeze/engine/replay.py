@@ -1,4 +1,4 @@
-"""Decoder layers that need not run: where a pass gives them what an earlier one gave, they give the same again."""
+"""Decoder layers that need not run: where they are given what they were given before, they give the same again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from squeeze.engine.cache import SqueezeCache
-from squeeze.engine.findings import AttentionLayer
 from squeeze.engine.interface import current_cache
 
 #: Of each decoder layer, what its forward pass gave at every step: a hidden state `(1, 1, hidden)`, alone or as the
@@ -21,15 +20,13 @@ Outputs = dict[nn.Module, list[Any]]
 
 
 @contextmanager
-def recorded(layers: Sequence[AttentionLayer], outputs: Outputs, cache: SqueezeCache) -> Iterator[None]:
+def recorded(outputs: Outputs, cache: SqueezeCache) -> Iterator[None]:
     """A block whose decode steps on a cache of one sequence are recorded in `outputs`, which are whole at its end.
 
     Left out are decoder layers that hold several attention layers, or one that others use as well, and those that give
     something else than a hidden state (Gemma 3n).
-
-    Args:
-        layers: all of a model's attention layers.
     """
+    layers = [layer.facts for layer in cache.squeezed]
     counts, before = Counter(layer.block for layer in layers), cache.steps
     blocks = [layer.block for layer in layers if counts[layer.block] == len(layer.users) == 1]
 
@@ -49,21 +46,29 @@ def recorded(layers: Sequence[AttentionLayer], outputs: Outputs, cache: SqueezeC
 
 
 @contextmanager
-def replayed(outputs: Outputs, cache: SqueezeCache) -> Iterator[None]:
-    """A block in whose decode steps these decoder layers do not run, and give what they gave, to each sequence."""
+def replayed(outputs: Outputs, running: Sequence[int], cache: SqueezeCache) -> Iterator[None]:
+    """A block in whose decode steps some decoder layers run for the first sequences only: the others get `outputs`.
+
+    Args:
+        outputs: of a sequence on which all of the others agree up to where they run.
+        running: of each attention layer, the sequences that it runs for, from the first on; what `fork` was given.
+    """
     sequences = len(cache.prompt_lengths)
 
-    def replay(steps: Iterator[Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def replay(steps: Iterator[Any], count: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if current_cache() is not cache:
             return forward(*args, **kwargs)
-        output = next(steps)
-        if isinstance(output, tuple):
-            return tuple(_for_each(value, sequences) for value in output)
-        return _for_each(output, sequences)
+        output = _for_each(next(steps), sequences - count)
+        if count == 0:
+            return output
+        args, kwargs = _first(args, count, sequences), _first(kwargs, count, sequences)
+        return _joined(forward(*args, **kwargs), output)
 
     with ExitStack() as undo:
-        for block, steps in outputs.items():
-            stand_in(undo, block, "forward", partial(replay, iter(steps), block.forward))
+        for layer, count in zip(cache.squeezed, running, strict=True):
+            block = layer.facts.block
+            if count < sequences:
+                stand_in(undo, block, "forward", partial(replay, iter(outputs[block]), count, block.forward))
         yield
 
 
@@ -83,7 +88,30 @@ def _is_hidden(output: Any) -> bool:
 
 
 def _for_each(value: Any, sequences: int) -> Any:
-    """A tensor of one sequence for several; a copy, which the next layer may write to."""
+    """What a layer gave to one sequence, for several; copies, which the next layer may write to."""
+    if isinstance(value, tuple):
+        return tuple(_for_each(part, sequences) for part in value)
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != 1:
         return value
     return value.expand(sequences, *value.shape[1:]).clone(memory_format=torch.contiguous_format)
+
+
+def _first(value: Any, count: int, sequences: int) -> Any:
+    """What a layer is given for so many sequences, for the first `count` of them."""
+    if isinstance(value, tuple):
+        return tuple(_first(part, count, sequences) for part in value)
+    if isinstance(value, dict):
+        return {name: _first(part, count, sequences) for name, part in value.items()}
+    batched = isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == sequences
+    return value[:count] if batched else value
+
+
+def _joined(first: Any, others: Any) -> Any:
+    """What a layer gives to some sequences, and then to others.
+
+    Attention's probabilities, which are as wide as a cache and which no layer looks at, stay those of the first.
+    """
+    if isinstance(first, tuple):
+        return tuple(_joined(*parts) for parts in zip(first, others, strict=True))
+    batched = isinstance(first, torch.Tensor) and first.ndim > 0 and first.shape[1:] == others.shape[1:]
+    return torch.cat([first, others]) if batched else first

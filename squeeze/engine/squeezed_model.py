@@ -143,23 +143,32 @@ class SqueezedModel:
         output = self.findings.decoder(**given, use_cache=True, return_dict=True)
         return Prefill(cache, self.config.attn, similarities=[[]]).keep(inputs, None, output, 0.0)
 
-    def fork(self, prefill: KeptPrefill, budgets: Sequence[Sequence[int]], max_new_tokens: int) -> SqueezeCache:
+    def fork(
+        self,
+        prefill: KeptPrefill,
+        budgets: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        running: Sequence[int] | None = None,
+    ) -> SqueezeCache:
         """A cache that goes on after one prompt's prefill, with other budgets in each sequence of its batch.
 
         Args:
             prefill: of a batch of one.
             budgets: `(sequences, layers)` tokens.
             max_new_tokens: that can be decoded.
+            running: of each layer, for how many sequences, from the first on, it will run (`squeeze.engine.replay`):
+                it holds no others, though always the first. None: for all.
         Raises:
             ValueError: the configuration that it was made in had an evictor without scores, and this one's needs them.
         """
         if self.evictor.needs_scores and not prefill.scored:
             raise ValueError("the prefill has no scores for this evictor: make it again after run.use(...)")
-        cache = self.cache(max_new_tokens)
-        cache.begin(len(budgets), prefill.inputs.shape[1], None)
-        for layer, parts in zip(cache.squeezed, prefill.layers, strict=True):
-            layer.fill(*(part.expand(len(budgets), -1, *part.shape[2:]) if part.numel() else part for part in parts))
-        states.restore(cache.layers, prefill.states, len(budgets))
+        cache, sequences = self.cache(max_new_tokens), len(budgets)
+        cache.begin(sequences, prefill.inputs.shape[1], None)
+        counts = [sequences] * len(cache.squeezed) if running is None else [max(count, 1) for count in running]
+        for layer, count, parts in zip(cache.squeezed, counts, prefill.layers, strict=True):
+            layer.fill(*(part.expand(count, -1, *part.shape[2:]) if part.numel() else part for part in parts))
+        states.restore(cache.layers, prefill.states, sequences)
         cache.compress(np.array(budgets).T)
         return cache
 

@@ -52,12 +52,17 @@ def copied(layers: list[Any]) -> dict[int, dict[str, Any]]:
 
 
 def restore(layers: list[Any], states: dict[int, dict[str, Any]], rows: int | None = None) -> None:
-    """Put copies of states back; with `rows`, those of one sequence into a batch of so many."""
+    """Put copies of states back.
+
+    Args:
+        rows: sequences of a batch, for which states of one sequence are repeated; a layer may hold fewer.
+    """
     for index, state in states.items():
         layer = layers[index]
         vars(layer).update(copy.deepcopy(state))
         if rows is not None:
-            LinearAttentionCacheLayerMixin.reorder_cache(layer, torch.zeros(rows, dtype=torch.long))
+            held = layer.keys.shape[0] if isinstance(layer, HybridLayer) else rows
+            LinearAttentionCacheLayerMixin.reorder_cache(layer, torch.zeros(held, dtype=torch.long))
 
 
 def _names(layer: Any) -> set[str]:

@@ -67,11 +67,11 @@ def test_cuts_that_do_not_fit_into_memory_together_run_apart(monkeypatch):
         [expected] = loss_curves.measure(run, PROMPT, [Fraction(3, 10)])
         fork, sizes = run.fork, []
 
-        def small(held, budgets, tokens):
+        def small(held, budgets, tokens, running):
             if len(budgets) > 6:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             sizes.append(len(budgets))
-            return fork(held, budgets, tokens)
+            return fork(held, budgets, tokens, running)
 
         monkeypatch.setattr(run, "fork", small)
         [found] = loss_curves.measure(run, PROMPT, [Fraction(3, 10)])

@@ -1,5 +1,6 @@
 """Loss curves, for which decoder layers before the one that is cut do not run again."""
 
+from contextlib import nullcontext
 from fractions import Fraction
 
 import pytest
@@ -24,29 +25,41 @@ def measured(model, monkeypatch, at_once):
         return torch.tensor(loss_curves.measure(run, PROMPT, [SHARE]))
 
 
+@pytest.mark.parametrize("at_once", [1, 64])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_curves_are_those_of_passes_through_all_layers(monkeypatch, family):
+def test_curves_are_those_of_passes_through_all_layers(monkeypatch, family, at_once):
     model, counts = build(family), []
     original = loss_curves.replayed
 
-    def replayed(outputs, cache):
-        counts.append(len(outputs))
-        return original(outputs, cache)
+    def replayed(outputs, running, cache):
+        counts.append(sum(count < len(cache.prompt_lengths) for count in running))
+        return original(outputs, running, cache)
 
     monkeypatch.setattr(loss_curves, "replayed", replayed)
-    found, expected = measured(model, monkeypatch, 1), measured(model, monkeypatch, 64)
+    found = measured(model, monkeypatch, at_once)
+    monkeypatch.setattr(loss_curves, "recorded", lambda outputs, cache: nullcontext())
+    expected = measured(model, monkeypatch, 64)
     assert expected.max() > 1e-4
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
     assert max(counts) == {"gemma3n_text": 0, "jamba": 1, "zamba2": 1}.get(family, 3)
+    assert counts[-1] == 0, "nothing is recorded, and all layers run"
 
 
-def test_layers_before_the_cut_run_no_more(monkeypatch):
-    model, passes = random_model("llama"), [0] * 5
+@pytest.mark.parametrize("at_once", [2, 5])
+def test_a_layer_runs_for_what_is_cut_in_it_or_before(monkeypatch, at_once):
+    model, rows = random_model("llama"), [0] * 5
+
+    def count(number, given):
+        rows[number] += given.shape[0] if given.shape[1] == 1 else 0
+
     for number, block in enumerate(model.model.layers):
-        block.mlp.register_forward_hook(lambda *_, number=number: passes.__setitem__(number, passes[number] + 1))
-    measured(model, monkeypatch, 2)
-    steps = [count - passes[0] for count in passes]
-    assert steps == [0, 0, loss_curves.TAIL, loss_curves.TAIL, 2 * loss_curves.TAIL]
+        block.mlp.register_forward_hook(lambda _, given, __, number=number: count(number, given[0]))
+    monkeypatch.setitem(loss_curves.LAYERS_AT_ONCE, "cpu", at_once)
+    with squeezed(model, SqueezeConfig("sliding_window", "0.3", "0.3")) as run:
+        rows[:] = [0] * 5
+        loss_curves.measure(run, PROMPT, [SHARE])
+    steps = [(count - loss_curves.TAIL) / loss_curves.TAIL for count in rows]
+    assert steps == [4, 8, 12, 16, 20]
     assert not any("forward" in vars(block) for block in model.model.layers), "their own passes are back"
 
 
@@ -55,7 +68,9 @@ def test_a_users_hook_adds_to_what_a_layer_gives_once(monkeypatch):
     vector = 5 * torch.randn(48, generator=torch.Generator().manual_seed(1))
     without = measured(model, monkeypatch, 1)
     model.model.layers[1].register_forward_hook(lambda _, given, output: output + vector)
-    found, expected = measured(model, monkeypatch, 1), measured(model, monkeypatch, 64)
+    found = measured(model, monkeypatch, 1)
+    monkeypatch.setattr(loss_curves, "recorded", lambda outputs, cache: nullcontext())
+    expected = measured(model, monkeypatch, 64)
     assert (expected - without).abs().max() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
