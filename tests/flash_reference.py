@@ -1,6 +1,7 @@
-"""What flash-attn's `flash_attn_with_kvcache` computes, slowly and on any device: its arguments, and its meaning.
+"""What flash-attn's `flash_attn_with_kvcache` and PyTorch's `varlen_attn` compute, slowly and on any device.
 
-Shapes as documented there: queries `(batch, new, heads, head_dim)`, caches `(batch, slots, kv_heads, head_dim)`.
+Their arguments and their meaning; shapes as documented there: for the first, queries `(batch, new, heads, head_dim)`
+and caches `(batch, slots, kv_heads, head_dim)`, for the second `(tokens, heads, head_dim)`.
 """
 
 import torch
@@ -33,4 +34,30 @@ def flash_attn_with_kvcache(
                 hidden = torch.ones(new, length, dtype=torch.bool).triu(length - new + 1)
                 logits = logits.masked_fill(hidden, -torch.inf)
             output[row, :, head] = (logits.softmax(-1) @ values.float()).to(q.dtype)
+    return output
+
+
+def varlen_attn(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, enable_gqa=False, seqused_k=None, **other
+):
+    """Each sequence's queries attend to the first `seqused_k` of its keys, which lie between two of `cu_seq_k`."""
+    calls.append(key.shape)
+    assert not other
+    assert {cu_seq_q.dtype, cu_seq_k.dtype, seqused_k.dtype} == {torch.int32}
+    assert len(cu_seq_q) == len(cu_seq_k) == len(seqused_k) + 1
+    assert (cu_seq_q.diff() <= max_q).all() and (cu_seq_k.diff() <= max_k).all()
+    assert (seqused_k <= cu_seq_k.diff()).all() and cu_seq_k[-1] == len(key)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    assert heads == kv_heads or enable_gqa
+    output = torch.empty_like(query)
+    for row, used in enumerate(seqused_k.tolist()):
+        asking = slice(*cu_seq_q[row : row + 2].tolist())
+        first = int(cu_seq_k[row])
+        for head in range(heads):
+            own = head // (heads // kv_heads)
+            keys, values = key[first : first + used, own], value[first : first + used, own]
+            logits = (
+                query[asking, head].float() @ keys.float().T * (query.shape[2] ** -0.5 if scale is None else scale)
+            )
+            output[asking, head] = (logits.softmax(-1) @ values.float()).to(query.dtype)
     return output

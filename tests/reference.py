@@ -13,13 +13,14 @@ class Reference:
     """One sequence through a Llama or Mistral model, teacher-forced, with explicit kept sets per layer and KV head.
 
     Args:
-        budgets: tokens, one a layer.
+        budgets: tokens, one a layer or in each one a KV head.
     """
 
     def __init__(self, model, algorithm: str, budgets, start_size: int = 4):
-        self.model, self.algorithm, self.budgets, self.start_size = model, algorithm, list(budgets), start_size
+        self.model, self.algorithm, self.start_size = model, algorithm, start_size
         config = model.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.budgets = [[own] * self.kv_heads if isinstance(own, int) else own for own in budgets]
         self.head_dim = config.hidden_size // self.heads
         self.window = getattr(config, "sliding_window", None)
         self.layers = model.model.layers
@@ -68,12 +69,12 @@ class Reference:
             self.keys[i], self.values[i] = k, v
             q, k = self.rope(q, positions), self.rope(k, positions)
             attended = torch.empty_like(q)
-            unseen = hidden.clone()
-            for start in starts:
-                gone = set(range(start)) - set(self.survivors(i, 0, start))
-                unseen[start:, sorted(gone)] = True
             for head in range(self.heads):
                 kv = head // (self.heads // self.kv_heads)
+                unseen = hidden.clone()
+                for start in starts:
+                    gone = set(range(start)) - set(self.survivors(i, kv, start))
+                    unseen[start:, sorted(gone)] = True
                 weights = (q[head] @ k[kv].T / self.head_dim**0.5).masked_fill(unseen, -torch.inf).softmax(-1)
                 attended[head] = weights @ v[kv]
                 for position, score in enumerate(weights.sum(0).tolist()):
@@ -86,7 +87,7 @@ class Reference:
 
     def survivors(self, i, kv, count):
         """What a prompt of `count` tokens leaves in the cache."""
-        budget = self.budgets[i]
+        budget = self.budgets[i][kv]
         if count <= budget:
             return list(range(count))
         if self.algorithm == "sliding_window":
@@ -101,7 +102,7 @@ class Reference:
 
     def victim(self, i, kv):
         """Which of the tokens held makes room for the new one."""
-        kept, budget = self.kept[i][kv], self.budgets[i]
+        kept, budget = self.kept[i][kv], self.budgets[i][kv]
         if self.algorithm == "sliding_window":
             return min(kept)
         if self.algorithm == "streaming":
@@ -126,11 +127,11 @@ class Reference:
             self.values[i] = torch.cat([self.values[i], v], 1)
             attended = torch.empty_like(q)
             for kv in range(self.kv_heads):
-                if len(self.kept[i][kv]) >= self.budgets[i]:
+                if len(self.kept[i][kv]) >= self.budgets[i][kv]:
                     self.kept[i][kv].remove(self.victim(i, kv))
                 self.kept[i][kv].append(position)
                 kept = sorted(self.kept[i][kv])
-                assert len(kept) <= self.budgets[i]
+                assert len(kept) <= self.budgets[i][kv]
                 places = list(range(len(kept))) if self.algorithm == "streaming" else kept
                 keys = self.rope(self.keys[i][kv][kept], places)
                 group = self.heads // self.kv_heads

@@ -26,14 +26,19 @@ class Budgets:
     """Tokens per layer, and what the user should know about how they came out.
 
     Attributes:
-        tokens: one budget a layer.
+        tokens: one budget a layer, or in each layer one a KV head.
         classes: class of each layer (1, 2 or 3), or None where the allocation did not sort them.
         notes: sentences, empty when the total is what was asked for.
     """
 
-    tokens: list[int]
+    tokens: list[int] | list[list[int]]
     classes: list[int] | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def per_head(self) -> bool:
+        """Whether KV heads have budgets of their own."""
+        return any(isinstance(tokens, list | tuple) for tokens in self.tokens)
 
 
 class LossCurves(NamedTuple):
@@ -202,7 +207,10 @@ def read_size(value: Fraction | float | str) -> Fraction:
 
 
 def check_budgets(budgets: Budgets, facts: PromptFacts, allocation: Allocation) -> None:
-    """Raises InputError unless each layer has a whole number of tokens within its bounds, and a class or none has."""
+    """Raises InputError unless each layer has a whole number of tokens within its bounds, and a class or none has.
+
+    Or so each KV head has.
+    """
     if not isinstance(budgets, Budgets):
         raise InputError(f"the allocation {allocation} must return squeeze.Budgets, and gave {shown(budgets)}")
     tokens, classes, layers = budgets.tokens, budgets.classes, facts.layers
@@ -210,8 +218,10 @@ def check_budgets(budgets: Budgets, facts: PromptFacts, allocation: Allocation) 
         raise InputError(
             f"the allocation {allocation} must give {layers} layers their tokens, and gave {shown(tokens)}"
         )
-    for layer, (count, least, cap) in enumerate(zip(tokens, facts.least, facts.caps, strict=True)):
-        if not (isinstance(count, Integral) and least <= count <= cap):
+    for layer, (own, least, cap) in enumerate(zip(tokens, facts.least, facts.caps, strict=True)):
+        heads = own if isinstance(own, list | tuple) else [own]
+        whole = isinstance(own, list | tuple) == budgets.per_head and bool(heads)
+        if not (whole and all(isinstance(count, Integral) and least <= int(count) <= cap for count in heads)):
             raise InputError(
                 f"the allocation {allocation} must give layer {layer} a whole number of tokens from {least} to {cap}, "
                 f"and gave {shown(tokens)}"

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from squeeze.engine.layer import SqueezeLayer
+
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # before PyTorch 2.10
+    varlen_attn: Any = None
+else:
+    varlen_attn = varlen.varlen_attn
 
 #: Queries walked at a time where attention is not fused, at most: as long as matrix products need to be fast.
 BLOCK = 128
@@ -66,7 +73,7 @@ def prefill(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    positions: Sequence[torch.Tensor],
+    positions: Sequence[Sequence[tuple[int, torch.Tensor]]],
     lengths: Sequence[int],
     rule: Rule,
     fused: bool,
@@ -76,7 +83,7 @@ def prefill(
 
     Args:
         keys, values: of the prompt, or of a chunk of it after what is kept of earlier ones; left-padded.
-        positions: of each sequence's keys, `(keys,)`, ascending.
+        positions: of each sequence's keys, `(keys,)`, ascending; for so many of the cache's heads after the others.
         lengths: queries of each sequence, which are its last tokens, padding excluded.
         fused: use PyTorch's fused kernel; otherwise blocks of queries with a float32 softmax.
         with_scores: also accumulate attention probabilities, which needs the blocks.
@@ -91,12 +98,19 @@ def prefill(
     for row, (length, places) in enumerate(zip(lengths, positions, strict=True)):
         if length == 0:  # a sequence that has not begun
             continue
-        q, k, v = queries[row, :, -length:], keys[row, :, -len(places) :], values[row, :, -len(places) :]
-        if fused and not with_scores and rule.plain:
-            output[row, :, -length:] = _fused(q, k, v, places, rule)
-        else:
-            row_scores = scores[row, :, -length:] if with_scores else None
-            output[row, :, -length:] = _blocks(q, k, v, places, rule, row_scores)
+        cached = sum(count for count, _ in places)
+        end = 0
+        for count, own in places:
+            first, end = end, end + count * keys.shape[1] // cached
+            group = heads // keys.shape[1]
+            asking = slice(first * group, end * group)
+            q = queries[row, asking, -length:]
+            k, v = keys[row, first:end, -len(own) :], values[row, first:end, -len(own) :]
+            if fused and not with_scores and rule.plain:
+                output[row, asking, -length:] = _fused(q, k, v, own, rule)
+            else:
+                row_scores = scores[row, first:end, -length:] if with_scores else None
+                output[row, asking, -length:] = _blocks(q, k, v, own, rule, row_scores)
     return output, scores
 
 
@@ -190,62 +204,170 @@ def softmax_with_sinks_(logits: torch.Tensor, sinks: torch.Tensor) -> torch.Tens
 def decode(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: SqueezeLayer, rule: Rule, counted: bool
 ) -> torch.Tensor:
-    """Attention of one new token per sequence over its layer's buffer, the new token's slot included.
+    """Attention of one new token per sequence over its layer's buffers, the new token's slots included.
 
     The queries of a KV head meet its keys together, so keys are read once and never repeated. H2O's scores grow by
     the probabilities.
 
     Args:
         queries: `(batch, heads, 1, head_dim)`, after RoPE.
-        keys, values: the layer's slots that are attended to, or what the model made of them (latent attention), whose
+        keys, values: what the layer's `update` has returned, or what the model made of that (latent attention), whose
             heads are then a multiple of the layer's.
         layer: its `update` has placed the new token.
         counted: whether these queries count for scores.
     Returns:
         `(batch, heads, 1, value_dim)`.
     """
-    if layer.kernel != "grouped" and rule.plain:
-        return _fused_decode(queries, keys, values, layer, rule.scale)
-    batch, kv_heads, count, head_dim = keys.shape
-    grouped = queries.reshape(batch * kv_heads, -1, head_dim) * rule.scale
-    logits = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2)).view(batch, kv_heads, -1, count)
+    batch, heads, _, head_dim = queries.shape
+    rows = batch * (layer.layout.heads if layer.apart else keys.shape[1])
+    grouped = queries.reshape(rows, -1, head_dim)
+    sinks = None if rule.sinks is None else rule.sinks.view(rows // batch, -1).repeat(batch, 1)
+    if not layer.apart:
+        attended = _together(grouped, keys, values, layer, rule, sinks, counted)
+    else:
+        grouped, sinks = layer.arranged(grouped), None if sinks is None else layer.arranged(sinks)
+        one_kernel = layer.kernel != "grouped" and rule.plain and varlen_attn is not None
+        if one_kernel and keys.shape[3] == values.shape[3] <= FLASH_WIDTH:
+            attended = _varlen(grouped, layer, rule.scale)
+        else:
+            attended = _by_group(grouped, layer, rule, sinks, counted)
+        attended = layer.restored(attended)
+    return attended.reshape(batch, heads, 1, -1)
+
+
+def _together(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layer: SqueezeLayer,
+    rule: Rule,
+    sinks: torch.Tensor | None,
+    counted: bool,
+) -> torch.Tensor:
+    """All rows at once, over keys `(batch, kv_heads, slots, head_dim)` of which some may be no token's."""
+    batch, kv_heads, count, _ = keys.shape
+    more = kv_heads // layer.layout.heads  # heads that the model made of a cached one (latent attention)
+    lengths = earlier = None
+    if not layer.layout.alike or layer.seen[0].ragged:
+        lengths = layer.restored(layer.lengths).repeat_interleave(more, dim=0)
+    if rule.chunk is not None:
+        begun = layer.restored(layer.position).view(batch, -1, 1) // rule.chunk * rule.chunk
+        earlier = (layer.padded(layer.slot_positions) < begun).repeat_interleave(more, dim=1).flatten(0, 1)
+    attended, probabilities = _rows(
+        queries, keys.flatten(0, 1), values.flatten(0, 1), lengths, earlier, rule, sinks, layer.kernel
+    )
+    if counted and layer.evictor.needs_scores:
+        layer.add_scores(probabilities.sum(dim=1).view(batch, kv_heads, count))
+    return attended
+
+
+def _by_group(
+    queries: torch.Tensor, layer: SqueezeLayer, rule: Rule, sinks: torch.Tensor | None, counted: bool
+) -> torch.Tensor:
+    """Rows in the order of the layer's buffers, one group of them after the other."""
+    outputs = []
+    for seen in layer.seen:
+        part = seen.group.part
+        earlier = None
+        if rule.chunk is not None:
+            earlier = seen.view(layer.slot_positions) < part(layer.position) // rule.chunk * rule.chunk
+        attended, probabilities = _rows(
+            part(queries),
+            seen.view(layer.keys),
+            seen.view(layer.values),
+            part(layer.lengths) if seen.ragged else None,
+            earlier,
+            rule,
+            None if sinks is None else part(sinks),
+            layer.kernel,
+        )
+        if counted and layer.evictor.needs_scores:
+            seen.view(layer.scores).add_(probabilities.sum(dim=1))
+        outputs.append(attended)
+    return torch.cat(outputs)
+
+
+def _rows(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor | None,
+    earlier: torch.Tensor | None,
+    rule: Rule,
+    sinks: torch.Tensor | None,
+    kernel: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of rows with as many slots each.
+
+    Args:
+        queries: `(rows, group, head_dim)`.
+        keys, values: `(rows, slots, dim)`.
+        lengths: tokens in each row's first slots, `(rows, 1)`; None: all slots hold one.
+        earlier: mask of the tokens before the query's chunk, `(rows, slots)`; or None.
+        sinks: of the rule, `(rows, group)`.
+        kernel: see `decode_kernel`.
+    Returns:
+        `(rows, group, value_dim)`, and the probabilities, float32 `(rows, group, slots)`; none where the kernel is
+        fused.
+    """
+    if kernel != "grouped" and rule.plain:
+        return _fused_rows(queries, keys, values, lengths, rule.scale, kernel), torch.empty(0)
+    logits = torch.bmm(queries * rule.scale, keys.transpose(1, 2))
     if rule.softcap is not None:
         logits = torch.tanh(logits / rule.softcap) * rule.softcap
-    if layer.ragged:
-        logits = logits.masked_fill(_empty(layer, count), -torch.inf)
-    if rule.chunk is not None:
-        begun = (layer.position // rule.chunk * rule.chunk)[..., None]
-        earlier = layer.slot_positions[:, :, :count] < begun  # of each of the cache's heads
-        logits = logits.masked_fill(
-            earlier.repeat_interleave(kv_heads // earlier.shape[1], dim=1)[:, :, None], -torch.inf
-        )
-    if rule.sinks is None:
+    if lengths is not None:
+        logits = logits.masked_fill(_empty(lengths, keys.shape[1])[:, None], -torch.inf)
+    if earlier is not None:
+        logits = logits.masked_fill(earlier[:, None], -torch.inf)
+    if sinks is None:
         probabilities = logits.softmax(dim=-1, dtype=torch.float32)
     else:
-        probabilities = softmax_with_sinks_(logits.float(), rule.sinks.view(kv_heads, -1, 1))
-    if counted and layer.evictor.needs_scores:
-        layer.add_scores(probabilities.sum(dim=2))
-    attended = torch.bmm(probabilities.to(values.dtype).flatten(0, 1), values.flatten(0, 1))
-    return attended.view(batch, -1, 1, values.shape[-1])
+        probabilities = softmax_with_sinks_(logits.float(), sinks[..., None])
+    return torch.bmm(probabilities.to(values.dtype), values), probabilities
 
 
-def _empty(layer: SqueezeLayer, count: int) -> torch.Tensor:
-    """Mask of the slots without a token among the first `count`: `(batch, 1, 1, count)`."""
-    return (torch.arange(count, device=layer.lengths.device) >= layer.lengths)[:, None, None]
+def _empty(lengths: torch.Tensor, count: int) -> torch.Tensor:
+    """Mask of the slots without a token among the first `count`: `(rows, count)`."""
+    return torch.arange(count, device=lengths.device) >= lengths
 
 
-def _fused_decode(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: SqueezeLayer, scale: float
+def _fused_rows(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor | None,
+    scale: float,
+    kernel: str,
 ) -> torch.Tensor:
-    """`decode` with flash-attn or with `scaled_dot_product_attention`."""
-    if layer.kernel == "flash" and keys.shape[3] == values.shape[3] <= FLASH_WIDTH:
+    """`_rows` with flash-attn or with `scaled_dot_product_attention`: the rows as a batch with one KV head."""
+    if kernel == "flash" and keys.shape[2] == values.shape[2] <= FLASH_WIDTH:
         from flash_attn import flash_attn_with_kvcache
 
-        tokens_first = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
-        seqlens = layer.lengths[:, 0].int()
-        return flash_attn_with_kvcache(*tokens_first, cache_seqlens=seqlens, softmax_scale=scale).transpose(1, 2)
-    # The queries that share a KV head stand where a prompt's tokens would: no head is repeated.
-    grouped = queries.view(*keys.shape[:2], -1, keys.shape[3])
-    mask = ~_empty(layer, keys.shape[2]) if layer.ragged else None
-    attended = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-    return attended.reshape(*queries.shape[:3], values.shape[-1])
+        held = None if lengths is None else lengths[:, 0].int()
+        keys, values = keys[:, :, None], values[:, :, None]
+        return flash_attn_with_kvcache(queries[:, None], keys, values, cache_seqlens=held, softmax_scale=scale)[:, 0]
+    # The queries of a KV head stand where a prompt's tokens would: no head is repeated.
+    mask = None if lengths is None else ~_empty(lengths, keys.shape[1])[:, None, None]
+    q, k, v = queries[:, None], keys[:, None], values[:, None]
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[:, 0]
+
+
+def _varlen(queries: torch.Tensor, layer: SqueezeLayer, scale: float) -> torch.Tensor:
+    """All groups at once by PyTorch's kernel for sequences of any lengths: a row is one, with one token that asks.
+
+    Args:
+        queries: `(rows, group, head_dim)`, in the order of the layer's buffers.
+    """
+    layout, lengths = layer.layout, layer.lengths[:, 0].int()
+    return varlen_attn(
+        queries,
+        layer.keys[:, None],
+        layer.values[:, None],
+        torch.arange(len(queries) + 1, dtype=torch.int32, device=queries.device),
+        layer.bounds,
+        1,
+        layout.groups[-1].slots,
+        scale=scale,
+        enable_gqa=True,
+        seqused_k=lengths,
+    )

@@ -1,4 +1,4 @@
-"""SqueezeCache: a transformers Cache whose attention layers each own one buffer, as large as their budget.
+"""SqueezeCache: a transformers Cache whose attention layers each own one buffer, as large as their budgets.
 
 It is the model's own cache with these layers in the place of its own; what is no attention (state space, linear
 attention) stays what it is. During prefill a layer holds the whole prompt: until it is filled, where its budgets are
@@ -8,7 +8,7 @@ there on a new token is written into one slot in place, and nothing is ever conc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from squeeze.engine import states
 from squeeze.engine.findings import Findings
 from squeeze.engine.layer import SqueezeLayer
-from squeeze.engine.schedule import Schedule
+from squeeze.engine.schedule import Rows, Schedule
 from squeeze.evictors import Evictor
 
 
@@ -42,7 +42,7 @@ class SqueezeCache(Cache):
             and a compiled step is compiled once.
         prompt_lengths: tokens of each sequence's prompt, padding excluded.
         columns: tokens of the longest prompt, to which the others are padded on the left.
-        budgets: tokens, `(layers, batch)`; with no columns until every layer is cut.
+        budgets: of each layer, tokens `(batch, kv_heads)`; none until every layer is cut.
         compressed: whether every layer is cut, and decode steps can follow.
         steps: decode steps so far.
         seen: columns of the prompts that are read already, while they are read in chunks.
@@ -61,7 +61,7 @@ class SqueezeCache(Cache):
         self.max_new_tokens = max_new_tokens
         self.prompt_lengths: list[int] = []
         self.columns = 0
-        self.budgets = np.empty((len(self.squeezed), 0), dtype=int)
+        self.budgets: list[np.ndarray] = []
         self.schedules: list[Schedule] = []
         self.compressed = False
         self.steps = 0
@@ -86,30 +86,26 @@ class SqueezeCache(Cache):
         self.columns = columns
         self.prompt_lengths = _prompt_lengths(batch, columns, attention_mask)
 
-    def compress(self, budgets: np.ndarray) -> None:
-        """Cut every layer to its budgets, `(layers, batch)` tokens: decode steps can follow.
+    def compress(self, budgets: Sequence[np.ndarray]) -> None:
+        """Cut every layer to its budgets, `(sequences, kv_heads)` tokens: decode steps can follow.
 
         A layer may hold fewer sequences than the batch has, the first ones.
         """
-        for layer, layer_budgets in zip(self.squeezed, budgets.tolist(), strict=True):
-            held = layer.keys.shape[0]
-            layer.compress(self.prompt_lengths[:held], layer_budgets[:held])
-        self.end_prefill(budgets)
+        for layer, own in zip(self.squeezed, budgets, strict=True):
+            layer.compress(self.prompt_lengths[: len(own)], own)
+        self.end_prefill()
 
-    def end_prefill(self, budgets: np.ndarray) -> None:
-        """Take note that every layer was cut to its budgets, `(layers, batch)` tokens: decode steps can follow."""
-        self.budgets = budgets
+    def end_prefill(self) -> None:
+        """Take note that every layer was cut to its budgets: decode steps can follow."""
+        self.budgets = [layer.layout.budgets for layer in self.squeezed]
         for layer in self.squeezed:
             layer.reading = None
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for index, layer in enumerate(self.squeezed):
-            shapes = *layer.keys.shape[:2], layer.keys.shape[3], layer.values.shape[3]
-            alike.setdefault((layer.keys.device, *shapes, id(layer.facts.rotation)), []).append(index)
-        self.schedules = []
-        for own in alike.values():
-            layers = [self.squeezed[i] for i in own]
-            held = layers[0].keys.shape[0]
-            self.schedules.append(Schedule(layers, self.prompt_lengths[:held], self.budgets[own, :held].tolist()))
+        alike: dict[tuple[Any, ...], list[SqueezeLayer]] = {}
+        for layer in self.squeezed:
+            shapes = layer.layout.batch, layer.layout.heads, layer.keys.shape[1], layer.values.shape[1]
+            alike.setdefault((layer.keys.device, *shapes, id(layer.facts.rotation)), []).append(layer)
+        self.schedules = [Schedule(layers, self.prompt_lengths) for layers in alike.values()]
+        self.rows = Rows([layer.layout for layer in self.squeezed])
         self.compressed = True
 
     def forget(self) -> None:
@@ -143,15 +139,9 @@ class SqueezeCache(Cache):
     def _schedule_step(self) -> None:
         """Lengths are worked out on the host as well, so that a decode step never waits for its device."""
         seen = np.array(self.prompt_lengths) + self.steps + 1
-        kept = np.minimum(seen, self.budgets)
-        slots = self.budgets.max(axis=1)
-        longest = slots if self.whole_buffers else kept.max(axis=1)
-        ragged = kept.min(axis=1) < longest
-        counts = longest.tolist(), slots.tolist(), ragged.tolist()
-        for layer, seen_slots, all_slots, layer_ragged in zip(self.squeezed, *counts, strict=True):
-            layer.longest = None if seen_slots == all_slots else seen_slots
-            layer.ragged = layer_ragged
-        evicting = bool((kept < seen).any())
+        evicting, groups = self.rows.held(seen, self.whole_buffers)
+        for layer, own in zip(self.squeezed, groups, strict=True):
+            layer.seen = own
         for schedule in self.schedules:
             schedule.advance(evicting)
 

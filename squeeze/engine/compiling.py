@@ -90,7 +90,8 @@ class CompiledBlock:
         if cache is None or not cache.compressed:
             return self.original(*args, **kwargs)
         layer = cache.squeezed[self.number]
-        layer.budget, layer.lengths, layer.rows = layer.budget.clone(), layer.lengths.clone(), layer.rows.clone()
+        for name in ("position", "budget", "lengths", "rows"):
+            setattr(layer, name, getattr(layer, name).clone())
         given = {id(cache): OneLayer(layer), id(kwargs.get("attention_mask")): None}  # which `attend` does not look at
         args, kwargs = (
             tuple(given.get(id(value), value) for value in args),

@@ -37,6 +37,7 @@ class AttentionLayer:
         encoding: how positions are in the cached keys.
         rotation: of `rope`; None for the others.
         residual: None: how attention enters the stream is not known.
+        as_cached: attention is given what the cache returned, and nothing that was made of it.
         regrouped: attention does not read the cached heads as they are (DiffLlama, JetMoE).
         foreign: arguments of attention that a squeezed cache cannot serve.
         hybrid: its cache layer keeps a state of linear attention, too (Falcon-H1).
@@ -58,6 +59,7 @@ class AttentionLayer:
     encoding: Encoding
     rotation: Rotation | None
     residual: Residual | None
+    as_cached: bool
     regrouped: bool
     foreign: tuple[str, ...]
     hybrid: bool
@@ -138,12 +140,18 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def squeezable(
-    findings: Findings, evictor: Evictor, *, similarities: bool = False, prefill_chunk: int | None = None
+    findings: Findings,
+    evictor: Evictor,
+    *,
+    similarities: bool = False,
+    per_head: bool = False,
+    prefill_chunk: int | None = None,
 ) -> None:
     """Check that an eviction method can be used with a model.
 
     Args:
         similarities: whether budgets depend on how much attention changes the residual stream.
+        per_head: whether KV heads have budgets of their own.
         prefill_chunk: tokens of the prompt that are prefilled at a time; None: all of them.
     Raises:
         InputError: it cannot; the sentence says why.
@@ -154,6 +162,10 @@ def squeezable(
         if evictor.needs_scores and layer.regrouped:
             raise InputError(
                 f"{evictor} evicts for every KV head by itself, and attention of {kind} mixes them ({layer.name})"
+            )
+        if per_head and layer.regrouped:
+            raise InputError(
+                f"KV heads cannot have budgets of their own in {kind}, whose attention mixes them ({layer.name})"
             )
         if evictor.sinks and layer.encoding in ("absolute", "unknown"):
             how = "are added to the tokens" if layer.encoding == "absolute" else "are in the keys in a way not known"

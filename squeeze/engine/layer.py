@@ -1,4 +1,4 @@
-"""One attention layer's part of a SqueezeCache: buffers of keys and values, as long as its budget.
+"""One attention layer's part of a SqueezeCache: flat buffers of keys and values, as long as its budgets.
 
 A model calls `update` with the keys and values of each forward pass, as it does on any cache of transformers, and
 hands what it returns to its attention function (`squeeze.engine.interface`).
@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from squeeze.engine.findings import AttentionLayer
+from squeeze.engine.layout import Group, Layout
 from squeeze.errors import InputError
 from squeeze.evictors import Evictor
 from squeeze.numbers import shown
@@ -64,15 +66,33 @@ class Reading:
 
     Attributes:
         seen, lengths: tokens of each sequence before the chunk, and in it (0 of one that has not begun).
-        budgets: tokens of each sequence, where they are known before the pass: the layer is cut as soon as it is
+        budgets: tokens, `(batch, kv_heads)`, where they are known before the pass: the layer is cut as soon as it is
             filled. None: when all layers are.
         fused: whether attention may use PyTorch's fused kernel.
     """
 
     seen: Sequence[int]
     lengths: Sequence[int]
-    budgets: Sequence[int] | None
+    budgets: np.ndarray | None
     fused: bool
+
+
+class Seen(NamedTuple):
+    """What a decode step attends to of a group of rows.
+
+    Args:
+        group: which rows.
+        longest: of each row's slots, the first so many; None: all of them.
+        ragged: whether some of these are empty in some row.
+    """
+
+    group: Group
+    longest: int | None
+    ragged: bool
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        """That of a buffer `(all slots, …)`: `(rows, longest, …)`."""
+        return self.group.view(buffer)[:, : self.longest]
 
 
 class SqueezeLayer(CacheLayerMixin):
@@ -83,23 +103,28 @@ class SqueezeLayer(CacheLayerMixin):
         facts: what the probe found out about the layer.
 
     Attributes:
-        keys, values: `(batch, kv_heads, slots, head_dim)`, keys after RoPE at their original positions. A sequence
-            holds `min(seen, budget)` tokens, always in the first slots; the buffer is as long as the largest budget.
+        keys, values: `(slots, head_dim)`, keys after RoPE at their original positions; where each row lies, one KV
+            head of one sequence, says `layout`. A row holds `min(seen, budget)` tokens, always in its first slots.
+            While a prompt is read they are all of its tokens, left-padded, `(batch, kv_heads, tokens, head_dim)`.
             Latent attention keeps two parts of another width in their places.
-        scores: H2O's accumulated attention, float32, `(batch, kv_heads, slots)`; no elements for the other evictors.
-        slot_positions: of the token in each slot, -1 where it is empty, int32, `(batch, kv_heads, slots)`; no elements
-            where nobody asks for them.
+        scores: H2O's accumulated attention, float32, `(slots,)`; no elements for the other evictors.
+        slot_positions: of the token in each slot, -1 where it is empty, int32, `(slots,)`; no elements where nobody
+            asks for them.
+        layout: of the rows, once the layer is cut to its budgets.
+        bounds: first slots of the rows in that order, and the end, int32, `(rows + 1,)`.
+        order: numbers of the rows as they lie in the buffers, `(rows,)`; None: sequence by sequence, head by head.
         shared: whether other attention modules look at the layer as well (Gemma 3n).
         reading: the prompts under way; None in decode steps.
         pending: keys and values of the pass, between `update` and `take`.
-        places: of each sequence, positions of the keys that `update` has returned, `(keys,)`.
-        position: that the decode step under way gives each sequence's new token, int64, `(batch, 1)`.
-        budget: slots that each sequence owns, `(batch, 1)`.
-        lengths: tokens of each sequence after the step, `(batch, 1)`.
-        rows: where the step writes in `keys` and `values` seen as `(batch * kv_heads * slots, head_dim)`, int64,
-            `(batch, kv_heads)`; with scores only each buffer's first row, to which the evictor adds its slot.
-        longest: slots that are attended to; None: all of them.
-        ragged: whether some of these are empty in some sequence.
+        places: of each sequence, the positions of the keys that `update` has returned, `(keys,)`, for some heads after
+            the others.
+        position: that the decode step under way gives the new token of each row's sequence, int64, `(rows, 1)`; here
+            and below rows are in the buffers' order.
+        budget: slots that each row owns, `(rows, 1)`.
+        lengths: tokens of each row after the step, `(rows, 1)`.
+        rows: where the step writes in `keys` and `values`, int64, `(rows,)`; with scores only each row's first slot,
+            to which the evictor adds its own.
+        seen: what the step attends to, group by group.
         kernel: of attention in decode steps, see `decode_kernel`.
     """
 
@@ -110,8 +135,9 @@ class SqueezeLayer(CacheLayerMixin):
     budget: torch.Tensor
     lengths: torch.Tensor
     rows: torch.Tensor
-    longest: int | None
-    ragged: bool
+    seen: list[Seen]
+    layout: Layout
+    bounds: torch.Tensor
     kernel: str
 
     def __init__(self, evictor: Evictor, facts: AttentionLayer):
@@ -122,7 +148,8 @@ class SqueezeLayer(CacheLayerMixin):
         self.slot_positions = torch.empty(0, dtype=torch.int32)
         self.reading: Reading | None = None
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.places: list[torch.Tensor] = []
+        self.places: list[list[tuple[int, torch.Tensor]]] = []
+        self.order: torch.Tensor | None = None
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the keys and values of a forward pass, and return those to attend to.
@@ -130,14 +157,13 @@ class SqueezeLayer(CacheLayerMixin):
         Args:
             keys, values: `(batch, kv_heads, tokens, head_dim)`, left-padded; one token in a decode step.
         Returns:
-            The slots that are attended to in a decode step; the prompt, or what is kept of it and its next chunk.
+            The slots that are attended to in a decode step, or as much as was given where attention must look them up
+            by itself (`apart`); the prompt, or what is kept of it and its next chunk.
         """
         keys, values = as_autocast(keys.detach(), values.detach())
         if self.reading is None:
             self.write(keys, values)
-            if self.longest is None:
-                return self.keys, self.values
-            return self.keys[:, :, : self.longest], self.values[:, :, : self.longest]
+            return (keys, values) if self.apart else (self.padded(self.keys), self.padded(self.values))
         # Copies, where they are a part of a larger product that would stay in memory with them.
         self.pending = _apart(keys), values.contiguous()
         return self._with_past(*self.pending)
@@ -152,7 +178,7 @@ class SqueezeLayer(CacheLayerMixin):
         (keys, values), self.pending = self.pending, None
         seen, lengths, budgets = self.reading.seen, self.reading.lengths, self.reading.budgets
         if budgets is not None and any(seen):
-            self.extend(keys, values, seen, lengths, budgets)
+            self.extend(keys, values, seen, lengths)
             return
         self.fill(keys, values, _by_cached_head(scores, keys.shape[1]))
         if budgets is not None:
@@ -162,66 +188,75 @@ class SqueezeLayer(CacheLayerMixin):
         """A chunk, after what is kept of earlier ones where there is any, left-padded; notes `places`."""
         assert self.reading is not None
         seen, lengths, budgets = self.reading.seen, self.reading.lengths, self.reading.budgets
-        self.places = [
+        own = [
             torch.arange(before, before + count, device=keys.device)
             for before, count in zip(seen, lengths, strict=True)
         ]
+        self.places = [[(keys.shape[1], positions)] for positions in own]
         if not any(seen):
             return keys, values
-        rows = []
-        for row, (before, count) in enumerate(zip(seen, lengths, strict=True)):
-            own = [part[row, :, part.shape[2] - count :] for part in (keys, values)]
-            if before:
-                assert budgets is not None, "a chunk needs budgets that are known before it"
-                *kept, positions = self.past(row, before, budgets[row])
-                own = [torch.cat(parts, dim=1) for parts in zip(kept, own, strict=True)]
-                self.places[row] = torch.cat([positions, self.places[row]])
-            rows.append(own)
-        longest = max(map(len, self.places))
-        joined_keys, joined_values = (
-            torch.stack([pad(part, (0, 0, longest - part.shape[1], 0)) for part in parts])
-            for parts in zip(*rows, strict=True)
-        )
-        return joined_keys, joined_values
+        assert budgets is not None, "a chunk needs budgets that are known before it"
+        past: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in seen]
+        for row, (before, positions) in enumerate(zip(seen, own, strict=True)):
+            if not before:
+                continue
+            self.places[row] = []
+            for piece, budget in self.layout.pieces(row):
+                kept_keys, kept_values, kept_positions = self.past(piece, before, budget)
+                past[row].append((kept_keys, kept_values))
+                self.places[row].append((piece.rows, torch.cat([kept_positions, positions])))
+        longest = max(len(positions) for places in self.places for _, positions in places)
+        joined = []
+        for which, part in enumerate((keys, values)):
+            whole = part.new_zeros(*part.shape[:2], longest, part.shape[3])
+            for row, count in enumerate(lengths):
+                whole[row, :, longest - count :] = part[row, :, part.shape[2] - count :]
+                head = 0
+                for kept_parts in past[row]:
+                    kept = kept_parts[which]
+                    heads, tokens = kept.shape[:2]
+                    whole[row, head : head + heads, longest - count - tokens : longest - count] = kept
+                    head += heads
+            joined.append(whole)
+        return joined[0], joined[1]
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> None:
         """Hold a whole left-padded prompt, `(batch, kv_heads, tokens, head_dim)`, until `compress`."""
         self.keys, self.values, self.scores = keys, values, scores
         self.is_initialized = True
 
-    def compress(self, lengths: Sequence[int], budgets: Sequence[int]) -> None:
-        """Keep what each sequence's budget allows; padding is dropped, and the prompt's own tensors let go."""
-        batch, heads, slots = *self.keys.shape[:2], max(budgets)
-        keys, values = (part.new_zeros(batch, heads, slots, part.shape[3]) for part in (self.keys, self.values))
+    def compress(self, lengths: Sequence[int], budgets: np.ndarray) -> None:
+        """Keep what budgets `(batch, kv_heads)` allow; padding is dropped, and the prompt's own tensors let go."""
+        self.layout = layout = Layout(budgets)
+        slots, device = layout.slots, self.keys.device
+        keys, values = (part.new_zeros(slots, part.shape[3]) for part in (self.keys, self.values))
         scored, placed = self.evictor.needs_scores, self.needs_positions
-        scores = keys.new_zeros((batch, heads, slots) if scored else 0, dtype=torch.float32)
-        slot_positions = keys.new_full((batch, heads, slots) if placed else (0,), -1, dtype=torch.int32)
-        for row, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
+        scores = keys.new_zeros(slots if scored else 0, dtype=torch.float32)
+        slot_positions = keys.new_full((slots if placed else 0,), -1, dtype=torch.int32)
+        for row, length in enumerate(lengths):
             row_scores = self.scores[row, :, -length:] if scored else self.scores
             if scored:
                 every = torch.arange(length + 1, device=row_scores.device)
                 row_scores = self._in_sight(row_scores, every[:-1], every[-1:])
-            kept = self._keep(length, budget, row_scores).to(keys.device).expand(heads, -1)
-            count = kept.shape[1]
-            for buffer, prompt in ((keys, self.keys), (values, self.values)):
-                index = kept[..., None].expand(-1, -1, prompt.shape[3])
-                # Straight into the buffer: what is kept never exists twice.
-                torch.gather(prompt[row, :, -length:], 1, index, out=buffer[row, :, :count])
-            if scored:
-                scores[row, :, :count] = row_scores.gather(1, kept)
-            if placed:
-                slot_positions[row, :, :count] = kept
+            for piece, budget in layout.pieces(row):
+                piece_scores = piece.part(row_scores) if scored else row_scores
+                kept = self._keep(length, budget, piece_scores, piece.rows).to(device).expand(piece.rows, -1)
+                count = kept.shape[1]
+                for buffer, prompt in ((keys, self.keys), (values, self.values)):
+                    index = kept[..., None].expand(-1, -1, prompt.shape[3])
+                    # Straight into the buffer: what is kept never exists twice.
+                    own = piece.part(prompt[row, :, -length:])
+                    torch.gather(own, 1, index, out=piece.view(buffer)[:, :count])
+                if scored:
+                    piece.view(scores)[:, :count] = piece_scores.gather(1, kept)
+                if placed:
+                    piece.view(slot_positions)[:, :count] = kept
         self.keys, self.values, self.scores, self.slot_positions = keys, values, scores, slot_positions
-        self.kernel = decode_kernel(keys.device, keys.dtype, scored)
+        self.order = None if layout.in_order else torch.from_numpy(layout.order).to(device)
+        self.bounds = torch.tensor([*layout.first, slots], dtype=torch.int32, device=device)
+        self.kernel = decode_kernel(device, keys.dtype, scored)
 
-    def extend(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        seen: Sequence[int],
-        lengths: Sequence[int],
-        budgets: Sequence[int],
-    ) -> None:
+    def extend(self, keys: torch.Tensor, values: torch.Tensor, seen: Sequence[int], lengths: Sequence[int]) -> None:
         """Keep what the budgets allow of a prompt's next chunk; for evictors that need no scores.
 
         A token's slot is the same however long the prompt has become, so what stays needs not be moved.
@@ -231,29 +266,32 @@ class SqueezeLayer(CacheLayerMixin):
             seen: tokens of each sequence that came before these.
             lengths: tokens of each sequence, 0 where it has not begun.
         """
-        for row, (before, length, budget) in enumerate(zip(seen, lengths, budgets, strict=True)):
-            position = self._keep(before + length, budget, self.scores)[0]  # of each slot
-            slots = (position >= before).nonzero()[:, 0]
-            index = position[slots] - before - length
-            self.keys[row][:, slots] = keys[row][:, index]
-            self.values[row][:, slots] = values[row][:, index]
-            if self.needs_positions:
-                self.slot_positions[row][:, slots] = position[slots].int().to(self.slot_positions.device)
+        for row, (before, length) in enumerate(zip(seen, lengths, strict=True)):
+            for piece, budget in self.layout.pieces(row):
+                position = self._keep(before + length, budget, self.scores, piece.rows)[0]  # of each slot
+                slots = (position >= before).nonzero()[:, 0]
+                index = position[slots] - before - length
+                piece.view(self.keys)[:, slots] = piece.part(keys[row])[:, index]
+                piece.view(self.values)[:, slots] = piece.part(values[row])[:, index]
+                if self.needs_positions:
+                    own = position[slots].int().to(self.slot_positions.device)
+                    piece.view(self.slot_positions)[:, slots] = own
 
-    def past(self, row: int, seen: int, budget: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values kept of one sequence's first `seen` tokens, `(kv_heads, kept, head_dim)`, in their order.
+    def past(self, piece: Group, seen: int, budget: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values that some heads keep of a sequence's first `seen` tokens, `(heads, kept, head_dim)`.
 
-        Their positions, `(kept,)`, come third.
+        They are in the tokens' order; their positions, `(kept,)`, come third.
         """
-        positions, slots = self._keep(seen, budget, self.scores)[0].sort()
-        return self.keys[row][:, slots], self.values[row][:, slots], positions.to(self.keys.device)
+        positions, slots = self._keep(seen, budget, self.scores, piece.rows)[0].sort()
+        keys, values = (piece.view(part)[:, slots] for part in (self.keys, self.values))
+        return keys, values, positions.to(self.keys.device)
 
-    def _keep(self, length: int, budget: int, scores: torch.Tensor) -> torch.Tensor:
-        """Positions that the evictor keeps of a prompt, `(kv_heads, kept)` or `(1, kept)`; InputError for others."""
+    def _keep(self, length: int, budget: int, scores: torch.Tensor, heads: int) -> torch.Tensor:
+        """Positions that the evictor keeps of a prompt, `(heads, kept)` or `(1, kept)`; InputError for others."""
         kept, count = self.evictor.keep(length, budget, scores), min(length, budget)
         if self.evictor.built_in:
             return kept
-        shapes = [(heads, count) for heads in (self.keys.shape[1], 1)]
+        shapes = [(rows, count) for rows in (heads, 1)]
         right = isinstance(kept, torch.Tensor) and kept.dtype == torch.long and kept.shape in shapes
         if not right or bool(((kept < 0) | (kept >= length)).any()):
             raise InputError(
@@ -263,23 +301,69 @@ class SqueezeLayer(CacheLayerMixin):
         return kept
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Place a new token per sequence, `(batch, kv_heads, 1, head_dim)`; where there is no room, evict another."""
-        batch, heads, _, key_dim = keys.shape
-        value_dim = values.shape[3]
+        """Place a new token per row, `(batch, kv_heads, 1, head_dim)`; where there is no room, evict another."""
         rows = self.rows
         if self.evictor.needs_scores:
-            scores = self._in_sight(self.scores, self.slot_positions, self.position[..., None])
-            slots = self.evictor.slot(self.position, self.budget, self.slot_positions, scores)
-            check_slots(self.evictor, slots, (batch, heads), self.budget)
-            rows = rows + slots
-        rows = rows.view(-1)
+            evicted = [self._slots(group) for group in self.layout.groups]
+            rows = rows + (evicted[0] if len(evicted) == 1 else torch.cat(evicted))
         # Not scatter_, which for 16-bit types goes through a copy of the whole buffer on the CPU.
-        self.keys.view(-1, key_dim).index_copy_(0, rows, keys.reshape(-1, key_dim).to(self.keys.dtype))
-        self.values.view(-1, value_dim).index_copy_(0, rows, values.reshape(-1, value_dim).to(self.values.dtype))
+        self.keys.index_copy_(0, rows, self.arranged(keys.flatten(0, 2)).to(self.keys.dtype))
+        self.values.index_copy_(0, rows, self.arranged(values.flatten(0, 2)).to(self.values.dtype))
         if self.evictor.needs_scores:
-            self.scores.view(-1).index_fill_(0, rows, 0.0)
+            self.scores.index_fill_(0, rows, 0.0)
         if self.needs_positions:
-            self.slot_positions.view(-1).index_copy_(0, rows, self.position.int().expand(batch, heads).reshape(-1))
+            self.slot_positions.index_copy_(0, rows, self.position[:, 0].int())
+
+    def _slots(self, group: Group) -> torch.Tensor:
+        """Slots that the evictor chooses for the new tokens of a group, each counted from its row's first: `(rows,)`.
+
+        To the evictor a row is a sequence with one KV head.
+        """
+        position, budget = group.part(self.position), group.part(self.budget)
+        held = group.view(self.slot_positions)[:, None]
+        scores = self._in_sight(group.view(self.scores)[:, None], held, position[..., None])
+        slots = self.evictor.slot(position, budget, held, scores)
+        check_slots(self.evictor, slots, (group.rows, 1), budget)
+        return slots[:, 0]
+
+    @property
+    def apart(self) -> bool:
+        """Whether rows must be attended to group by group, and attention is given no more than the new tokens."""
+        return self.facts.as_cached and not self.layout.alike
+
+    def arranged(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(rows, …)`, given sequence by sequence and head by head, in the buffers' order."""
+        return rows if self.order is None else rows.index_select(0, self.order)
+
+    def restored(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(rows, …)`, given in the buffers' order, sequence by sequence and head by head."""
+        return rows if self.order is None else torch.empty_like(rows).index_copy_(0, self.order, rows)
+
+    def padded(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The slots that a step attends to, `(batch, kv_heads, longest, …)`; a copy unless all rows are alike.
+
+        A row that is shorter repeats its last slot; `empty` tells which are there.
+        """
+        if self.layout.alike:
+            [seen] = self.seen
+            return seen.view(buffer).unflatten(0, (self.layout.batch, self.layout.heads))
+        return buffer[self._padded_slots()]
+
+    @property
+    def padded_length(self) -> int:
+        """Slots of `padded`."""
+        return max(seen.group.slots if seen.longest is None else seen.longest for seen in self.seen)
+
+    def _padded_slots(self) -> torch.Tensor:
+        """Slots in the buffer, `(batch, kv_heads, longest)`, of `padded`."""
+        device, longest = self.keys.device, self.padded_length
+        starts, budgets = (torch.from_numpy(part).to(device) for part in (self.layout.starts, self.layout.budgets))
+        return starts[..., None] + torch.minimum(torch.arange(longest, device=device), budgets[..., None] - 1)
+
+    def empty(self, slots: int) -> torch.Tensor:
+        """Mask of `padded`'s slots that hold no token, `(batch, kv_heads, slots)`."""
+        lengths = self.restored(self.lengths).view(self.layout.batch, self.layout.heads)
+        return torch.arange(slots, device=lengths.device) >= lengths[..., None]
 
     def _in_sight(self, scores: torch.Tensor, positions: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Scores of tokens: -1, less than any other, of those that the layer's own attention to a query hides."""
@@ -287,8 +371,12 @@ class SqueezeLayer(CacheLayerMixin):
         return scores if unseen is None else scores.masked_fill(unseen, -1.0)
 
     def add_scores(self, probabilities: torch.Tensor) -> None:
-        """Let scores grow by a step's attention probabilities, `(batch, heads, slots)`: see `_by_cached_head`."""
-        self.scores[:, :, : probabilities.shape[2]] += _by_cached_head(probabilities, self.scores.shape[1])
+        """Let scores grow by a step's probabilities over `padded`, `(batch, heads, slots)`: see `_by_cached_head`."""
+        probabilities = _by_cached_head(probabilities, self.layout.heads)
+        if self.layout.alike:
+            self.padded(self.scores).add_(probabilities)
+        else:  # 0 where a slot is a repeated one
+            self.scores.index_add_(0, self._padded_slots().flatten(), probabilities.flatten())
 
     @property
     def needs_positions(self) -> bool:

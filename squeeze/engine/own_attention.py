@@ -44,10 +44,15 @@ def _give_mask(
 
 
 def slot_mask(layer: SqueezeLayer, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the logits of a decode step, `(batch, 1, 1, slots)`: 0, or `dtype`'s least for empty slots."""
-    slots = torch.arange(layer.keys.shape[2], device=layer.lengths.device)[: layer.longest]
-    mask = torch.zeros(len(layer.lengths), len(slots), dtype=dtype, device=layer.lengths.device)
-    return mask.masked_fill_(slots >= layer.lengths, torch.finfo(dtype).min)[:, None, None]
+    """What is added to the logits of a decode step: 0, or `dtype`'s least for empty slots.
+
+    Returns:
+        `(batch, kv_heads, 1, slots)`, or `(batch, 1, 1, slots)` where the heads of a sequence are alike.
+    """
+    empty, budgets = layer.empty(layer.padded_length)[:, :, None], layer.layout.budgets
+    if (budgets == budgets[:, :1]).all():
+        empty = empty[:, :1]
+    return torch.zeros(empty.shape, dtype=dtype, device=empty.device).masked_fill_(empty, torch.finfo(dtype).min)
 
 
 def _take(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +30,8 @@ class PrefillResult:
     Args:
         similarities: mean cosine similarity of each layer, `(batch, layers)` float32; None with explicit budgets.
         classes: 1, 2 or 3, `(batch, layers)`; None with explicit budgets.
-        budgets: tokens, `(batch, layers)`; None before the first prefill.
+        budgets: tokens, `(batch, layers)`, or where KV heads have their own `(batch, layers, kv_heads)`, 0 where a
+            layer has fewer heads than others; None before the first prefill.
         kv_bytes: bytes of all key and value tensors that are left.
         state_bytes: bytes of H2O's scores and positions, or of StreamingLLM's sinks as they came.
         notes: of each sequence, sentences that the user should see, such as that minimum budgets made the total grow.
@@ -94,8 +95,8 @@ class Prefill:
         shared: whether the prefill is kept for other configurations, and may be taken over from one that was.
         kept: the prefill that is taken over, and at the end the one to keep.
         losses: loss curves of each sequence, where budgets are made from them, as `_allocate` takes them.
-        budgets: tokens, `(layers, batch)`, where they are known before the pass: each layer is cut when it is filled,
-            so that no more than one holds the whole prompt at a time.
+        budgets: of each layer, tokens `(batch, kv_heads)`, where they are known before the pass: each layer is cut
+            when it is filled, so that no more than one holds the whole prompt at a time.
 
     Attributes:
         lengths: tokens of each sequence in the present chunk.
@@ -111,7 +112,7 @@ class Prefill:
     shared: bool = False
     kept: KeptPrefill | None = None
     losses: list[LossCurves] | None = None
-    budgets: np.ndarray | None = None
+    budgets: list[np.ndarray] | None = None
     lengths: list[int] = field(default_factory=list)
     streams: dict[int, torch.Tensor] = field(default_factory=dict)
     shared_seconds: float = 0.0
@@ -124,9 +125,9 @@ class Prefill:
         seen = [max(start - padded, 0) for padded in padding]
         self.lengths = [max(end - padded, 0) - before for padded, before in zip(padding, seen, strict=True)]
         self.similarities.append([torch.empty(0)] * len(cache.squeezed) if self.measured else [])
-        budgets: Sequence[Any] = [None] * len(cache.squeezed) if self.budgets is None else self.budgets.tolist()
-        for layer, own in zip(cache.squeezed, budgets, strict=True):
-            layer.reading = Reading(seen, self.lengths, own, self.attn != "eager")
+        for index, layer in enumerate(cache.squeezed):
+            budgets = None if self.budgets is None else self.budgets[index]
+            layer.reading = Reading(seen, self.lengths, budgets, self.attn != "eager")
         cache.seen = start
 
     @contextmanager

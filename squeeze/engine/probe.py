@@ -161,6 +161,7 @@ def _layer(
         encoding=encoding,
         rotation=rotation,
         residual=residual,
+        as_cached=own is not None and all(call.as_cached for call in uses),
         regrouped=any(call.regrouped for call in uses),
         foreign=tuple(name for name in FOREIGN if any(call.arguments.get(name) is not None for call in uses)),
         hybrid=isinstance(cached, LinearAttentionLayer),

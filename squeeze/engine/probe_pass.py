@@ -33,11 +33,20 @@ class Update(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """A call of the attention function: whose, on which cache layer, with which arguments beside queries and keys."""
+    """A call of the attention function.
+
+    Args:
+        module: whose it is.
+        layer: of the cache, that it attends to.
+        arguments: beside queries, keys and values.
+        as_cached: whether keys and values are what the cache returned, and no tensors made of it.
+        regrouped: whether they are others than those of the cached heads.
+    """
 
     module: nn.Module
     layer: int
     arguments: dict[str, Any]
+    as_cached: bool
     regrouped: bool
 
 
@@ -103,10 +112,11 @@ class ProbePass:
                 raise InputError(f"{type(module).__name__} attends to keys that are in no layer of the cache")
             layer = layers[0]
         held = self.cache.updates[layer].held
-        as_held = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip((key, value), held, strict=True))
+        as_cached = key is held[0] and value is held[1]
+        alike = all(a.shape == b.shape and torch.equal(a, b) for a, b in zip((key, value), held, strict=True))
         if mask:
             kwargs["attention_mask"] = mask[0]
-        self.attended.append(Attended(module, layer, kwargs, regrouped=held[0].shape[1] > 1 and not as_held))
+        self.attended.append(Attended(module, layer, kwargs, as_cached, held[0].shape[1] > 1 and not alike))
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

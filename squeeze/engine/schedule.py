@@ -9,9 +9,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
-from squeeze.engine.layer import SqueezeLayer, check_slots
+from squeeze.engine.layer import Seen, SqueezeLayer, check_slots
+from squeeze.engine.layout import Layout
+
+
+class Rows:
+    """How far the rows of all layers are filled, worked out without a device.
+
+    Args:
+        layouts: of each layer.
+    """
+
+    def __init__(self, layouts: Sequence[Layout]):
+        self.layouts = layouts
+        self.sequences = np.concatenate([layout.order // layout.heads for layout in layouts])
+        self.budgets = np.concatenate([layout.budgets.ravel()[layout.order] for layout in layouts])
+        groups = [group for layout in layouts for group in layout.groups]
+        self.slots = np.array([group.slots for group in groups])
+        counts = np.array([group.rows for group in groups])
+        self.bounds = counts.cumsum() - counts
+
+    def held(self, seen: np.ndarray, whole: bool) -> tuple[bool, list[list[Seen]]]:
+        """Whether some row holds less than its sequence has seen, and what each layer attends to.
+
+        Args:
+            seen: tokens of each sequence.
+            whole: whether empty slots are attended to.
+        """
+        seen = seen[self.sequences]
+        kept = np.minimum(seen, self.budgets)
+        longest = self.slots if whole else np.maximum.reduceat(kept, self.bounds)
+        ragged = np.minimum.reduceat(kept, self.bounds) < longest
+        all_slots = longest == self.slots
+        told = zip(longest.tolist(), all_slots.tolist(), ragged.tolist(), strict=True)
+        groups = [
+            [
+                Seen(group, None if every else count, some_empty)
+                for group, (count, every, some_empty) in zip(layout.groups, told, strict=False)
+            ]
+            for layout in self.layouts
+        ]
+        return bool((kept < seen).any()), groups
 
 
 class Schedule:
@@ -24,31 +65,31 @@ class Schedule:
     Args:
         layers: just cut to their budgets; of one shape, and with keys that turn alike.
         lengths: tokens that each sequence has seen.
-        budgets: slots owned, `(layers, batch)`.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[SqueezeLayer],
-        lengths: Sequence[int],
-        budgets: Sequence[Sequence[int]],
-    ):
+    def __init__(self, layers: Sequence[SqueezeLayer], lengths: Sequence[int]):
         device = layers[0].keys.device
-        batch, heads = layers[0].keys.shape[:2]
+        layouts = [layer.layout for layer in layers]
+        heads = layouts[0].heads
         self.layers, self.evictor = layers, layers[0].evictor
         rotation = layers[0].facts.rotation
         self.rotation = None if rotation is None else replace(rotation, inv_freq=rotation.inv_freq.to(device))
-        # No view of another tensor, as later positions are none: a compiled step would be compiled again.
-        self.position = torch.tensor([[length] for length in lengths], device=device)
-        self.budgets = torch.tensor(budgets, device=device)[..., None]
-        slots = torch.tensor([layer.keys.shape[2] for layer in layers], device=device)
-        self.first_rows = (torch.arange(batch * heads, device=device) * slots[:, None]).view(-1, batch, heads)
+        # All of these by layer and row, in the order of each layer's buffers.
+        orders = [layout.order for layout in layouts]
+        position = np.stack([np.array(lengths)[order // heads] for order in orders])
+        budgets = np.stack([layout.budgets.ravel()[order] for layout, order in zip(layouts, orders, strict=True)])
+        self.position = torch.from_numpy(position).to(device)[..., None]
+        self.budgets = torch.from_numpy(budgets).to(device)[..., None]
+        self.first_rows = torch.from_numpy(np.stack([layout.first for layout in layouts])).to(device)
         self.evicted = torch.zeros_like(self.budgets)
         self.sinks_come_late = min(lengths) < self.evictor.sinks
+        # Of a row that is shorter than the sinks, and never full, the last slot several times.
+        sinks = torch.minimum(torch.arange(self.evictor.sinks, device=device), self.budgets - 1)
+        self.sink_slots = (self.first_rows[..., None] + sinks).flatten(1)
         self.sinks = self._sinks()
 
     def advance(self, evicting: bool) -> None:
-        """Tell the layers about the step that begins; `evicting` if a sequence will hold less than it has seen."""
+        """Tell the layers about the step that begins; `evicting` if a row will hold less than was seen."""
         lengths = torch.minimum(self.position + 1, self.budgets)
         if evicting and self.evictor.sinks and self.rotation is not None:
             self._turn_sinks(self.position + 1 - lengths)
@@ -57,10 +98,9 @@ class Schedule:
             first = self.layers[0]
             slots = self.evictor.slot(self.position, self.budgets, first.slot_positions, first.scores)
             check_slots(self.evictor, slots, self.budgets.shape, self.budgets)
-            rows = rows + slots
-        for layer, *step in zip(self.layers, self.budgets, lengths, rows, strict=True):
-            layer.position = self.position
-            layer.budget, layer.lengths, layer.rows = step
+            rows = rows + slots[..., 0]
+        for layer, *step in zip(self.layers, self.position, self.budgets, lengths, rows, strict=True):
+            layer.position, layer.budget, layer.lengths, layer.rows = step
         self.position = self.position + 1
 
     @property
@@ -69,20 +109,22 @@ class Schedule:
         return self.sinks.nbytes
 
     def _sinks(self) -> torch.Tensor:
-        """The sinks in the buffers, `(layers, batch, kv_heads, sinks, head_dim)`; none where they do not turn."""
+        """The sinks in the buffers, `(layers, rows, sinks, head_dim)`; none where they do not turn."""
         if self.rotation is None:
             return torch.empty(0)
-        return torch.stack([self._turning(layer) for layer in self.layers])
+        found = [self._turning(layer)[slots] for layer, slots in zip(self.layers, self.sink_slots, strict=True)]
+        return torch.stack(found).unflatten(1, (self.budgets.shape[1], self.evictor.sinks))
 
     def _turning(self, layer: SqueezeLayer) -> torch.Tensor:
-        """Sinks of a layer: of its keys, or in latent attention of the part that turns."""
+        """What turns of a layer: its keys, or in latent attention a part of them."""
         assert self.rotation is not None
-        return getattr(layer, self.rotation.part)[:, :, : self.evictor.sinks]
+        return getattr(layer, self.rotation.part)
 
     def _turn_sinks(self, evicted: torch.Tensor) -> None:
         assert self.rotation is not None
         if self.sinks_come_late:  # after a prompt shorter than the sinks: until it evicts, they are as they came
-            self.sinks = torch.where(self.evicted[..., None, None] == 0, self._sinks(), self.sinks)
+            self.sinks = torch.where(self.evicted[..., None] == 0, self._sinks(), self.sinks)
         self.evicted = evicted
-        for layer, turned in zip(self.layers, self.rotation(self.sinks, evicted[..., None, None]), strict=True):
-            self._turning(layer)[:] = turned
+        turned = self.rotation(self.sinks, evicted[..., None]).flatten(1, 2)
+        for layer, slots, own in zip(self.layers, self.sink_slots, turned, strict=True):
+            self._turning(layer).index_copy_(0, slots, own)

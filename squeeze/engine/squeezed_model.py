@@ -26,6 +26,7 @@ from squeeze.engine import loss_curves, states
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.findings import AttentionLayer, squeezable
 from squeeze.engine.interface import NAME
+from squeeze.engine.layout import by_layer, by_sequence
 from squeeze.engine.prefill import KeptPrefill, Prefill, PrefillResult
 from squeeze.engine.probe import probe
 from squeeze.errors import InputError
@@ -102,8 +103,12 @@ class SqueezedModel:
             raise ValueError("compiling is decided on when the model is squeezed: leave the `with` block first")
         evictor = config.evictor
         config.allocator.check(algorithm, evictor, len(self.layers))
-        similar = config.allocator.needs == "similarities"
-        squeezable(self.findings, evictor, similarities=similar, prefill_chunk=config.prefill_chunk)
+        similar, per_head = config.allocator.needs == "similarities", False
+        if isinstance(config.allocator, Explicit):
+            config.allocator.check_heads([layer.kv_heads for layer in self.layers])
+            per_head = config.allocator.per_head
+        chunk = config.prefill_chunk
+        squeezable(self.findings, evictor, similarities=similar, per_head=per_head, prefill_chunk=chunk)
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
         if config.attn != "auto" and not all(layer.interface for layer in self.layers):
@@ -146,7 +151,7 @@ class SqueezedModel:
     def fork(
         self,
         prefill: KeptPrefill,
-        budgets: Sequence[Sequence[int]],
+        budgets: Sequence[Sequence[Any]],
         max_new_tokens: int,
         running: Sequence[int] | None = None,
     ) -> SqueezeCache:
@@ -154,7 +159,7 @@ class SqueezedModel:
 
         Args:
             prefill: of a batch of one.
-            budgets: `(sequences, layers)` tokens.
+            budgets: of each sequence and layer, tokens, or those of each KV head.
             max_new_tokens: that can be decoded.
             running: of each layer, for how many sequences, from the first on, it will run (`squeeze.engine.replay`):
                 it holds no others, though always the first. None: for all.
@@ -169,7 +174,8 @@ class SqueezedModel:
         for layer, count, parts in zip(cache.squeezed, counts, prefill.layers, strict=True):
             layer.fill(*(part.expand(count, -1, *part.shape[2:]) if part.numel() else part for part in parts))
         states.restore(cache.layers, prefill.states, sequences)
-        cache.compress(np.array(budgets).T)
+        own = by_layer(budgets, [layer.kv_heads for layer in self.layers])
+        cache.compress([tokens[:count] for tokens, count in zip(own, counts, strict=True)])
         return cache
 
     def step(self, tokens: torch.Tensor, position: int, cache: Cache, **more: Any) -> CausalLMOutputWithPast:
@@ -223,7 +229,7 @@ class SqueezedModel:
             self.kept_prefill = None  # let go of another one before this one is made
         prefill.losses = self._loss_curves(cache.prompt_lengths, inputs)
         if config.allocator.needs != "similarities" and not prefill.shared:
-            prefill.budgets = np.array([budgets.tokens for budgets in self._allocated(cache, prefill, None)]).T
+            prefill.budgets = self._by_layer(self._allocated(cache, prefill, None))
         return prefill
 
     def _end_prefill(self, cache: SqueezeCache, prefill: Prefill) -> None:
@@ -233,15 +239,15 @@ class SqueezedModel:
             raise InputError(f"the model's hidden states are not finite in {self.model.dtype}: use another dtype")
         allocated = self._allocated(cache, prefill, similarities)
         if prefill.budgets is None:
-            cache.compress(np.array([budgets.tokens for budgets in allocated]).T)
+            cache.compress(self._by_layer(allocated))
         else:
-            cache.end_prefill(prefill.budgets)
+            cache.end_prefill()
         if prefill.shared:
             self.kept_prefill = prefill.kept
         self.last = PrefillResult(
             similarities,
             None if similarities is None else np.array([budgets.classes for budgets in allocated]),
-            cache.budgets.T,
+            by_sequence(cache.budgets, any(budgets.per_head for budgets in allocated)),
             cache.kv_bytes,
             cache.state_bytes,
             [list(budgets.notes) for budgets in allocated],
@@ -260,6 +266,9 @@ class SqueezedModel:
                 )
                 for row, length in enumerate(cache.prompt_lengths)
             ]
+
+    def _by_layer(self, allocated: Sequence[Budgets]) -> list[np.ndarray]:
+        return by_layer([budgets.tokens for budgets in allocated], [layer.kv_heads for layer in self.layers])
 
     def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[LossCurves] | None:
         """Curves measured on each sequence, where the allocation needs them."""

@@ -109,7 +109,7 @@ class Batch:
 
 
 def check_method(model: PreTrainedModel, reference: Reference, evictor: Evictor, steps: int = STEPS) -> None:
-    """Full budgets; and less, alike in all layers, by chance, and by the model's own similarities.
+    """Full budgets; and less, alike in all layers, by chance in every head, and by the model's own similarities.
 
     Raises:
         InputError: the method cannot be used with the model.
@@ -187,6 +187,13 @@ def own_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def seeded(layers: Sequence[AttentionLayer], evictor: Evictor) -> Explicit:
-    """Budgets by chance, from the fewest tokens that the method works with up to what does not fill every prompt."""
+    """Budgets by chance, from the fewest tokens that the method works with up to what does not fill every prompt.
+
+    Every KV head has its own, where attention does not mix them.
+    """
     generator = torch.Generator().manual_seed(2)
-    return Explicit(torch.randint(evictor.minimum_budget, 34, (len(layers),), generator=generator).tolist())
+    most = max(layer.kv_heads for layer in layers)
+    drawn = torch.randint(evictor.minimum_budget, 34, (len(layers), most), generator=generator).tolist()
+    if any(layer.regrouped for layer in layers):
+        return Explicit([own[0] for own in drawn])
+    return Explicit([own[: layer.kv_heads] for own, layer in zip(drawn, layers, strict=True)])

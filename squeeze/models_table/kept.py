@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,17 +16,20 @@ class Kept:
 
     Args:
         evictor: sliding window, StreamingLLM or H2O.
-        budget: tokens.
+        budget: tokens, or those of each KV head.
         kv_heads: of the layer's cache.
         window, chunk: of the layer's own attention, or None.
     Attributes:
         held: for each KV head its positions, ascending.
-        scores: attention that each position has gathered, `(kv_heads, tokens so far)`; nothing without H2O.
-        query_heads: that attend to it, once `scores` are known.
+        scores: attention that each position has gathered, `(kv_heads, tokens so far)`; without H2O from the prompt.
+        query_heads: that attend to it, once there are `scores`.
     """
 
-    def __init__(self, evictor: Evictor, budget: int, kv_heads: int, window: int | None, chunk: int | None):
-        self.method, self.sinks, self.budget, self.kv_heads = evictor.name, evictor.sinks, budget, kv_heads
+    def __init__(
+        self, evictor: Evictor, budget: int | Sequence[int], kv_heads: int, window: int | None, chunk: int | None
+    ):
+        self.method, self.sinks, self.kv_heads = evictor.name, evictor.sinks, kv_heads
+        self.budgets = [budget] * kv_heads if isinstance(budget, int) else list(budget)[:kv_heads]
         self.window, self.chunk = window, chunk
         self.held: list[list[int]] = []
         self.scores = torch.empty(kv_heads, 0)
@@ -46,22 +50,23 @@ class Kept:
         self.held = [self._survivors(head, list(range(tokens))) for head in range(self.kv_heads)]
 
     def _survivors(self, head: int, positions: list[int]) -> list[int]:
-        if len(positions) <= self.budget:
+        budget = self.budgets[head]
+        if len(positions) <= budget:
             return positions
         if self.method == "sliding_window":
-            return positions[-self.budget :]
+            return positions[-budget:]
         if self.method == "streaming":
-            return positions[: self.sinks] + positions[len(positions) - (self.budget - self.sinks) :]
-        recent = positions[len(positions) - self.budget // 2 :]
+            return positions[: self.sinks] + positions[len(positions) - (budget - self.sinks) :]
+        recent = positions[len(positions) - budget // 2 :]
         older = positions[: -len(recent)]
         first = self.first_seen(len(positions))
         heavy = sorted(older, key=lambda position: (position < first, -self.scores[head, position].item()))
-        return sorted(heavy[: self.budget - len(recent)]) + recent
+        return sorted(heavy[: budget - len(recent)]) + recent
 
     def admit(self, position: int) -> None:
-        """Hold the token at `position`, for which a layer that is full evicts one first."""
+        """Hold the token at `position`, for which a head that is full evicts one first."""
         for head, held in enumerate(self.held):
-            if len(held) == self.budget:
+            if len(held) == self.budgets[head]:
                 held.remove(self._victim(head, position))
             held.append(position)
 
@@ -72,6 +77,6 @@ class Kept:
         if self.method == "streaming":
             return held[self.sinks]
         # The new token counts as recent, so one less of those that are held does.
-        older = held[: len(held) - (self.budget // 2 - 1)]
+        older = held[: len(held) - (self.budgets[head] // 2 - 1)]
         first = self.first_seen(position)
         return min(older, key=lambda other: (other >= first, self.scores[head, other].item()))

@@ -80,13 +80,13 @@ class Reference:
 
     @torch.no_grad()
     def __call__(
-        self, evictor: Evictor, budgets: Sequence[int], prompt: torch.Tensor, answer: torch.Tensor
+        self, evictor: Evictor, budgets: Sequence[int | Sequence[int]], prompt: torch.Tensor, answer: torch.Tensor
     ) -> torch.Tensor:
         """Log-probabilities after a prompt and after every token of an answer, `(1 + len(answer), vocabulary)`.
 
         Args:
             evictor: sliding window, StreamingLLM or H2O.
-            budgets: tokens, one a layer, none above the layer's window or chunk.
+            budgets: tokens, one a layer or in each one a KV head, none above the layer's window or chunk.
             prompt: token ids, `(tokens,)`.
             answer: token ids, `(tokens,)`, that are fed to the model as if it had generated them.
         """
@@ -104,7 +104,7 @@ class Reference:
                     layer.admit(position)
                 if evictor.sinks:
                     cache.moves = {
-                        layer.index: self._move(layer, position + 1 - len(layer_kept.held[0]))
+                        layer.index: self._moves(layer, [position + 1 - len(held) for held in layer_kept.held])
                         for layer, layer_kept in zip(self.layers, kept, strict=True)
                     }
                 logits.append(self._forward(cache, token[None], position, kept))
@@ -119,13 +119,18 @@ class Reference:
                     for user in layer.users:
                         seen = partial(show, layer, layer_kept, start)
                         hooks.callback(user.register_forward_pre_hook(seen, with_kwargs=True).remove)
-                if layer_kept.method == "h2o":
+                if layer_kept.method == "h2o" or not start:
                     hooks.callback(layer.module.register_forward_hook(partial(score, layer_kept)).remove)
             return self._run(tokens[None], cache, torch.arange(start, start + len(tokens))[None], mask).logits[0, -1]
 
     def _run(self, tokens: torch.Tensor, cache: WholeCache, positions: torch.Tensor, mask: torch.Tensor | None) -> Any:
         where = {"position_ids": positions} if self.positional else {}
         return self.model(input_ids=tokens, attention_mask=mask, use_cache=True, **{cache_argument(): cache}, **where)
+
+    def _moves(self, layer: AttentionLayer, by: list[int]) -> Pair:
+        """What moves the keys of each head, and its values, `(heads, dim, dim)`: see `_move`."""
+        keys, values = zip(*(self._move(layer, positions) for positions in by), strict=True)
+        return stacked(keys), stacked(values)
 
     def _move(self, layer: AttentionLayer, by: int) -> Pair:
         """What moves a layer's keys, and its values, by so many positions; None where positions are not in them.
@@ -147,6 +152,14 @@ class Reference:
             self._run(tokens, cache, torch.full_like(tokens, position), None)
             self.standing[position] = cache.given
         return self.standing[position]
+
+
+def stacked(moves: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Matrices of heads as one tensor `(heads, dim, dim)`, where some may stay as they are; None where all do."""
+    known = next((move for move in moves if move is not None), None)
+    if known is None:
+        return None
+    return torch.stack([torch.eye(len(known), dtype=known.dtype) if move is None else move for move in moves])
 
 
 def fit(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:

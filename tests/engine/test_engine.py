@@ -32,7 +32,7 @@ def compare(model, prompt, config, steps=STEPS):
         budgets = run.budgets[0].tolist()
         reference = Reference(model, run.config.algorithm, budgets, config.start_size)
         expected = reference.prefill(prompt, config.prefill_chunk)
-        assert min(budgets) < len(prompt) + steps - 8, "eviction must start"
+        assert np.min(budgets) < len(prompt) + steps - 8, "eviction must start"
         for step in range(steps):
             difference = (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max().item()
             assert difference < 1e-3, f"step {step}: {difference}"
@@ -41,7 +41,8 @@ def compare(model, prompt, config, steps=STEPS):
             logits = model(token.view(1, 1), past_key_values=cache).logits[0, -1]
             expected = reference.step(token)
         for layer, budget in zip(cache.layers, budgets, strict=True):
-            assert layer.keys.shape[2] == budget, "a layer holds its own budget, never more"
+            held = np.broadcast_to(budget, layer.facts.kv_heads).sum()
+            assert held <= len(layer.keys) <= 1.02 * held, "a layer holds its own budget, hardly more"
     return run
 
 
@@ -196,18 +197,23 @@ def test_a_split_model_holds_each_buffer_where_its_layer_is(embedded, prompts, a
         assert {t.device for t in (*layer.contents, layer.slot_positions, layer.rows)} == {device}
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flash", "varlen"])
 @pytest.mark.parametrize("algorithm", ["sliding_window", "streaming"])
 def test_fused_decoding_matches_the_reference(monkeypatch, algorithm, kernel):
-    """The path of GPUs, on the CPU: with PyTorch's kernel, and with flash-attn's as a slow module of its meaning."""
+    """The paths of GPUs, on the CPU: with PyTorch's kernels, and with flash-attn's as slow functions of their meaning.
+
+    `varlen` is for rows of several lengths, which the others take group by group.
+    """
     fused = attention.scaled_dot_product_attention
 
     def laid_out(*args, **kwargs):
         """Its result in memory as GPUs' kernels leave it: tokens before heads."""
         return fused(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
 
-    monkeypatch.setattr(layer_module, "decode_kernel", lambda device, dtype, scored: kernel)
+    other = "sdpa" if kernel == "varlen" else kernel
+    monkeypatch.setattr(layer_module, "decode_kernel", lambda device, dtype, scored: other)
     monkeypatch.setattr(attention, "scaled_dot_product_attention", laid_out)
+    monkeypatch.setattr(attention, "varlen_attn", flash_reference.varlen_attn if kernel == "varlen" else None)
     monkeypatch.setitem(sys.modules, "flash_attn", flash_reference)
     monkeypatch.setattr(patch, "self_check", lambda *_: None)  # which would do the same on a few tokens
     flash_reference.calls.clear()
@@ -215,14 +221,18 @@ def test_fused_decoding_matches_the_reference(monkeypatch, algorithm, kernel):
     prompt = torch.randint(3, 199, (45,), generator=torch.Generator().manual_seed(1))
     compare(model, prompt, SqueezeConfig(algorithm, budgets=[9, 33, 45, 60, 5]))
     assert len(flash_reference.calls) == (STEPS * 5 if kernel == "flash" else 0)
+    flash_reference.calls.clear()
     ids, mask = torch.stack([prompt, prompt]), torch.ones(2, 45, dtype=torch.long)
     mask[1, :25] = 0
     config = SqueezeConfig(algorithm, "0.5", "0.2")
     with squeezed(model, config):
-        fused = model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+        fused = model.generate(ids, attention_mask=mask, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    groups = {"sdpa": 0, "flash": 2, "varlen": 1}[kernel]
+    assert len(flash_reference.calls) == 23 * 5 * groups
     monkeypatch.undo()
     with squeezed(model, config):
-        assert model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False).equal(fused)
+        plain = model.generate(ids, attention_mask=mask, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    assert plain.equal(fused)
 
 
 def test_the_kernel_is_chosen_by_device_dtype_and_what_is_installed(monkeypatch):
