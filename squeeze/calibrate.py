@@ -71,6 +71,13 @@ def parser() -> Parser:
     FLAGS["algorithm"].add_to(made, help="sliding_window, streaming or h2o (default: the architecture's)")
     replace(FLAGS["start_size"], also=()).add_to(made, help="as in pred.py (default: 4)")
     made.add_argument(
+        "--per",
+        default="layer",
+        choices=("layer", "head"),
+        help="what is cut by itself: a layer (default), or a KV head, for pred.py --per head, which takes as many "
+        "times longer as a layer has heads",
+    )
+    made.add_argument(
         "--ini_size", nargs="+", default=["0.1", "0.2", "0.4"], help="sizes to measure at (default: 0.1 0.2 0.4)"
     )
     FLAGS["data_dir"].add_to(made, help="rows in LongBench's format (default: those that the project ships)")
@@ -111,7 +118,7 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
 
     assert job.config is not None and job.config.algorithm_name is not None
     algorithm, evictor, name = job.config.algorithm_name, job.config.evictor, job.source.name
-    out = args.out or calibration.curves_file(name, algorithm, to_write=True)
+    out = args.out or calibration.curves_file(name, algorithm, args.per, to_write=True)
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: give the name of a file")
     method = {
@@ -125,7 +132,8 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     origins = [{"dataset": data.dataset, **data.origin, "source": _shown(data.origin["source"])} for data in job.data]
     rows = [(data, row) for data in job.data for row in range(job.count(data))]
     settings = {key: job.settings[key] for key in ("model", "dtype", "max_length")} | method
-    folder = Path("calibration") / name / file_name(algorithm)
+    settings |= {"per": "head"} if args.per == "head" else {}
+    folder = Path("calibration") / name / (file_name(algorithm) + ("-heads" if args.per == "head" else ""))
     with Run(folder, settings, job.info, args.overwrite, MeasuredSample) as run:
         measured = {"data": origins, "rows": [[data.dataset, row] for data, row in rows]}
         formats = {data.dataset: chat for data in job.data if (chat := chat_settings(data.dataset, name, False))}
@@ -133,9 +141,14 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
         check_whole(samples, len(shares), len(loss_curves.MULTIPLES))
         run.start(samples)
         if samples.missing:
-            measure(job, samples, rows, shares)
+            measure(job, samples, rows, shares, args.per == "head")
         run.finish(samples, lambda stats: {"samples": len(stats)})
     losses = np.array([record["loss"] for record in samples.records])
+    if args.per == "head":
+        from squeeze.models.cached_layers import own_layers
+        from squeeze.models.folder_config import model_config
+
+        method = method | {"kv_heads": [layer.kv_heads for layer in own_layers(model_config(job.model_folder))]}
     content = {
         "version": calibration.VERSION,
         **method,
@@ -150,7 +163,8 @@ def calibrate(argv: Sequence[str] | None = None) -> None:
     with writing(out, f"; what was measured is in {folder}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, content)
-    say(f"{out}: loss curves of {losses.shape[2]} attention layers at {len(shares)} sizes, {len(losses)} prompts")
+    parts = "attention layers" if args.per == "layer" else "KV heads"
+    say(f"{out}: loss curves of {losses.shape[2]} {parts} at {len(shares)} sizes, {len(losses)} prompts")
 
 
 def check_whole(samples: Samples, shares: int, multiples: int) -> None:
@@ -168,14 +182,17 @@ def _shown(source: str) -> str:
     return path.relative_to(top).as_posix() if path.is_relative_to(top) else source
 
 
-def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares: Sequence[Fraction]) -> None:
+def measure(
+    job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares: Sequence[Fraction], per_head: bool
+) -> None:
     """Measure the prompts that are missing, and say before what it costs."""
     from squeeze.devices import unless_out_of_memory
     from squeeze.engine import loss_curves
 
     with load([job]) as engine:
         assert engine.squeezed is not None
-        tokenizer, layers = engine.tokenizer, len(engine.squeezed.layers)
+        run, tokenizer = engine.squeezed, engine.tokenizer
+        parts = sum(run.kv_heads) if per_head else len(run.layers)
         wanted = [rows[index] for index in samples.missing]
         most = {data.dataset: 1 + row for data, row in wanted}  # rows come in order
         encoded = {
@@ -184,12 +201,13 @@ def measure(job: Job, samples: Samples, rows: Sequence[tuple[Any, int]], shares:
             if data.dataset in most
         }
         prompts = {index: encoded[rows[index][0].dataset][rows[index][1]].tokens for index in samples.missing}
-        total = sum(loss_curves.cost(len(tokens), len(shares), layers) for tokens in prompts.values())
+        total = sum(loss_curves.cost(len(tokens), len(shares), parts) for tokens in prompts.values())
         print(f"{len(prompts)} prompts, {total:,} tokens to run")
         with tqdm(total=total, unit="token", unit_scale=True, desc=job.config and job.config.algorithm_name) as bar:
             for index, tokens in prompts.items():
                 data, row = rows[index]
-                loss = unless_out_of_memory(partial(loss_curves.measure, engine.squeezed, tokens, shares, bar.update))
+                curves = partial(loss_curves.measure, run, tokens, shares, bar.update, per_head)
+                loss = unless_out_of_memory(curves)
                 if loss is None:
                     where = f"row {row} of {data.dataset} alone, {len(tokens)} tokens"
                     raise InputError(f"out of memory with {where}: take shorter ones")

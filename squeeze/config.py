@@ -22,6 +22,7 @@ from squeeze.numbers import shown, whole_number
 from squeeze.registry import Named
 
 ATTENTIONS = ("auto", "sdpa", "eager")
+PER = ("layer", "head", "adakv")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: Sink tokens where none are asked for.
@@ -48,7 +49,11 @@ class SqueezeConfig:
             `squeeze`, `squeeze-log` or `paper`; or, without `kv_class3`, `uniform`, and `calibrated` or `measured`, by
             loss curves: of a file (see `squeeze.allocations.calibration`), or measured on each prompt's own last
             tokens, which costs several prefills (see `squeeze.engine.loss_curves`).
-        budgets: tokens, one entry an attention layer, in place of `ini_size` and `kv_class3`.
+        budgets: tokens, one entry an attention layer, or in each one an entry a KV head, in place of `ini_size` and
+            `kv_class3`.
+        per: what has a budget: a `layer`, whose KV heads all keep as much; each `head`, by loss curves of heads; or
+            `adakv`: the heads of a layer share its budget by the scores of each prompt's tokens (Ada-KV, arXiv
+            2407.11550), with an evictor that scores.
         start_size: sink tokens that StreamingLLM never evicts.
         attn: prefill attention; `auto` and `sdpa` use PyTorch's fused kernel, `eager` explicit blocks of queries
             with a float32 softmax. H2O always uses the latter, since it needs the probabilities.
@@ -69,7 +74,8 @@ class SqueezeConfig:
     ini_size: Fraction | float | str | None = None
     kv_class3: Fraction | float | str | None = None
     allocation: str | Allocation = allocations.DEFAULT
-    budgets: Sequence[int] | None = None
+    budgets: Sequence[int] | Sequence[Sequence[int]] | None = None
+    per: str = "layer"
     start_size: int = START_SIZE
     attn: str = "auto"
     compile: bool = False
@@ -82,6 +88,7 @@ class SqueezeConfig:
             raise InputError(f"attn must be one of {', '.join(ATTENTIONS)}, got {shown(self.attn)}")
         whole_number("start_size", self.start_size, 0, "a whole number of tokens")
         self._name_allocation()
+        self._check_per()
         if self.prefill_chunk is not None:
             self._check_prefill_chunk()
 
@@ -184,6 +191,32 @@ class SqueezeConfig:
         if not all(isinstance(size, Fraction | None) for size in sizes):
             raise InputError(f"{named.label}: its __post_init__ must call super().__post_init__(), which reads sizes")
         self._set(allocation=named.text, ini_size=sizes[0], kv_class3=sizes[1])
+
+    def _check_per(self) -> None:
+        if self.per not in PER:
+            raise InputError(f"per must be one of {', '.join(PER)}, got {shown(self.per)}")
+        curves, wanted = getattr(self.allocator, "calibration", None), "head" if self.per == "head" else "layer"
+        if isinstance(curves, Calibration) and curves.per != wanted:
+            raise InputError(
+                f"{curves.source} has loss curves of each {curves.per}, and those of each {wanted} are asked for: "
+                f"python -m squeeze.calibrate --per {wanted} measures them"
+            )
+        if self.per == "head" and not self.allocator.by_head:
+            raise InputError(
+                f"per head is for budgets by loss curves, and the allocation {self.allocator} knows only layers: take "
+                "calibrated or measured, or per adakv"
+            )
+        if self.per == "adakv" and isinstance(self.allocator, Explicit) and self.allocator.per_head:
+            raise InputError(
+                "per adakv shares a layer's budget among its KV heads, and budgets has theirs: leave one out"
+            )
+        if self.per == "adakv" and self.algorithm is not None:
+            self.check_scores(self.evictor)
+
+    def check_scores(self, evictor: Evictor) -> None:
+        """Raises InputError where KV heads compete by scores, and the evictor has none."""
+        if self.per == "adakv" and not evictor.needs_scores:
+            raise InputError(f"per adakv needs a method that scores tokens, such as h2o, and {evictor} does not")
 
     def _check_prefill_chunk(self) -> None:
         whole_number("prefill_chunk", self.prefill_chunk, 1, "a whole number of tokens")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import accumulate
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -40,6 +41,12 @@ class Budgets:
         """Whether KV heads have budgets of their own."""
         return any(isinstance(tokens, list | tuple) for tokens in self.tokens)
 
+    def of_heads(self, kv_heads: Sequence[int]) -> Budgets:
+        """What was made for heads as if each were a layer (`heads_of`), as budgets of layers with so many."""
+        ends = list(accumulate(kv_heads))
+        tokens: list[Any] = [self.tokens[end - heads : end] for end, heads in zip(ends, kv_heads, strict=True)]
+        return replace(self, tokens=tokens)
+
 
 class LossCurves(NamedTuple):
     """Sizes of a layer that is cut, as multiples of `ini_size`, ascending; and losses, `(prompts, layers, sizes)`."""
@@ -71,6 +78,28 @@ class CachedLayer(Protocol):
 
     def reach(self, tokens: int) -> int:
         """Tokens that the layer's own full cache holds after so many: `min(tokens, window, chunk)`."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A KV head of a layer, as a layer with a single one: so whatever makes budgets of layers makes those of heads."""
+
+    layer: CachedLayer
+    kv_heads: int = 1
+
+    window = property(lambda self: self.layer.window)
+    chunk = property(lambda self: self.layer.chunk)
+    key_dim = property(lambda self: self.layer.key_dim)
+    value_dim = property(lambda self: self.layer.value_dim)
+
+    def reach(self, tokens: int) -> int:
+        """As `CachedLayer.reach`."""
+        return self.layer.reach(tokens)
+
+
+def heads_of(layers: Sequence[CachedLayer]) -> list[Head]:
+    """All KV heads, those of the first layer first."""
+    return [Head(layer) for layer in layers for _ in range(layer.kv_heads)]
 
 
 def reach(layers: Sequence[CachedLayer], length: int) -> tuple[int, ...]:
@@ -151,11 +180,13 @@ class Allocation(Strategy, ABC):
     loss curves; commands need an allocation to have the first.
 
     Attributes:
+        by_head: whether it can make budgets of KV heads, each of which stands in `PromptFacts` as a layer then.
         needs: `similarities` of the prompt, which are known at the end of its prefill; `loss_curves`, which cost
             several prefills; or `nothing` beside the prompt's length.
         ini_size: budget of every layer before some give tokens to others, as a fraction of `PromptFacts.reach`.
     """
 
+    by_head: bool = False
     needs: Needs = "nothing"
     ini_size: Fraction
 

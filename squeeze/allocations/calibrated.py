@@ -22,6 +22,7 @@ class Calibrated(Allocation):
     """
 
     name = "calibrated"
+    by_head = True
     ini_size: Fraction
     calibration: Calibration | None = None
 

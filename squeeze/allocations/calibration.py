@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 from msgspec import Meta
@@ -15,7 +15,7 @@ from squeeze.errors import InputError
 from squeeze.evictors import EVICTORS, Evictor
 from squeeze.storage.files import read_bytes, read_object
 from squeeze.storage.paths import config_file
-from squeeze.storage.schema import Count, Nats, check, shown
+from squeeze.storage.schema import Count, Nats, Positive, check, shown
 from squeeze.text import file_name
 
 #: Of the file's format.
@@ -39,6 +39,7 @@ class AnyCurves(TypedDict):
     multiples: Annotated[list[Ratio], Meta(min_length=1)]
     model: dict[str, Any]
     loss: list[list[list[list[Nats]]]]
+    kv_heads: NotRequired[Annotated[list[Positive], Meta(min_length=1)]]
 
 
 class Curves(AnyCurves):
@@ -63,10 +64,12 @@ class Calibration:
         parameters: of an algorithm that is not built in.
         shares: what every layer kept while one of them was cut, as fractions of the prompt, ascending.
         multiples: sizes of the layer that was cut, as multiples of the share, ascending.
-        losses: KL divergence from the full cache in nats, `(prompts, shares, layers, multiples)`.
+        losses: KL divergence from the full cache in nats, `(prompts, shares, layers, multiples)`, or with `kv_heads`
+            those of all layers' heads in the place of layers.
         model: what tells the model from another, see `squeeze.models.sources.identity`.
         source: the file, for errors.
         sha256: of the file.
+        kv_heads: of each layer, where single heads were cut; else None.
     """
 
     algorithm: str
@@ -78,6 +81,12 @@ class Calibration:
     model: dict[str, Any]
     source: str
     sha256: str
+    kv_heads: tuple[int, ...] | None = None
+
+    @property
+    def per(self) -> str:
+        """What was cut: a `layer`, or a `head`."""
+        return "layer" if self.kv_heads is None else "head"
 
     @property
     def name(self) -> str:
@@ -121,9 +130,14 @@ class Calibration:
             raise InputError(f"{self.source} was measured on another model than this one: {AGAIN}")
 
 
-def curves_file(name: str, algorithm: str, to_write: bool = False) -> Path:
-    """Path of the file of a model and an eviction method, or of the one to make: see `config_file`."""
-    return config_file(f"calibration/{name}-{file_name(algorithm)}.json", to_write)
+def curves_file(name: str, algorithm: str, per: str = "layer", to_write: bool = False) -> Path:
+    """Path of the file of a model and an eviction method, or of the one to make: see `config_file`.
+
+    Args:
+        per: `layer`, or `head` for curves of KV heads.
+    """
+    heads = "-heads" if per == "head" else ""
+    return config_file(f"calibration/{name}-{file_name(algorithm)}{heads}.json", to_write)
 
 
 def read_calibration(path: Path | str) -> Calibration:
@@ -149,7 +163,9 @@ def read_calibration(path: Path | str) -> Calibration:
         losses = np.array(curves["loss"], dtype=np.float64)
     except ValueError:  # curves of different lengths
         losses = np.empty(0)
+    kv_heads = curves.get("kv_heads")
     whole = losses.ndim == 4 and losses.shape[1::2] == (len(shares), len(multiples)) and losses.size > 0
+    whole = whole and (kv_heads is None or losses.shape[2] == sum(kv_heads))
     if not (whole and ascending and shares[-1] <= 1 and Fraction(1) in multiples):
         raise InputError(f"{path} is damaged, its curves are not whole: {AGAIN}")
     return Calibration(
@@ -162,4 +178,5 @@ def read_calibration(path: Path | str) -> Calibration:
         model=curves["model"],
         source=str(path),
         sha256=hashlib.sha256(read_bytes(path)).hexdigest(),
+        kv_heads=None if kv_heads is None else tuple(kv_heads),
     )

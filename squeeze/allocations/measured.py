@@ -18,6 +18,7 @@ class Measured(Allocation):
     """
 
     name = "measured"
+    by_head = True
     needs = "loss_curves"
     ini_size: Fraction
 

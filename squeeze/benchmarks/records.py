@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 from msgspec import Meta, convert
 
 from squeeze.errors import InputError
-from squeeze.generation.stats import Classes, SampleStats
+from squeeze.generation.stats import Budgets, Classes, SampleStats
 from squeeze.storage.files import parse_jsonl
 from squeeze.storage.schema import Amount, Cosine, Count, Kind, Nats, Positive, Share
 
@@ -142,7 +142,7 @@ class LayerStats:
 
     prompt_tokens: Positive
     classes: Classes
-    budgets: list[Count]
+    budgets: Budgets
     similarities: list[Cosine] = field(default_factory=list)
 
 

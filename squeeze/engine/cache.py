@@ -86,13 +86,16 @@ class SqueezeCache(Cache):
         self.columns = columns
         self.prompt_lengths = _prompt_lengths(batch, columns, attention_mask)
 
-    def compress(self, budgets: Sequence[np.ndarray]) -> None:
+    def compress(self, budgets: Sequence[np.ndarray], most: Sequence[Sequence[int]] | None = None) -> None:
         """Cut every layer to its budgets, `(sequences, kv_heads)` tokens: decode steps can follow.
 
         A layer may hold fewer sequences than the batch has, the first ones.
+
+        Args:
+            most: see `SqueezeLayer.compress`.
         """
-        for layer, own in zip(self.squeezed, budgets, strict=True):
-            layer.compress(self.prompt_lengths[: len(own)], own)
+        for index, (layer, own) in enumerate(zip(self.squeezed, budgets, strict=True)):
+            layer.compress(self.prompt_lengths[: len(own)], own, None if most is None else most[index])
         self.end_prefill()
 
     def end_prefill(self) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from squeeze.engine.adakv import shared
 from squeeze.engine.findings import AttentionLayer
 from squeeze.engine.layout import Group, Layout
 from squeeze.errors import InputError
@@ -68,12 +69,14 @@ class Reading:
         seen, lengths: tokens of each sequence before the chunk, and in it (0 of one that has not begun).
         budgets: tokens, `(batch, kv_heads)`, where they are known before the pass: the layer is cut as soon as it is
             filled. None: when all layers are.
+        most: see `SqueezeLayer.compress`.
         fused: whether attention may use PyTorch's fused kernel.
     """
 
     seen: Sequence[int]
     lengths: Sequence[int]
     budgets: np.ndarray | None
+    most: Sequence[int] | None
     fused: bool
 
 
@@ -182,7 +185,7 @@ class SqueezeLayer(CacheLayerMixin):
             return
         self.fill(keys, values, _by_cached_head(scores, keys.shape[1]))
         if budgets is not None:
-            self.compress(lengths, budgets)
+            self.compress(lengths, budgets, self.reading.most)
 
     def _with_past(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A chunk, after what is kept of earlier ones where there is any, left-padded; notes `places`."""
@@ -225,8 +228,17 @@ class SqueezeLayer(CacheLayerMixin):
         self.keys, self.values, self.scores = keys, values, scores
         self.is_initialized = True
 
-    def compress(self, lengths: Sequence[int], budgets: np.ndarray) -> None:
-        """Keep what budgets `(batch, kv_heads)` allow; padding is dropped, and the prompt's own tensors let go."""
+    def compress(self, lengths: Sequence[int], budgets: np.ndarray, most: Sequence[int] | None = None) -> None:
+        """Keep what budgets `(batch, kv_heads)` allow; padding is dropped, and the prompt's own tensors let go.
+
+        Args:
+            most: of each sequence, tokens that a head can hold, where its heads share what budgets give them by the
+                scores of the prompt (`squeeze.engine.adakv`); None: they keep to the budgets.
+        """
+        of_rows = self._prompt_scores(lengths)
+        if most is not None:
+            least, given = self.evictor.minimum_budget, zip(of_rows, budgets[:, 0].tolist(), most, strict=True)
+            budgets = np.array([shared(scores, budget, min(least, cap), cap) for scores, budget, cap in given])
         self.layout = layout = Layout(budgets)
         slots, device = layout.slots, self.keys.device
         keys, values = (part.new_zeros(slots, part.shape[3]) for part in (self.keys, self.values))
@@ -234,12 +246,8 @@ class SqueezeLayer(CacheLayerMixin):
         scores = keys.new_zeros(slots if scored else 0, dtype=torch.float32)
         slot_positions = keys.new_full((slots if placed else 0,), -1, dtype=torch.int32)
         for row, length in enumerate(lengths):
-            row_scores = self.scores[row, :, -length:] if scored else self.scores
-            if scored:
-                every = torch.arange(length + 1, device=row_scores.device)
-                row_scores = self._in_sight(row_scores, every[:-1], every[-1:])
             for piece, budget in layout.pieces(row):
-                piece_scores = piece.part(row_scores) if scored else row_scores
+                piece_scores = piece.part(of_rows[row]) if scored else self.scores
                 kept = self._keep(length, budget, piece_scores, piece.rows).to(device).expand(piece.rows, -1)
                 count = kept.shape[1]
                 for buffer, prompt in ((keys, self.keys), (values, self.values)):
@@ -255,6 +263,16 @@ class SqueezeLayer(CacheLayerMixin):
         self.order = None if layout.in_order else torch.from_numpy(layout.order).to(device)
         self.bounds = torch.tensor([*layout.first, slots], dtype=torch.int32, device=device)
         self.kernel = decode_kernel(device, keys.dtype, scored)
+
+    def _prompt_scores(self, lengths: Sequence[int]) -> list[torch.Tensor]:
+        """Scores of each sequence's tokens, `(kv_heads, length)`; none where the evictor needs none."""
+        if not self.evictor.needs_scores:
+            return []
+        every = [torch.arange(length + 1, device=self.scores.device) for length in lengths]
+        return [
+            self._in_sight(self.scores[row, :, -length:], places[:-1], places[-1:])
+            for row, (length, places) in enumerate(zip(lengths, every, strict=True))
+        ]
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor, seen: Sequence[int], lengths: Sequence[int]) -> None:
         """Keep what the budgets allow of a prompt's next chunk; for evictors that need no scores.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ TAIL = 48
 #: Sizes of the layer that is cut, as multiples of what the others keep.
 MULTIPLES = (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
 
-#: Layers that are cut in one batch, each to all sizes, by the kind of device; fewer where memory is short.
+#: Layers, or heads, that are cut in one batch, each to all sizes, by the kind of device; fewer where memory is short.
 LAYERS_AT_ONCE = {"cpu": 16, "cuda": 64}
 
 
@@ -41,11 +41,11 @@ class Cut(NamedTuple):
 
     Args:
         layer: its number; before it all is as with uniform budgets.
-        budgets: tokens of each layer.
+        budgets: tokens of each layer, or of its heads.
     """
 
     layer: int
-    budgets: list[int]
+    budgets: list[Any]
 
 
 class Forks(Protocol):
@@ -63,7 +63,7 @@ class Forks(Protocol):
     def fork(
         self,
         prefill: KeptPrefill,
-        budgets: Sequence[Sequence[int]],
+        budgets: Sequence[Sequence[Any]],
         max_new_tokens: int,
         running: Sequence[int] | None = None,
     ) -> SqueezeCache: ...
@@ -72,7 +72,7 @@ class Forks(Protocol):
 
 
 def cost(length: int, shares: int, layers: int) -> int:
-    """Tokens that `measure` runs on a prompt of `length` tokens, of a model with so many attention layers."""
+    """Tokens that `measure` runs on a prompt of `length` tokens, of a model with so many layers, or KV heads."""
     rows = shares * (1 + layers * (len(MULTIPLES) - 1))
     return length + (length - TAIL) + TAIL * rows
 
@@ -83,8 +83,9 @@ def measure(
     prompt: torch.Tensor,
     shares: Sequence[Fraction],
     advance: Callable[[int], object] = lambda tokens: None,
+    per_head: bool = False,
 ) -> list[list[list[float]]]:
-    """Loss curves of all layers on one prompt.
+    """Loss curves of all layers, or of all their KV heads, on one prompt.
 
     Args:
         run: what `squeezed` gave; its algorithm evicts.
@@ -92,8 +93,10 @@ def measure(
         shares: what every layer keeps while one of them keeps more or less, as fractions of what it reaches of the
             prompt (`squeeze.allocations.base.reach`).
         advance: is told how many tokens were run, each time.
+        per_head: cut the heads of a layer one by one, and not together.
     Returns:
-        Mean KL(full || cut) over the held-out tokens in nats, `(shares, layers, multiples)`.
+        Mean KL(full || cut) over the held-out tokens in nats, `(shares, layers, multiples)`; with `per_head` those of
+        each layer's heads in the place of layers.
     Raises:
         InputError: the prompt is too short to hold out its tail, or its length changes the model's RoPE.
     """
@@ -108,7 +111,7 @@ def measure(
             f"{unscaled_length(run.model.config)} tokens the model's RoPE depends on the length, and what a layer's "
             "cache costs cannot be told from that"
         )
-    layers, length = len(run.layers), len(prompt) - TAIL
+    layers, heads, length = len(run.layers), [layer.kv_heads for layer in run.layers], len(prompt) - TAIL
     reached, most = reach(run.layers, length), [layer.reach(len(prompt)) for layer in run.layers]
     prefill = run.prefill(prompt[None, :length])
     prompt = prompt.to(prefill.inputs.device)
@@ -128,20 +131,28 @@ def measure(
         uniform = [tokens(layer, share) for layer in range(layers)]
         outputs: Outputs = {}
         [unchanged] = losses([Cut(layers, uniform)], outputs, record=True)
-        curves.append([[unchanged] * len(MULTIPLES) for _ in range(layers)])
-        for first in range(0, layers, at_once):
+        # What is cut by itself: a layer, or one of its heads.
+        parts = [(layer, head) for layer in range(layers) for head in (range(heads[layer]) if per_head else [None])]
+        curves.append([[unchanged] * len(MULTIPLES) for _ in parts])
+        for first in range(0, len(parts), at_once):
             places = [
-                (layer, index)
-                for layer in range(first, min(first + at_once, layers))
+                (part, index)
+                for part in range(first, min(first + at_once, len(parts)))
                 for index, multiple in enumerate(MULTIPLES)
                 if multiple != 1
             ]
-            cuts = [
-                Cut(layer, [*uniform[:layer], tokens(layer, MULTIPLES[index] * share), *uniform[layer + 1 :]])
-                for layer, index in places
-            ]
-            for (layer, index), loss in zip(places, losses(cuts, outputs), strict=True):
-                curves[-1][layer][index] = loss
+            cuts = []
+            for part, index in places:
+                layer, head = parts[part]
+                budgets: list[Any] = list(uniform)
+                size = tokens(layer, MULTIPLES[index] * share)
+                if head is not None:
+                    budgets[layer] = [size if other == head else uniform[layer] for other in range(heads[layer])]
+                else:
+                    budgets[layer] = size
+                cuts.append(Cut(layer, budgets))
+            for (part, index), loss in zip(places, losses(cuts, outputs), strict=True):
+                curves[-1][part][index] = loss
     return curves
 
 

@@ -97,6 +97,7 @@ class Prefill:
         losses: loss curves of each sequence, where budgets are made from them, as `_allocate` takes them.
         budgets: of each layer, tokens `(batch, kv_heads)`, where they are known before the pass: each layer is cut
             when it is filled, so that no more than one holds the whole prompt at a time.
+        most: of each layer and sequence, tokens that a KV head can hold, where its heads share by scores.
 
     Attributes:
         lengths: tokens of each sequence in the present chunk.
@@ -113,6 +114,7 @@ class Prefill:
     kept: KeptPrefill | None = None
     losses: list[LossCurves] | None = None
     budgets: list[np.ndarray] | None = None
+    most: list[list[int]] | None = None
     lengths: list[int] = field(default_factory=list)
     streams: dict[int, torch.Tensor] = field(default_factory=dict)
     shared_seconds: float = 0.0
@@ -127,7 +129,8 @@ class Prefill:
         self.similarities.append([torch.empty(0)] * len(cache.squeezed) if self.measured else [])
         for index, layer in enumerate(cache.squeezed):
             budgets = None if self.budgets is None else self.budgets[index]
-            layer.reading = Reading(seen, self.lengths, budgets, self.attn != "eager")
+            most = None if self.most is None else self.most[index]
+            layer.reading = Reading(seen, self.lengths, budgets, most, self.attn != "eager")
         cache.seen = start
 
     @contextmanager

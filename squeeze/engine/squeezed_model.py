@@ -17,7 +17,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from squeeze.allocations.base import Budgets, LossCurves, PromptFacts, check_budgets
+from squeeze.allocations.base import Budgets, LossCurves, PromptFacts, check_budgets, heads_of
 from squeeze.allocations.explicit import Explicit
 from squeeze.compatibility import cache_argument, check_transformers
 from squeeze.config import SqueezeConfig, default_algorithm
@@ -79,6 +79,11 @@ class SqueezedModel:
         return self.findings.layers
 
     @property
+    def kv_heads(self) -> list[int]:
+        """KV heads of each of these layers."""
+        return [layer.kv_heads for layer in self.layers]
+
+    @property
     def attention(self) -> str | None:
         """The attention function of a pass on a squeezed cache; None: the one that the model has."""
         if all(layer.interface for layer in self.layers):
@@ -102,11 +107,12 @@ class SqueezedModel:
         if config.compile != self.compiled:
             raise ValueError("compiling is decided on when the model is squeezed: leave the `with` block first")
         evictor = config.evictor
-        config.allocator.check(algorithm, evictor, len(self.layers))
-        similar, per_head = config.allocator.needs == "similarities", False
+        config.check_scores(evictor)
+        config.allocator.check(algorithm, evictor, sum(self.kv_heads) if config.per == "head" else len(self.layers))
+        similar, per_head = config.allocator.needs == "similarities", config.per != "layer"
         if isinstance(config.allocator, Explicit):
-            config.allocator.check_heads([layer.kv_heads for layer in self.layers])
-            per_head = config.allocator.per_head
+            config.allocator.check_heads(self.kv_heads)
+            per_head = per_head or config.allocator.per_head
         chunk = config.prefill_chunk
         squeezable(self.findings, evictor, similarities=similar, per_head=per_head, prefill_chunk=chunk)
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
@@ -118,7 +124,7 @@ class SqueezedModel:
         with self.lock:  # nothing is changed by a configuration that is refused
             if self.self_check is not None:
                 self.self_check(evictor.needs_scores)
-            self.config, self.evictor = config, evictor
+            self.config, self.evictor, self.per_head = config, evictor, per_head
 
     def forget_prefill(self) -> None:
         """Let go of the prefill that is kept for other configurations."""
@@ -174,7 +180,7 @@ class SqueezedModel:
         for layer, count, parts in zip(cache.squeezed, counts, prefill.layers, strict=True):
             layer.fill(*(part.expand(count, -1, *part.shape[2:]) if part.numel() else part for part in parts))
         states.restore(cache.layers, prefill.states, sequences)
-        own = by_layer(budgets, [layer.kv_heads for layer in self.layers])
+        own = by_layer(budgets, self.kv_heads)
         cache.compress([tokens[:count] for tokens, count in zip(own, counts, strict=True)])
         return cache
 
@@ -230,6 +236,7 @@ class SqueezedModel:
         prefill.losses = self._loss_curves(cache.prompt_lengths, inputs)
         if config.allocator.needs != "similarities" and not prefill.shared:
             prefill.budgets = self._by_layer(self._allocated(cache, prefill, None))
+            prefill.most = self._most(cache)
         return prefill
 
     def _end_prefill(self, cache: SqueezeCache, prefill: Prefill) -> None:
@@ -239,7 +246,7 @@ class SqueezedModel:
             raise InputError(f"the model's hidden states are not finite in {self.model.dtype}: use another dtype")
         allocated = self._allocated(cache, prefill, similarities)
         if prefill.budgets is None:
-            cache.compress(self._by_layer(allocated))
+            cache.compress(self._by_layer(allocated), self._most(cache))
         else:
             cache.end_prefill()
         if prefill.shared:
@@ -247,7 +254,7 @@ class SqueezedModel:
         self.last = PrefillResult(
             similarities,
             None if similarities is None else np.array([budgets.classes for budgets in allocated]),
-            by_sequence(cache.budgets, any(budgets.per_head for budgets in allocated)),
+            by_sequence(cache.budgets, self.per_head),
             cache.kv_bytes,
             cache.state_bytes,
             [list(budgets.notes) for budgets in allocated],
@@ -268,7 +275,14 @@ class SqueezedModel:
             ]
 
     def _by_layer(self, allocated: Sequence[Budgets]) -> list[np.ndarray]:
-        return by_layer([budgets.tokens for budgets in allocated], [layer.kv_heads for layer in self.layers])
+        return by_layer([budgets.tokens for budgets in allocated], self.kv_heads)
+
+    def _most(self, cache: SqueezeCache) -> list[list[int]] | None:
+        """Of each layer and sequence the most tokens that a head can hold, where heads share by scores; else None."""
+        if self.config.per != "adakv":
+            return None
+        lengths = [length + cache.max_new_tokens for length in cache.prompt_lengths]
+        return [[layer.reach(length) for length in lengths] for layer in self.layers]
 
     def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[LossCurves] | None:
         """Curves measured on each sequence, where the allocation needs them."""
@@ -278,15 +292,19 @@ class SqueezedModel:
         if inputs is None:
             raise InputError(f"the allocation {allocation} needs a prompt's token ids, and got embeddings")
         prompts = [row[-length:] for row, length in zip(inputs, lengths, strict=True)]
-        losses = [np.array(loss_curves.measure(self, prompt, [self.config.share])) for prompt in prompts]
+        per_head = self.config.per == "head"
+        losses = [
+            np.array(loss_curves.measure(self, prompt, [self.config.share], per_head=per_head)) for prompt in prompts
+        ]
         return [LossCurves(loss_curves.MULTIPLES, of_prompt) for of_prompt in losses]
 
     def _allocate(
         self, losses: LossCurves | None, similarities: np.ndarray | None, length: int, max_new_tokens: int
     ) -> Budgets:
         allocation = self.config.allocator
+        per_head = self.config.per == "head"
         facts = PromptFacts.of(
-            self.layers,
+            heads_of(self.layers) if per_head else self.layers,
             length,
             max_new_tokens,
             self.evictor.minimum_budget,
@@ -295,6 +313,8 @@ class SqueezedModel:
         )
         budgets = allocation.allocate(facts)
         check_budgets(budgets, facts, allocation)
+        if per_head:
+            budgets = budgets.of_heads(self.kv_heads)
         if similarities is None or budgets.classes is not None:
             return budgets
         return replace(budgets, classes=allocation.classify(similarities))

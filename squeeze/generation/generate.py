@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria
@@ -96,7 +95,9 @@ def generate(
             # Layers that were not sorted are all of the class that the others get their tokens from.
             sorted_layers = run.classes is not None
             layers["classes"] = run.classes[row].tolist() if sorted_layers else [CLASS_3] * len(run.layers)
-            layers["budgets"] = np.asarray(run.budgets)[row].tolist()
+            layers["budgets"] = run.budgets[row].tolist()
+            if run.per_head:  # of layers with fewer heads than others no more
+                layers["budgets"] = [own[:heads] for own, heads in zip(layers["budgets"], run.kv_heads, strict=True)]
             layers["notes"] = run.notes[row]
         sample = SampleStats(
             prompt_tokens=len(prompt),

@@ -10,6 +10,8 @@ from msgspec import Meta
 
 from squeeze.storage.schema import Amount, Cosine, Count, Positive
 
+#: Of each layer, or of each layer's KV heads.
+Budgets = list[Count | Annotated[list[Count], Meta(min_length=1)]]
 Classes = Annotated[list[Literal[1, 2, 3]], Meta(min_length=1)]
 
 
@@ -24,7 +26,8 @@ class SampleStats:
         state_bytes: held beside them: H2O's scores and positions, StreamingLLM's sinks.
         full_kv_bytes: keys and values that the full cache of this prompt alone holds after the prefill.
         peak_memory_bytes: of the process or the GPU, so far.
-        similarities, classes, budgets: of each layer of a squeezed cache; empty for the full one.
+        similarities, classes, budgets: of each layer of a squeezed cache; empty for the full one. Where KV heads have
+            budgets of their own, those of each layer are a list.
         notes: sentences that the user should see.
     """
 
@@ -38,7 +41,7 @@ class SampleStats:
     peak_memory_bytes: Count
     similarities: list[Cosine] = field(default_factory=list)
     classes: Classes = field(default_factory=list)
-    budgets: list[Count] = field(default_factory=list)
+    budgets: Budgets = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class SqueezeClient(CachingClient):
     Args:
         model: a name in `config/model2path.json`, a local folder or a Hub name.
         ini_size, KV_class3: budgets as fractions of the prompt; None for the full cache.
-        algorithm, allocation, start_size: see `squeeze.SqueezeConfig`.
+        algorithm, allocation, per, start_size: see `squeeze.SqueezeConfig`.
         device, dtype: as `pred.py` has them.
         seed: of sampling.
         chat: put prompts into the tokenizer's chat template, and answer requests that are chats.
@@ -117,6 +117,7 @@ class SqueezeClient(CachingClient):
         KV_class3: str | float | None = None,
         algorithm: str | None = None,
         allocation: str = "squeeze",
+        per: str = "layer",
         start_size: int = 4,
         device: str | None = None,
         dtype: str = "auto",
@@ -140,6 +141,7 @@ class SqueezeClient(CachingClient):
                 KV_class3=KV_class3,
                 algorithm=algorithm,
                 allocation=allocation,
+                per=per,
                 start_size=start_size,
             )
         self._device = devices.pick_device(device)

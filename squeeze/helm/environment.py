@@ -186,6 +186,7 @@ def live(spec: RunSpec) -> Deployment:
     if squeeze is not None:
         cache = {"ini_size": spec.ini_size, "KV_class3": spec.KV_class3, "algorithm": squeeze.algorithm}
         cache |= {"allocation": squeeze.allocation, "start_size": squeeze.start_size}
+        cache |= {"per": squeeze.per} if squeeze.per != "layer" else {}
         cache = {key: value for key, value in cache.items() if value is not None}
     rest = {"device": spec.device, "dtype": spec.dtype, "seed": spec.seed, "chat": spec.chat}
     words = [f"{key} {value}" for key, value in cache.items()] or ["full cache"]

@@ -21,7 +21,7 @@ from squeeze.storage.files import read_json, read_jsonl
 COLUMNS = ("KL", "agreement")
 
 #: Settings by which the allocations that a sentence compares may differ.
-ALLOCATED = {"allocation", "KV_class3", "calibration"}
+ALLOCATED = {"allocation", "KV_class3", "calibration", "per"}
 
 #: Comparisons that are named one by one; of more, which allocation was how often the nearest.
 MOST_NAMED = 6

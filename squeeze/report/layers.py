@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pandas as pd
 
@@ -34,9 +36,9 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
 
     Returns:
         A row for each prompt and layer, in order: `prompt` and `layer` from 0, `similarity` (NaN in runs that did not
-        keep it), `layer_class` 1 to 3, `budget` in tokens, `share`, the budget as a fraction of the prompt, and
-        `reach`, that part of the prompt which `ini_size` is a fraction of (docs/budgets.md): less than 1 in a layer
-        whose own window is shorter.
+        keep it), `layer_class` 1 to 3, `budget` in tokens (the mean of the layer's KV heads where they have theirs),
+        `share`, the budget as a fraction of the prompt, and `reach`, that part of the prompt which `ini_size` is a
+        fraction of (docs/budgets.md): less than 1 in a layer whose own window is shorter.
     Raises:
         InputError: the run's samples are damaged or have no budgets.
     """
@@ -51,9 +53,15 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
         for layer, (similarity, layer_class, budget) in enumerate(
             zip(similarities, stats.classes, stats.budgets, strict=True)
         ):
-            row = {"prompt": sample["index"], "layer": layer, "similarity": similarity, "layer_class": layer_class}
+            tokens = fmean(budget) if isinstance(budget, list) else budget
+            row: dict[str, Any] = {
+                "prompt": sample["index"],
+                "layer": layer,
+                "similarity": similarity,
+                "layer_class": layer_class,
+            }
             reach = min(windows.get(layer, stats.prompt_tokens), stats.prompt_tokens) / stats.prompt_tokens
-            rows.append(row | {"budget": budget, "share": budget / stats.prompt_tokens, "reach": reach})
+            rows.append(row | {"budget": tokens, "share": tokens / stats.prompt_tokens, "reach": reach})
     frame = pd.DataFrame(rows)
     frame["similarity"] = frame["similarity"].astype(float)
     return frame
@@ -85,10 +93,11 @@ def curves_of(folder: Path, name: str, algorithm: str) -> calibration.Calibratio
     Raises:
         InputError: they are not there any more.
     """
-    sha256 = read_json(folder / "run.json", Manifest)["settings"].get("calibration")
+    settings = read_json(folder / "run.json", Manifest)["settings"]
+    sha256 = settings.get("calibration")
     if sha256 is None:
         return None
-    path = calibration.curves_file(name, algorithm)
+    path = calibration.curves_file(name, algorithm, "head" if settings.get("per") == "head" else "layer")
     curves = calibration.read_calibration(path) if path.exists() else None
     if curves is None or curves.sha256 != sha256:
         raise InputError(f"{folder} was made from loss curves that are not in {path} any more")

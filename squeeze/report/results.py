@@ -45,7 +45,7 @@ BENCH_COLUMNS = [
 #: What spreadsheets take for a formula, in full-width letters too; a lone dash stands for nothing.
 FORMULA = re.compile(r"\s*(?:[=+@＝＋＠]|[-－].)")
 #: Settings that have columns of their own, or say too much.
-OWN = {"model", "cache", "algorithm", "allocation", "ini_size", "KV_class3", "seed", "measure", "chat_template"}
+OWN = {"model", "cache", "algorithm", "allocation", "per", "ini_size", "KV_class3", "seed", "measure", "chat_template"}
 
 
 @dataclass(frozen=True)

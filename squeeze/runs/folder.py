@@ -49,6 +49,8 @@ def run_folder(task: str, name: str, config: SqueezeConfig | None, model_type: s
         folder /= file_name(str(config.algorithm_name))
     if config is not None and config.allocation_name != DEFAULT:
         folder /= file_name(config.allocation_name)
+    if config is not None and config.per != "layer":
+        folder /= f"per-{config.per}"
     if seed != 42:
         folder /= f"seed-{seed}"
     if config is None:
@@ -64,6 +66,8 @@ def cache_settings(config: SqueezeConfig | None) -> dict[str, Any]:
     algorithm, allocation = config.algorithm_name, config.allocation_name
     settings: dict[str, Any] = {"cache": "squeezed", "algorithm": algorithm, "allocation": allocation}
     settings |= config.sizes
+    if config.per != "layer":
+        settings["per"] = config.per
     if config.calibration is not None:
         settings["calibration"] = config.calibration.sha256
     if config.compile:  # rounds in another way, so that a near tie can fall to another token

@@ -135,9 +135,11 @@ def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str
     uniform = settings["ini_size"] == settings.get("KV_class3")
     # Without KV_class3 budgets do not follow from classes.
     layers = summary.get("layers_per_class", []) if "KV_class3" in settings else []
+    allocation = "uniform" if uniform else settings["allocation"]
     return {
         "algorithm": settings["algorithm"],
-        "allocation": "uniform" if uniform else settings["allocation"],
+        "allocation": allocation
+        + {"layer": "", "head": " by head", "adakv": " + adakv"}[settings.get("per", "layer")],
         "ini_size": f"{settings['ini_size']:g}",
         "KV_class3": f"{settings['KV_class3']:g}" if "KV_class3" in settings else "-",
         "classes": "-" if uniform or not layers else "/".join(f"{count:g}" for count in layers),

@@ -52,6 +52,7 @@ class FullSettings(TypedDict):
     seed: NotRequired[Count]
     measure: NotRequired[str]
     calibration: NotRequired[str]
+    per: NotRequired[Literal["layer", "head", "adakv"]]
 
 
 class Algorithm(TypedDict):

@@ -85,11 +85,13 @@ def with_curves(config: SqueezeConfig | None, name: str, model: dict[str, Any]) 
         return config
     algorithm = config.algorithm_name
     assert algorithm is not None
-    path = calibration.curves_file(name, algorithm)
+    per = "head" if config.per == "head" else "layer"
+    path = calibration.curves_file(name, algorithm, per)
     if not path.exists():
         raise InputError(
             f"{path} is not there, from which the allocation {config.allocation} makes budgets: "
             f"python -m squeeze.calibrate --model {name} --algorithm {shlex.quote(algorithm)}"
+            f"{' --per head' if per == 'head' else ''}"
         )
     curves = calibration.read_calibration(path)
     curves.check(algorithm, config.evictor, curves.losses.shape[2], model)

@@ -12,7 +12,7 @@ from squeeze.allocations import ALLOCATIONS, DEFAULT
 from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.cli.arguments import path_text, real, whole
 from squeeze.cli.fields import flag, flags_of, switch
-from squeeze.config import DTYPES, SqueezeConfig, default_algorithm
+from squeeze.config import DTYPES, PER, SqueezeConfig, default_algorithm
 from squeeze.errors import InputError
 from squeeze.evictors import EVICTORS
 from squeeze.numbers import MOST_SEED
@@ -72,6 +72,15 @@ class RunSpec:
         "same from curves of each prompt's own last tokens, for studies: it costs several prefills",
         check=ALLOCATIONS.check,
         axis=5,
+        squeezed=True,
+    )
+    per: str = flag(
+        "layer",
+        "what has a budget of its own: layer (default: the KV heads of a layer keep as much each); head, with the "
+        "allocation calibrated, from curves that python -m squeeze.calibrate --per head measures; or adakv: the KV "
+        "heads of a layer share its budget by the scores of each prompt's tokens (Ada-KV), for h2o",
+        choices=PER,
+        axis=8,
         squeezed=True,
     )
     start_size: int = flag(
@@ -230,6 +239,7 @@ class RunSpec:
             ini_size=self.ini_size,
             kv_class3=self.KV_class3,
             allocation=DEFAULT if self.allocation is None else self.allocation,
+            per=self.per,
             start_size=self.start_size,
             attn=self.attn,
             compile=self.compile,
@@ -253,7 +263,7 @@ FLAGS = flags_of(RunSpec)
 #: The model and its cache.
 CACHE = (
     *("model", "model_path", "model_arch", "enable_squeeze", "ini_size", "KV_class3", "algorithm", "allocation"),
-    *("start_size", "seed"),
+    *("per", "start_size", "seed"),
 )
 
 #: Flags that a squeezed cache has and the full one has not.

@@ -158,7 +158,7 @@ def expand(values: dict[str, list[str]], where: str) -> Grid:
             raise InputError(f"{where}: the grid is empty, {key} has no value")
     axes = {key: len(values.get(key) or [""]) for key in AXES}
     points = math.prod(axes[key] for key in ("model", "seed", "fidelity", "algorithm", "ini_size"))
-    points *= 1 + axes["allocation"] * axes["KV_class3"]
+    points *= (1 + axes["allocation"] * axes["KV_class3"]) * axes["per"]
     if points > MOST_POINTS:
         raise InputError(f"{where}: the grid has {points:,} points, and {MOST_POINTS:,} are the most: make several")
     fixed = {key: choices[0] for key, choices in values.items() if key not in AXES and choices}
@@ -195,19 +195,45 @@ def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[
                 for algorithm in values.get("algorithm") or [""]:
                     point = base | ({"algorithm": algorithm} if algorithm else {})
                     for ini_size in sizes:
-                        yield point | {"ini_size": ini_size, "KV_class3": ini_size}
+                        for per in _pers(values, by_head=False):
+                            yield point | per | {"ini_size": ini_size, "KV_class3": ini_size}
                         for allocation in values.get("allocation") or [DEFAULT]:
-                            if not _takes_class3(allocation, values):
-                                yield point | {"allocation": allocation, "ini_size": ini_size}
-                                continue
-                            more = {"allocation": allocation} if allocation != DEFAULT else {}
-                            for text in values.get("KV_class3") or []:
-                                kv_class3 = class3(text, ini_size)
-                                larger = Fraction(kv_class3) - Fraction(ini_size)
-                                if larger > 0:
-                                    left_out.append(f"KV_class3 {text} is more than ini_size {ini_size}")
-                                elif larger < 0:
-                                    yield point | more | {"ini_size": ini_size, "KV_class3": kv_class3}
+                            pers = _pers(values, _by_head(allocation))
+                            if not pers:
+                                left_out.append(f"the allocation {allocation} knows only layers, and not per head")
+                            for per in pers:
+                                yield from _allocated(values, allocation, ini_size, point | per, left_out)
+
+
+def _allocated(
+    values: dict[str, list[str]], allocation: str, ini_size: str, point: dict[str, str], left_out: list[str]
+) -> Iterator[dict[str, str]]:
+    """The points of an allocation at one size."""
+    if not _takes_class3(allocation, values):
+        yield point | {"allocation": allocation, "ini_size": ini_size}
+        return
+    more = {"allocation": allocation} if allocation != DEFAULT else {}
+    for text in values.get("KV_class3") or []:
+        kv_class3 = class3(text, ini_size)
+        larger = Fraction(kv_class3) - Fraction(ini_size)
+        if larger > 0:
+            left_out.append(f"KV_class3 {text} is more than ini_size {ini_size}")
+        elif larger < 0:
+            yield point | more | {"ini_size": ini_size, "KV_class3": kv_class3}
+
+
+def _pers(values: dict[str, list[str]], by_head: bool) -> list[dict[str, str]]:
+    """The values of `per` that an allocation can have; `layer`, the default, is not named."""
+    named = [text for text in values.get("per") or ["layer"] if by_head or text != "head"]
+    return [{} if text == "layer" else {"per": text} for text in named]
+
+
+def _by_head(allocation: str) -> bool:
+    """Whether an allocation can make budgets of heads; yes if there is no such one, as its run will say."""
+    try:
+        return ALLOCATIONS.find(allocation).kind.by_head
+    except InputError:
+        return True
 
 
 def _takes_class3(allocation: str, values: dict[str, list[str]]) -> bool:

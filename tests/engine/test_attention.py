@@ -27,7 +27,7 @@ def tensors(tokens, batch=2, seed=0, dtype=torch.float32, value_dim=VALUE_DIM):
 
 def prefill(queries, keys, values, lengths, rule, fused, with_scores):
     """Of whole prompts."""
-    positions = [torch.arange(length) for length in lengths]
+    positions = [[(keys.shape[1], torch.arange(length))] for length in lengths]
     return attention.prefill(queries, keys, values, positions, lengths, rule, fused, with_scores)
 
 

@@ -66,12 +66,12 @@ class WritesH2O(H2O):
         (Keeps(torch.arange(90, 110)[None]), r"positions from 0 to 99, .* from 90 to 109"),
         (Keeps(torch.arange(20)[None] - 20), "from -20 to -1"),
         (Keeps(list(range(20))), r"gave \[0, 1, 2"),
-        (Writes(torch.full((5, 1, 1), 20)), "from 0 to its budget - 1, and gave int64 .* from 20 to 20"),
-        (Writes(torch.full((5, 1, 1), -1)), "from -1 to -1"),
-        (Writes(torch.zeros(7, dtype=torch.long)), r"of shape \(5, 1, 1\), .* of shape \(7,\)"),
+        (Writes(torch.full((5, 2, 1), 20)), "from 0 to its budget - 1, and gave int64 .* from 20 to 20"),
+        (Writes(torch.full((5, 2, 1), -1)), "from -1 to -1"),
+        (Writes(torch.zeros(7, dtype=torch.long)), r"of shape \(5, 2, 1\), .* of shape \(7,\)"),
         (Writes(0), "and gave 0"),
-        (WritesH2O(torch.zeros(1, 1, dtype=torch.long)), r"of shape \(1, 2\), .* of shape \(1, 1\)"),
-        (WritesH2O(torch.full((1, 2), 20)), "from 20 to 20"),
+        (WritesH2O(torch.zeros(1, 1, dtype=torch.long)), r"of shape \(2, 1\), .* of shape \(1, 1\)"),
+        (WritesH2O(torch.full((2, 1), 20)), "from 20 to 20"),
     ],
 )
 def test_an_evictor_that_gives_no_slots_or_positions_is_a_sentence(evictor, said):

@@ -12,6 +12,7 @@ from test_patch import left_pad
 
 from squeeze import SqueezeConfig, squeezed
 from squeeze.engine.layer import SqueezeLayer
+from squeeze.engine.layout import by_sequence
 from squeeze.engine.prefill import Prefill
 from squeeze.models.packing import pack
 
@@ -33,8 +34,10 @@ def peak(monkeypatch):
 
     def look(*_):
         heads, head_dim = 2, 8
-        alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim == 4]
-        kv = [t.untyped_storage() for t in alive if (t.shape[1], t.shape[3]) == (heads, head_dim)]
+        alive = [
+            t for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim in (2, 4) and t.shape[-1] == head_dim
+        ]
+        kv = [t.untyped_storage() for t in alive if t.ndim == 2 or t.shape[1] == heads]
         highest[0] = max(highest[0], sum({storage.data_ptr(): storage.nbytes() for storage in kv}.values()))
 
     original = SqueezeLayer.compress
@@ -177,9 +180,9 @@ def test_a_prefill_to_fork_from_tells_nothing_and_lets_go_of_the_kept_one_first(
         assert alive == [None]
         assert run.last is told and run.config == config and run.kept_prefill is None
         cache = run.fork(prefill, [[5, 100, 290, 310, 500], [400] * 5], max_new_tokens=3)
-        assert cache.budgets.T.tolist() == [[5, 100, 290, 310, 500], [400] * 5]
+        assert by_sequence(cache.budgets, per_head=False).tolist() == [[5, 100, 290, 310, 500], [400] * 5]
         logits = model(ids[:, :1].expand(2, 1), past_key_values=cache).logits
-        for row, budgets in enumerate(cache.budgets.T.tolist()):
+        for row, budgets in enumerate([[5, 100, 290, 310, 500], [400] * 5]):
             run.use(SqueezeConfig("h2o", budgets=budgets))
             alone = run.cache(3)
             model(ids, past_key_values=alone)
@@ -321,13 +324,13 @@ def test_importance_is_the_mean_over_all_chunks():
 @pytest.mark.parametrize("sizes", [EXPLICIT, UNIFORM], ids=["explicit", "uniform"])
 @pytest.mark.parametrize("algorithm", CHUNKED)
 def test_the_peak_with_chunks_is_what_is_kept_and_one_layers_chunk(peak, algorithm, sizes):
-    """While a chunk attends, the kept tokens of that layer are there a second time, beside their chunk."""
+    """While a chunk attends, the kept tokens of that layer are there a second time, padded, beside their chunk."""
     model, (ids, mask) = random_model("llama"), BATCH
     with squeezed(model, SqueezeConfig(algorithm, **sizes, prefill_chunk=16)) as run:
         run.share_prefills = True  # chunks depend on budgets, so there is nothing to share
         cache = run.cache(max_new_tokens=8)
         found = peak(model, input_ids=ids, attention_mask=mask, past_key_values=cache)
-        largest = max(layer.kv_bytes for layer in cache.squeezed)
+        largest = max(3 * 2 * int(layer.layout.budgets.max()) * 2 * 8 * 4 for layer in cache.squeezed)
         assert found <= 1.02 * (run.kv_bytes + largest + 2 * 2 * 3 * 16 * 2 * 8 * 4)
 
 
