@@ -138,7 +138,7 @@ def own_budgets(family: str) -> str:
             model(tokens, past_key_values=cache)
             for token in range(4):
                 model(tokens[:, token : token + 1], past_key_values=cache)
-        held = [layer.keys.shape[2] for layer in cache.squeezed]
+        held = [len(layer.keys) / layer.facts.kv_heads for layer in cache.squeezed]
         if held != budgets:
             raise RuntimeError(f"{algorithm} holds {held} tokens, not {budgets}")
     return f"layers hold {budgets} tokens"

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 class Evictor(Strategy, ABC):
     """An eviction method: a frozen dataclass whose fields are its parameters.
 
-    `keep` runs once per layer and sequence, after prefill; `slot` runs at every decode step for the whole batch. Both
-    are pure functions of tensors: what a method needs to remember (positions and scores of the tokens it holds)
-    belongs to the cache layer. A sequence's tokens are always in the first slots of its buffer.
+    `keep` runs after prefill, once per layer and sequence, and for each budget that some KV heads have there; `slot`
+    runs at every decode step for the whole batch. Both are pure functions of tensors: what a method needs to remember
+    (positions and scores of the tokens it holds) belongs to the cache layer. The tokens of a KV head are always in its
+    first slots.
 
     Attributes:
         needs_scores: whether attention probabilities are accumulated for the method. They are float32, added up over
@@ -53,12 +54,15 @@ class Evictor(Strategy, ABC):
     ) -> torch.Tensor:
         """Slot for the token at `position`: the next free one, or that of the token which is evicted.
 
+        A row is one KV head of one sequence.
+
         Args:
-            position: tokens before this one in its sequence, `(batch, 1)`.
-            budget: slots, `(batch, 1)`; `(layers, batch, 1)` where the method needs no scores.
-            held: position of the token in each slot, -1 where a slot is empty, `(batch, kv_heads, slots)`; no
-                elements where the method needs no scores.
+            position: tokens before this one in its sequence, `(rows, 1)`; where the method needs no scores, of all
+                layers at once, `(layers, rows, 1)`.
+            budget: slots, of the same shape.
+            held: position of the token in each slot, -1 where a slot is empty, `(rows, 1, slots)`; no elements where
+                the method needs no scores.
             scores: of the tokens held, same shape.
         Returns:
-            `(batch, kv_heads)`; where the method needs no scores, the shape of `budget`.
+            The shape of `budget`.
         """

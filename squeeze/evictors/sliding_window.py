@@ -24,5 +24,5 @@ class SlidingWindow(Evictor):
     def slot(
         self, position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
     ) -> torch.Tensor:
-        """Slot for the token at `position` `(batch, 1)`, `budget` `(batch, 1)`: `(batch, 1)`, alike in all heads."""
+        """Slot for the token at `position`, of a ring as long as `budget`; all of one shape."""
         return ring_slot(position, budget, sinks=0)

@@ -69,6 +69,13 @@ def tokens_per_second(stats: Sequence[SampleStats]) -> float:
     return sum(max(sample.new_tokens - 1, 0) for sample in stats) / seconds if seconds > 1e-9 else 0.0
 
 
+def _mean(of_layer: Sequence[Any]) -> Any:
+    """The mean of a layer's numbers over samples, or of those of each of its KV heads."""
+    if isinstance(of_layer[0], list):
+        return [_mean(of_head) for of_head in zip(*of_layer, strict=True)]
+    return round(sum(of_layer) / len(of_layer), 2)
+
+
 def summarize(stats: Sequence[SampleStats]) -> dict[str, Any]:
     """Summary of one data set's samples for `run.json`: totals of tokens and seconds, means of bytes and layers."""
 
@@ -93,8 +100,7 @@ def summarize(stats: Sequence[SampleStats]) -> dict[str, Any]:
         summary["layers_per_class"] = [round(layers.count(layer_class) / len(stats), 2) for layer_class in (1, 2, 3)]
         for name in ("classes", "budgets"):
             rows = [getattr(sample, name) for sample in stats]
-            means = [round(sum(layer) / len(stats), 2) for layer in zip(*rows, strict=True)]
-            summary[name] = {"first": rows[0], "mean": means}
+            summary[name] = {"first": rows[0], "mean": [_mean(layer) for layer in zip(*rows, strict=True)]}
         noted = [sample.notes for sample in stats if sample.notes]
         summary |= {"samples_with_notes": len(noted), "first_notes": noted[0] if noted else []}
     return summary

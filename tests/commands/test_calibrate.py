@@ -15,11 +15,13 @@ from tiny import save_rows, save_tiny
 import pred
 from squeeze import InputError, PromptFacts, SqueezeConfig, calibrate, squeezed
 from squeeze.allocations import curves
+from squeeze.allocations.base import heads_of
 from squeeze.allocations.calibration import read_calibration
 from squeeze.benchmarks.longbench.data import generation_lengths
 from squeeze.engine import loss_curves, patch
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.models import loading, sources
+from squeeze.models.cached_layers import OwnLayer
 from squeeze.runs.resolve import with_curves
 from squeeze.storage import paths
 
@@ -60,6 +62,23 @@ def test_a_curve_is_what_a_slow_loop_measures(monkeypatch, algorithm, at_once):
         expected = slow_loss(model, algorithm, budgets, PROMPT[:length], PROMPT[length:])
         assert expected > 1e-3
         assert curves[layer][index] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [3, 16])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_heads_curve_is_what_a_slow_loop_measures(monkeypatch, algorithm, at_once):
+    model, share = random_model("llama"), Fraction(3, 10)
+    monkeypatch.setitem(loss_curves.LAYERS_AT_ONCE, "cpu", at_once)
+    with squeezed(model, SqueezeConfig(algorithm, "0.3", kv_class3="0.3")) as run:
+        [curves] = loss_curves.measure(run, PROMPT, [share], per_head=True)
+    length = len(PROMPT) - loss_curves.TAIL
+    assert np.array(curves).shape == (10, len(loss_curves.MULTIPLES))
+    for part, index in ((1, 0), (8, 3), (6, 2)):
+        budgets = [[int(share * length)] * 2 for _ in range(5)]
+        budgets[part // 2][part % 2] = int(loss_curves.MULTIPLES[index] * share * length)
+        expected = slow_loss(model, algorithm, budgets, PROMPT[:length], PROMPT[length:])
+        assert expected > 1e-3
+        assert curves[part][index] == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def test_cuts_that_do_not_fit_into_memory_together_run_apart(monkeypatch):
@@ -156,6 +175,70 @@ def test_the_command_and_runs_with_its_budgets(place, capsys, monkeypatch):
         predict("--overwrite")
 
 
+def test_curves_of_heads_and_runs_with_their_budgets(place, capsys):
+    """One head at a time; the file, the run's folder and its records say so, and its budgets are a list a layer."""
+    with pytest.raises(
+        InputError, match=r"tiny-h2o-heads\.json is not there.*squeeze\.calibrate --model tiny .* --per head$"
+    ):
+        predict("--algorithm", "h2o", "--per", "head")
+    measure("--algorithm", "h2o", "--per", "head")
+    path = Path("config/calibration/tiny-h2o-heads.json")
+    assert f"{path}: loss curves of 10 KV heads at 2 sizes, 2 prompts" in capsys.readouterr().out
+    found = read_calibration(path)
+    assert (found.kv_heads, found.per, found.losses.shape) == ((2,) * 5, "head", (2, 2, 10, 5))
+    predict("--algorithm", "h2o", "--per", "head")
+    folder = Path("pred_Long/tiny/h2o/calibrated/per-head/0.3")
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    assert (settings["per"], settings["calibration"]) == ("head", found.sha256)
+    for line in (folder / "samples/samsum.jsonl").read_text().splitlines():
+        stats = json.loads(line)["stats"]
+        budgets = np.array(stats["budgets"])
+        assert budgets.shape == (5, 2) and (np.ptp(budgets, axis=1) > 0).any()
+        assert budgets.sum() == int(10 * Fraction(3, 10) * stats["prompt_tokens"])
+        assert budgets.sum() <= stats["kv_bytes"] / (2 * 8 * 4) <= 1.02 * budgets.sum()
+    predict("--algorithm", "h2o", "--per", "head", "--fidelity")
+    capsys.readouterr()
+    evaluate.main(
+        ["--model", "tiny", "--algorithm", "h2o", "--allocation", "calibrated", "--per", "head", "--ini_size", "0.3"]
+    )
+    assert (folder / "result.json").exists()
+    with pytest.raises(InputError, match=r"tiny-h2o\.json is not there"):
+        predict("--algorithm", "h2o")
+    path.rename("config/calibration/tiny-h2o.json")
+    with pytest.raises(
+        InputError, match=r"has loss curves of each head, and those of each layer are asked for: python"
+    ):
+        predict("--algorithm", "h2o")
+    with pytest.raises(InputError, match="the allocation squeeze knows only layers"):
+        pred.main([*COMMON, "--enable_squeeze", "--ini_size", "0.3", "--KV_class3", "0.2", "--per", "head"])
+
+
+def test_heads_that_share_by_scores(place):
+    flags = [*COMMON, "--enable_squeeze", "--ini_size", "0.3", "--KV_class3", "0.2", "--per", "adakv"]
+    pred.main([*flags, "--algorithm", "h2o"])
+    folder = Path("pred_Long/tiny/h2o/per-adakv/0.3/20")
+    line = (folder / "samples/samsum.jsonl").read_text().splitlines()[0]
+    stats = json.loads(line)["stats"]
+    assert sum(map(sum, stats["budgets"])) == 2 * int(5 * Fraction(3, 10) * stats["prompt_tokens"])
+    with pytest.raises(InputError, match="per adakv needs a method that scores tokens, such as h2o, and streaming"):
+        pred.main(flags)
+
+
+@pytest.mark.parametrize("kv_heads", [(2,) * 5, (1, 2, 3, 2, 1)])
+@pytest.mark.parametrize("size", ["0.05", "1/3", "0.9"])
+def test_budgets_of_heads_keep_the_total_to_the_token(kv_heads, size):
+    """A head is to an allocation what a layer is, also where layers have windows, and other numbers of heads."""
+    layers = [OwnLayer(heads, 8, 8, 40 if heads == 3 else None) for heads in kv_heads]
+    facts, size = PromptFacts.of(heads_of(layers), 100, 20, 2), Fraction(size)
+    losses = np.random.default_rng(0).random((3, sum(kv_heads), 5)).cumsum(axis=2)[..., ::-1]
+    made = curves.budgets(loss_curves.MULTIPLES, losses, size, facts).of_heads(kv_heads)
+    assert [len(own) for own in made.tokens] == list(kv_heads) and made.per_head
+    reach = [100 if heads < 3 or len(set(kv_heads)) == 1 else 40 for heads in kv_heads for _ in range(heads)]
+    assert sum(map(sum, made.tokens)) == int(size * sum(reach))
+    for own, layer in zip(made.tokens, layers, strict=True):
+        assert all(2 <= tokens <= layer.reach(120) for tokens in own)
+
+
 def test_a_calibration_that_was_interrupted_goes_on(place, monkeypatch):
     measured, original = [], loss_curves.measure
 
@@ -208,6 +291,8 @@ def save_curves(path, **changes):
         ({"shares": ["1e999999999", "1"]}, r"shares\[0\] is not text matching"),
         ({"algorithm": "lru"}, r"algorithm is none of sliding_window, streaming, h2o, got \"lru\""),
         ({"model": 3}, "model is not a JSON object, got 3: make it again"),
+        ({"kv_heads": [2, 2]}, "is damaged, its curves are not whole"),
+        ({"kv_heads": [5, 0]}, r"kv_heads\[1\] is not"),
     ],
 )
 def test_a_damaged_file_is_a_sentence(tmp_path, changes, said):
