@@ -33,6 +33,8 @@ def make_run(folder, dataset="samsum", samples=6, right=0.5, seed=42, model="M",
     stats = {"prompt_tokens": 100, "new_tokens": 5}
     if squeezed:
         stats |= layer_stats(more["ini_size"], more.get("KV_class3", more["ini_size"] / 2), layers)
+        if more.get("per"):  # two heads a layer, further apart in every layer
+            stats["budgets"] = [[own - layer, own + layer] for layer, own in enumerate(stats["budgets"])]
         if not keep_similarities:
             del stats["similarities"]
     summary = {

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from squeeze.allocations.calibration import Calibration
-from squeeze.report.layer_figures import MANY_PROMPTS
+from squeeze.report.layer_figures import MANY_PROMPTS, head_shares
 from squeeze.report.results import shown_score
 
 SCORE = (
@@ -141,6 +141,18 @@ def budgets(layers: pd.DataFrame, run: Any) -> str:
     )
 
 
+def heads(layers: pd.DataFrame, run: Any) -> str:
+    """The map of a run's budgets by head in words."""
+    shares = head_shares(layers)
+    low, high = np.nanmin(shares, axis=0), np.nanmax(shares, axis=0)
+    widest = int(np.argmax(high - low))
+    return (
+        f"{run.algorithm}, {run.allocation}, ini_size {run.ini_size:g} ({run.folder}): the mean budget of each KV "
+        f"head, from {low.min():.1f}% to {high.max():.1f}% of the prompt. The heads of layer {widest} differ most, "
+        f"from {low[widest]:.1f}% to {high[widest]:.1f}%. The column heads of the CSV has the tokens of each."
+    )
+
+
 def losses(relative: np.ndarray, curves: Calibration, share: float, algorithm: str) -> str:
     """A model's loss curves in words.
 
@@ -148,13 +160,14 @@ def losses(relative: np.ndarray, curves: Calibration, share: float, algorithm: s
         relative: `curves.relative` at that share.
     """
     multiples = [float(multiple) for multiple in curves.multiples]
+    part = "layer" if curves.kv_heads is None else "KV head"
     most = ", ".join(str(layer) for layer in np.argsort(-relative[:, 0], kind="stable")[:3])
     return (
-        f"{algorithm}: KL divergence from the full cache where one layer alone keeps more or less and all others "
+        f"{algorithm}: KL divergence from the full cache where one {part} alone keeps more or less and all others "
         f"keep {100 * share:g}% of the prompt, over that of {100 * share:g}% everywhere, less 1, mean over "
         f"prompts ({len(curves.losses)}); python -m squeeze.calibrate measured it ({curves.name}). Cutting to "
-        f"{multiples[0]:g} of that costs the most in layers {most}. Budgets follow how fast a layer's loss falls with "
-        "every token that it gets, here and at the larger sizes that were measured."
+        f"{multiples[0]:g} of that costs the most in {part}s {most}. Budgets follow how fast a {part}'s loss falls "
+        "with every token that it gets, here and at the larger sizes that were measured."
     )
 
 

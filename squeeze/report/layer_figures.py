@@ -95,17 +95,46 @@ def budget_bars(layers: pd.DataFrame, ini_size: float, title: str) -> Figure:
     return figure
 
 
-def loss_lines(losses: np.ndarray, multiples: Sequence[float], share: float, title: str) -> Figure:
-    """Loss curves: the loss with one layer alone cut or enlarged, against that of uniform budgets.
+def head_shares(layers: pd.DataFrame) -> np.ndarray:
+    """Mean budget of each KV head over the prompts, % of the prompt.
 
     Args:
-        losses: KL divergence from the full cache, in multiples of uniform budgets', `(layers, multiples)`.
+        layers: `layers.parse_layers` of a run with budgets by head.
+    Returns:
+        `(most kv_heads, layers)`, NaN where a layer has fewer heads than others.
+    """
+    parts = layers["heads"].str.split(expand=True).astype(float)
+    parts = 100 * parts.mul(layers["share"] / layers["budget"], axis=0)
+    return parts.groupby(layers["layer"]).mean().to_numpy().T
+
+
+def head_map(layers: pd.DataFrame, title: str) -> Figure:
+    """Mean budget of every KV head (rows) of every layer (columns)."""
+    shares = head_shares(layers)
+    heads, count = shares.shape
+    with matplotlib.rc_context(STYLE):
+        size = (max(5.2, min(0.19 * count + 1, 13)), 1.9 + min(max(0.24 * heads, 0.7), 4.0))
+        figure, axes = new_panel(title, "layer", "KV head", size)
+        axes.grid(False)
+        image = axes.imshow(shares, cmap="cividis", aspect="auto", interpolation="nearest")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(heads, 10)))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+        figure.colorbar(image, orientation="horizontal", aspect=40, pad=0.02, label="budget, % of the prompt")
+    return figure
+
+
+def loss_lines(losses: np.ndarray, multiples: Sequence[float], share: float, title: str, part: str) -> Figure:
+    """Loss curves: the loss with one layer, or KV head, alone cut or enlarged, against that of uniform budgets.
+
+    Args:
+        losses: KL divergence from the full cache, in multiples of uniform budgets', `(parts, multiples)`.
         multiples: of `share`, what the layer keeps while the others keep `share`; 1 among them.
         share: as a fraction of the prompt.
+        part: what was cut, in words.
     """
     with matplotlib.rc_context(STYLE):
         size = (max(4.6, min(0.13 * len(losses) + 1, 13)), 3.3)
-        figure, axes = new_panel(title, "layer", "KL / KL of uniform budgets, less 1", size)
+        figure, axes = new_panel(title, part, "KL / KL of uniform budgets, less 1", size)
         axes.axhline(0, color="#222222", linewidth=1, linestyle="--")
         shown = [index for index, multiple in enumerate(multiples) if multiple != 1]
         for index, color, marker, line in zip(shown, OKABE_ITO, MARKERS, LINES, strict=False):

@@ -38,7 +38,8 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
         A row for each prompt and layer, in order: `prompt` and `layer` from 0, `similarity` (NaN in runs that did not
         keep it), `layer_class` 1 to 3, `budget` in tokens (the mean of the layer's KV heads where they have theirs),
         `share`, the budget as a fraction of the prompt, and `reach`, that part of the prompt which `ini_size` is a
-        fraction of (docs/budgets.md): less than 1 in a layer whose own window is shorter.
+        fraction of (docs/budgets.md): less than 1 in a layer whose own window is shorter. Where KV heads have budgets
+        of their own, `heads` has them as text, with blanks between.
     Raises:
         InputError: the run's samples are damaged or have no budgets.
     """
@@ -61,7 +62,8 @@ def parse_layers(folder: Path, dataset: str) -> pd.DataFrame:
                 "layer_class": layer_class,
             }
             reach = min(windows.get(layer, stats.prompt_tokens), stats.prompt_tokens) / stats.prompt_tokens
-            rows.append(row | {"budget": tokens, "share": tokens / stats.prompt_tokens, "reach": reach})
+            row |= {"budget": tokens, "share": tokens / stats.prompt_tokens, "reach": reach}
+            rows.append(row | ({"heads": " ".join(map(str, budget))} if isinstance(budget, list) else {}))
     frame = pd.DataFrame(rows)
     frame["similarity"] = frame["similarity"].astype(float)
     return frame

@@ -132,6 +132,10 @@ def layers(tables: Results, names: Names, problems: list[str]) -> Section | None
             budgets.append(
                 Plot(panel_name(names, "budgets", run, run.allocation), figure, captions.budgets(measured, run))
             )
+            if "heads" in measured:
+                figure = layer_figures.head_map(measured, heading(run, "budgets of KV heads", run.allocation))
+                name, caption = panel_name(names, "heads", run, run.allocation), captions.heads(measured, run)
+                budgets.append(Plot(name, figure, caption, wide=True))
             try:
                 curves = curves_of(Path(run.folder), run.model, run.algorithm)
             except InputError as error:
@@ -152,7 +156,8 @@ def losses(run: Any, curves: Calibration, names: Names) -> Plot:
     measured, share = curves.relative(first), curves.shares[first]
     multiples = [float(multiple) for multiple in curves.multiples]
     title = heading(run, "loss curves", run.algorithm)
-    figure = layer_figures.loss_lines(measured, multiples, float(share), title)
+    part = "layer" if curves.kv_heads is None else "KV head, layer after layer"
+    figure = layer_figures.loss_lines(measured, multiples, float(share), title, part)
     return Plot(
         panel_name(names, "losses", run, run.algorithm),
         figure,

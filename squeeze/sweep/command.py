@@ -40,7 +40,7 @@ EXAMPLES = """examples
 
 the file
   Keys are the flags of pred.py, without the dashes. A list of values makes an axis of the grid: model, seed, fidelity,
-  algorithm, allocation, ini_size and KV_class3 may have several; all data sets go into each run.
+  algorithm, allocation, per, ini_size and KV_class3 may have several; all data sets go into each run.
 
     model: [Mistral, llama2-7b-32k]
     datasets: [samsum, qasper]

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 from made_runs import make_bench, make_fidelity, make_grid, make_helm, make_run
 from test_calibrate import save_curves
 
 from squeeze.allocations import calibration
 from squeeze.report import command as report
+from squeeze.report.layer_figures import head_shares
+from squeeze.report.layers import parse_layers
 
 evaluate = importlib.import_module("eval")
 
@@ -205,6 +209,32 @@ def test_a_calibrated_runs_loss_curves_are_drawn(tmp_path, monkeypatch):
     page = Path("out/index.html").read_text()
     assert "runs/calibrated/0.2 was made from loss curves that are not in" in page
     assert not list(Path("out").glob("losses*")) and Path("out/budgets-M-samsum-calibrated.svg").exists()
+
+
+def test_budgets_of_heads_are_a_map_with_its_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "config/calibration/M-streaming-heads.json"
+    place.parent.mkdir(parents=True)
+    losses = [[[[0.5 + head / 10, 0.5] for head in range(16)]] * 2]
+    save_curves(place, algorithm="streaming", start_size=4, loss=losses, kv_heads=[2] * 8)
+    sha256 = calibration.read_calibration(place).sha256
+    run = Path("runs/calibrated/per-head/0.2")
+    make_run(run, ini_size=0.2, allocation="calibrated", calibration=sha256, per="head")
+    assert report.main(["runs", "--out", "out"]) == 0
+    page = Path("out/index.html").read_text()
+    assert "calibrated by head" in page and "costs the most in KV heads 15, 14, 13." in page
+    assert {path.name for path in Path("out").glob("*by-head.svg")} == {
+        "budgets-M-samsum-calibrated-by-head.svg",
+        "heads-M-samsum-calibrated-by-head.svg",
+    }
+    with Path("out/layers.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    stats = json.loads((run / "samples/samsum.jsonl").read_text().splitlines()[0])["stats"]
+    assert [row["heads"] for row in rows[:8]] == [" ".join(map(str, own)) for own in stats["budgets"]]
+    assert [float(row["budget"]) for row in rows[:8]] == [sum(own) / 2 for own in stats["budgets"]]
+    shares = head_shares(parse_layers(run, "samsum"))
+    assert pytest.approx(np.array(stats["budgets"]) * 100 / stats["prompt_tokens"]) == shares.T
+    assert "The heads of layer 7 differ most" in page
 
 
 def test_runs_without_similarities_say_so(tmp_path, monkeypatch):
