@@ -185,6 +185,10 @@ def _read_run(texts: dict[str, str]) -> RunSpec | InputError:
 
 def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[str, str]]:
     """The axes' values at each point; those that cannot be go to `left_out`."""
+    known = {name: _pers(values, _by_head(name)) for name in values.get("allocation") or [DEFAULT]}
+    left_out += [
+        f"the allocation {name} knows only layers, and not per head" for name, pers in known.items() if not pers
+    ]
     sizes = list(dict.fromkeys(plain(parse_fraction("ini_size", text)) for text in values["ini_size"]))
     for model in values["model"]:
         for seed in values.get("seed") or [""]:
@@ -197,10 +201,7 @@ def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[
                     for ini_size in sizes:
                         for per in _pers(values, by_head=False):
                             yield point | per | {"ini_size": ini_size, "KV_class3": ini_size}
-                        for allocation in values.get("allocation") or [DEFAULT]:
-                            pers = _pers(values, _by_head(allocation))
-                            if not pers:
-                                left_out.append(f"the allocation {allocation} knows only layers, and not per head")
+                        for allocation, pers in known.items():
                             for per in pers:
                                 yield from _allocated(values, allocation, ini_size, point | per, left_out)
 
