@@ -7,7 +7,8 @@ heads of one KV head are neighbours (grouped-query attention), so `heads = kv_he
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from squeeze.engine.layer import SqueezeLayer
 
-try:
-    from torch.nn.attention import varlen
-except ImportError:  # before PyTorch 2.10
-    varlen_attn: Any = None
-else:
-    varlen_attn = varlen.varlen_attn
+
+def _varlen_kernel() -> Callable[..., Any] | None:
+    """PyTorch's attention for sequences of any lengths, where it is there and takes how much of each is used."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before PyTorch 2.10
+        return None
+    return varlen_attn if "seqused_k" in signature(varlen_attn).parameters else None
+
+
+varlen_attn = _varlen_kernel()
 
 #: Queries walked at a time where attention is not fused, at most: as long as matrix products need to be fast.
 BLOCK = 128
@@ -359,6 +365,7 @@ def _varlen(queries: torch.Tensor, layer: SqueezeLayer, scale: float) -> torch.T
         queries: `(rows, group, head_dim)`, in the order of the layer's buffers.
     """
     layout, lengths = layer.layout, layer.lengths[:, 0].int()
+    assert varlen_attn is not None
     return varlen_attn(
         queries,
         layer.keys[:, None],

@@ -168,7 +168,7 @@ class SqueezeLayer(CacheLayerMixin):
             self.write(keys, values)
             return (keys, values) if self.apart else (self.padded(self.keys), self.padded(self.values))
         # Copies, where they are a part of a larger product that would stay in memory with them.
-        self.pending = _apart(keys), values.contiguous()
+        self.pending = _owned(keys), values.contiguous()
         return self._with_past(*self.pending)
 
     def take(self, scores: torch.Tensor) -> None:
@@ -442,7 +442,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def _apart(tensor: torch.Tensor) -> torch.Tensor:
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of it where it is a view of something larger."""
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
