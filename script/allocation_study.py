@@ -272,19 +272,22 @@ def pairs(args):
             group.setdefault(told["allocation"], {})[entry.dataset] = [row["kl"] for row in rows]
     lines = []
     for (algorithm, size), group in sorted(kl.items()):
-        for allocation, tasks in sorted(group.items(), key=lambda item: (item[0] != "uniform", item[0])):
+        for allocation, tasks in sorted(group.items(), key=lambda item: (item[0] != args.against, item[0])):
             means, differences = [], []
             for task, values in tasks.items():
                 both = [
                     (mine, other)
-                    for mine, other in zip(values, group["uniform"][task], strict=True)
+                    for mine, other in zip(values, group[args.against][task], strict=True)
                     if mine is not None and other is not None
                 ]
                 means.append(statistics.fmean(mine for mine, _ in both))
                 differences.append([mine - other for mine, other in both])
             mean, low, high = over_tasks(differences)
             line = {"algorithm": algorithm, "ini_size": size, "allocation": allocation}
-            line |= {"KL": f"{statistics.fmean(means):.4f}", "less uniform": f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"}
+            line |= {
+                "KL": f"{statistics.fmean(means):.4f}",
+                f"less {args.against}": f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]",
+            }
             line |= {"closer on": f"{sum(one < 0 for task in differences for one in task)}"}
             line |= {"samples": str(sum(map(len, differences)))}
             lines.append(line | {task: f"{one:.4f}" for task, one in zip(tasks, means, strict=True)})
@@ -326,6 +329,7 @@ def main():
     showing.set_defaults(do=show)
     pairing = commands.add_parser("pairs")
     pairing.add_argument("runs", nargs="+", type=Path)
+    pairing.add_argument("--against", default="uniform", help="what each allocation is compared with")
     pairing.set_defaults(do=pairs)
     args = parser.parse_args()
     args.do(args)
