@@ -48,13 +48,13 @@ class RunSpec:
     )
     enable_squeeze: bool = switch("bound the KV cache (default: the full cache, the baseline)", in_sweeps=False)
     ini_size: str | float | None = flag(
-        None, "budget of every layer before squeezing, as a fraction of the prompt, (0, 1]", axis=6, squeezed=True
+        None, "budget of every layer before squeezing, as a fraction of the prompt, (0, 1]", axis=7, squeezed=True
     )
     KV_class3: str | float | None = flag(
         None,
         "budget of the layers whose attention changes the least, as a fraction of the prompt, (0, ini_size]; "
         "equal to ini_size: every layer keeps the same",
-        axis=7,
+        axis=8,
         squeezed=True,
     )
     algorithm: str | None = flag(
@@ -80,7 +80,7 @@ class RunSpec:
         "allocation calibrated, from curves that python -m squeeze.calibrate --per head measures; or adakv: the KV "
         "heads of a layer share its budget by the scores of each prompt's tokens (Ada-KV), for h2o",
         choices=PER,
-        axis=8,
+        axis=6,
         squeezed=True,
     )
     start_size: int = flag(

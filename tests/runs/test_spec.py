@@ -33,7 +33,7 @@ counts = st.integers(1, MOST)
 VALUES = {
     **dict.fromkeys(("model", "model_path", "data_dir", "requests"), paths),
     **dict.fromkeys(("ini_size", "KV_class3", "algorithm", "allocation", "pred", "datasets", "device"), texts),
-    **dict.fromkeys(("device_map", "dtype", "attn"), texts),
+    **dict.fromkeys(("device_map", "dtype", "attn", "per"), texts),
     "model_arch": st.sampled_from(("Mistral", "llama", "no_change", "LLAMA", "gpt2")),
     **dict.fromkeys(("sample_num", "batch_size", "prefill_chunk"), counts),
     "start_size": st.integers(0, MOST),
@@ -103,7 +103,7 @@ def test_every_field_is_a_key_of_a_sweep_or_refused_there(tmp_path, name):
 
 
 def test_the_axes_stand_in_the_order_in_which_errors_name_them():
-    assert AXES == ("model", "seed", "fidelity", "algorithm", "allocation", "ini_size", "KV_class3")
+    assert AXES == ("model", "seed", "fidelity", "algorithm", "allocation", "per", "ini_size", "KV_class3")
     assert list(KEYS) == [name for name in FLAGS if name not in ("enable_squeeze", "overwrite")]
 
 
@@ -152,8 +152,8 @@ def test_the_record_makes_no_other_run():
 
 #: SHA-256 of what the commands say of themselves. Whoever changes a flag's words on purpose changes it as well.
 HELP = {
-    pred_parser: "925f1106084843dd8911720f069bf492559f8cd7ec4b2e9feddbbfc7014370b3",
-    eval_parser: "f6d5777010151fde324251108b8bb376781db15475b2d5de20c2236b4517949d",
+    pred_parser: "a0856382a163ad8a7da1b9710a3fee3b7ce3c3318252751f2347e738ac51b5af",
+    eval_parser: "78343c6a60fea53d0cb8e64ba5323b4ca81eef969158657ff4876ec8074a2dc2",
 }
 
 
