@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 #: What a layer's slots may grow by, so that more of its rows are attended to together.
-PADDING = Fraction(1, 50)
+PADDING = Fraction(1, 100)
 
 
 class Group(NamedTuple):

@@ -89,7 +89,9 @@ def test_what_a_step_reads_of_the_weights():
     assert worker.weight_bytes(untied) == worker.weight_bytes(tied)
 
 
-@pytest.mark.parametrize("how", [[], ["--in_turns"]], ids=["alone", "in turns"])
+@pytest.mark.parametrize(
+    "how", [pytest.param([], id="alone", marks=pytest.mark.slow), pytest.param(["--in_turns"], id="in turns")]
+)
 def test_a_small_benchmark(tmp_path, capsys, how):
     save_tiny(tmp_path / "tiny")
     save_rows(tmp_path / "data")

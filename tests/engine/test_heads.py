@@ -83,7 +83,7 @@ def test_heads_that_agree_are_budgets_by_layers(algorithm):
         assert one.keys.equal(other.keys) and one.values.equal(other.values) and one.scores.equal(other.scores)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS[1:])
+@pytest.mark.parametrize("algorithm", [pytest.param("streaming", marks=pytest.mark.slow), "h2o"])
 def test_compiled_steps_give_the_plain_steps_tokens(algorithm):
     model, (ids, mask), found = random_model("llama"), BATCH, []
     for compile in (False, True):
