@@ -350,20 +350,23 @@ def test_a_prompt_that_is_too_short_is_a_sentence(place):
         measure()
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_embedded_models_files_are_shipped(algorithm):
+@pytest.mark.parametrize(
+    ("algorithm", "per", "parts"), [*((algorithm, "layer", 30) for algorithm in ALGORITHMS), ("h2o", "head", 90)]
+)
+def test_the_embedded_models_files_are_shipped(algorithm, per, parts):
     """Made from this model and these rows, and nothing in them is of the machine that made them."""
     source = sources.resolve("SmolLM2-135M", None)
     identity = sources.identity(source, sources.fetch(source, False))
-    config = with_curves(SqueezeConfig(algorithm, "0.2", allocation="calibrated"), source.name, identity)
+    config = with_curves(SqueezeConfig(algorithm, "0.2", allocation="calibrated", per=per), source.name, identity)
     found = config.calibration
-    assert found.losses.shape == (8, 3, 30, len(loss_curves.MULTIPLES))
+    assert found.losses.shape == (8, 3, parts, len(loss_curves.MULTIPLES))
+    assert found.per == per and found.kv_heads == ((3,) * 30 if per == "head" else None)
     content = json.loads(Path(found.source).read_text())
     assert {one["dataset"] for one in content["data"]} == set(calibrate.DATASETS.split(","))
     for one in content["data"]:
         assert hashlib.sha256((ROOT / one["source"]).read_bytes()).hexdigest() == one["sha256"]
-    facts = PromptFacts(2000, (2064,) * 30, (2000,) * 30, (384,) * 30, 5)
+    facts = PromptFacts(2000, (2064,) * parts, (2000,) * parts, (384,) * parts, 5)
     for size in (Fraction(1, 20), Fraction(1, 5), Fraction(3, 4)):
         tokens = curves.budgets(found.multiples, found.measurements(size), size, facts).tokens
-        assert sum(tokens) == int(30 * size * 2000)
+        assert sum(tokens) == int(parts * size * 2000)
         assert max(tokens) > 1.3 * float(size) * 2000, "not uniform"
