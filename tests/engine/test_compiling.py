@@ -46,8 +46,9 @@ def test_compiled_steps_give_the_plain_steps_tokens_and_buffers(model, algorithm
             torch.testing.assert_close(other.scores, one.scores, atol=1e-4, rtol=1e-4)
             assert other.slot_positions.equal(one.slot_positions)
     counters = torch._dynamo.utils.counters
-    # Where a sequence has empty slots and where none has, of a batch and of one prompt; and what tries the compiler.
-    assert 4 <= counters["stats"]["unique_graphs"] <= 5
+    # Where a sequence has empty slots and where none has, of a batch, for as many groups of rows as its layers have,
+    # and of one prompt; and what tries the compiler.
+    assert 4 <= counters["stats"]["unique_graphs"] <= 7
     assert not counters["graph_break"], dict(counters["graph_break"])
 
 

@@ -68,9 +68,9 @@ def test_curves_are_measured_before_the_prefill_begins(monkeypatch):
         model(PROMPT[None, 20:], past_key_values=run.cache(4))
         run.use(SqueezeConfig("h2o", "0.3", allocation="measured"))
 
-        def measure(*given):
+        def measure(*given, **more):
             passes.append((current_cache(), run.kept_prefill))
-            return original(*given)
+            return original(*given, **more)
 
         monkeypatch.setattr(loss_curves, "measure", measure)
         model(PROMPT[None], past_key_values=run.cache(4))

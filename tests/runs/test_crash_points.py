@@ -321,7 +321,7 @@ def test_report(place, monkeypatch):
 
 
 def test_calibrate(place, monkeypatch):
-    def measure(job, samples, rows, shares):
+    def measure(job, samples, rows, shares, per_head):
         for index in samples.missing:
             tell(done=("curves", index))
             losses = [[[0.5] * 5] * 7] * len(shares)

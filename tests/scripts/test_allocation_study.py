@@ -44,7 +44,7 @@ def test_pairs_are_differences_on_the_same_samples(tmp_path, monkeypatch, capsys
         squeezed = make_fidelity(Path(place, "0.2/10/fidelity"), 1, dataset=task, ini_size=0.2, KV_class3=0.1)
         write_lines(uniform / f"{task}.jsonl", [{"kl": one} for one in kl])
         write_lines(squeezed / f"{task}.jsonl", [{"kl": one and one / 2} for one in kl])
-    study.pairs(argparse.Namespace(runs=[Path("a"), Path("b")]))
+    study.pairs(argparse.Namespace(runs=[Path("a"), Path("b")], against="uniform"))
     [line] = [line for line in capsys.readouterr().out.splitlines() if "squeeze" in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     mean = (0.15 + (0.25 + 0.25 + 0.05) / 3) / 2  # half of uniform's, in every sample
