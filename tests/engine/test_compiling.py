@@ -48,7 +48,7 @@ def test_compiled_steps_give_the_plain_steps_tokens_and_buffers(model, algorithm
     counters = torch._dynamo.utils.counters
     # Where a sequence has empty slots and where none has, of a batch, for as many groups of rows as its layers have,
     # and of one prompt; and what tries the compiler.
-    assert 4 <= counters["stats"]["unique_graphs"] <= 7
+    assert 4 <= counters["stats"]["unique_graphs"] <= 10
     assert not counters["graph_break"], dict(counters["graph_break"])
 
 
