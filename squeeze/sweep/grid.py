@@ -199,7 +199,7 @@ def _points(values: dict[str, list[str]], left_out: list[str]) -> Iterator[dict[
                 for algorithm in values.get("algorithm") or [""]:
                     point = base | ({"algorithm": algorithm} if algorithm else {})
                     for ini_size in sizes:
-                        for per in _pers(values, by_head=False):
+                        for per in _pers(values, by_head=False) or [{}]:  # the baseline of heads, too
                             yield point | per | {"ini_size": ini_size, "KV_class3": ini_size}
                         for allocation, pers in known.items():
                             for per in pers:

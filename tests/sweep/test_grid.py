@@ -85,6 +85,7 @@ def test_budgets_of_heads_are_an_axis_where_an_allocation_knows_heads(tmp_path):
     assert runs == uniform + squeeze + [("calibrated", None, per) for per in ("layer", "head", "adakv")]
     only = grid(tmp_path, "model: A\nini_size: 0.2\nKV_class3: 0.6x\nper: head")
     assert only.left_out == ["the allocation squeeze knows only layers, and not per head"]
+    assert [(run.KV_class3, run.per) for run in only.runs if run.enable_squeeze] == [("0.2", "layer")]
 
 
 def test_baselines_are_there_once_whatever_the_grid_repeats(tmp_path):
