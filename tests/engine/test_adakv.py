@@ -34,6 +34,7 @@ def test_tokens_compete_across_heads(data):
     heads, tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(4, 30))
     budget, seed = data.draw(st.integers(2, 30)), data.draw(st.integers(0, 99))
     scores = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(seed)).pow(6)
+    scores *= 100.0 ** torch.arange(heads)[:, None]  # one head would win all, but for the floor
     least_cap = max(budget, tokens // 2)
     cap = data.draw(st.integers(least_cap, max(least_cap, tokens + 9)))
     scores[:, : max(tokens - cap, 0)] = -1.0  # left behind by the layer's own window
