@@ -107,8 +107,8 @@ def test_a_small_benchmark(tmp_path, capsys, how):
     for batch_size, (squeezed, full, cut, cut_alike) in ((1, runs[:4]), (2, runs[4:])):
         budgets = squeezed["result"]["budgets"]
         assert all(sum(one) == 60 for one in budgets), "5 layers, a fifth of 60 tokens each"
-        longest = [max(layer) for layer in zip(*budgets, strict=True)]
-        assert squeezed["result"]["kv_bytes"] == batch_size * sum(longest) * per_token / 5
+        kept = sum(map(sum, budgets)) * per_token / 5
+        assert kept <= squeezed["result"]["kv_bytes"] <= 1.01 * kept, "a ragged batch holds what it keeps"
         assert full["result"]["kv_bytes"] == batch_size * 60 * per_token
         assert cut["result"]["kv_bytes"] == batch_size * 12 * per_token
         assert cut_alike["result"]["kv_bytes"] == batch_size * 60 * per_token / 5, "budgets of the first sequence"
