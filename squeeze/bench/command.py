@@ -20,11 +20,12 @@ from squeeze.bench.processes import run, turns
 from squeeze.benchmarks.longbench.data import build_prompt, load_data
 from squeeze.cli.arguments import Parser, as_path, path_text, real, whole
 from squeeze.cli.tables import table
-from squeeze.config import DTYPES
+from squeeze.config import DTYPES, PER, SqueezeConfig
 from squeeze.errors import InputError
 from squeeze.evictors import EVICTORS
 from squeeze.models import sources
 from squeeze.numbers import parse_fraction
+from squeeze.runs.resolve import with_curves
 from squeeze.storage.files import write_json, write_whole, writing
 from squeeze.storage.paths import shipped
 from squeeze.text import say
@@ -37,6 +38,8 @@ EXAMPLES = """examples
     python -m squeeze.bench --peers --peer_python .venv-peers/bin/python
   on a machine that others use too, or whose clock varies: all caches of a batch size side by side, in turns:
     python -m squeeze.bench --batch_size 8 --dtype float32 --peers --in_turns
+  what budgets of KV heads cost beside those of layers, by the embedded model's loss curves:
+    python -m squeeze.bench --algorithm h2o --allocation calibrated --per layer head --caches squeezed --in_turns
 """
 COLUMNS = (
     *("engine", "cache", "dtype", "batch", "prompt", "prefill s", "importance", "step ms", "late/early", "tokens/s"),
@@ -82,8 +85,17 @@ def parser() -> Parser:
     )
     made.add_argument("--ini_size", default="0.2", help="as in pred.py (default: 0.2)")
     made.add_argument("--KV_class3", default="0.12", help="as in pred.py (default: 0.12)")
-    squeezing = [name for name in ALLOCATIONS.names if "class3" in ALLOCATIONS.find(name).fields]
-    made.add_argument("--allocation", default="squeeze-log", choices=squeezing, help="default: squeeze-log")
+    squeezing = [name for name in ALLOCATIONS.names if has_class3(name)]
+    made.add_argument(
+        "--allocation", default="squeeze-log", choices=[*squeezing, "calibrated"], help="default: squeeze-log"
+    )
+    made.add_argument(
+        "--per",
+        nargs="+",
+        default=["layer"],
+        choices=PER,
+        help="what has a budget in squeezed and compiled caches, as in pred.py (default: layer)",
+    )
     made.add_argument("--rounds", type=whole(1), default=3, help="prefills and generations of each (default: 3)")
     made.add_argument(
         "--in_turns",
@@ -127,8 +139,40 @@ def count_layers(folder: Path) -> int:
     return len(own_layers(model_config(folder)))
 
 
-def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dict[str, Any]]:
-    """Every configuration to measure, this engine's first. Budgets of peers are this engine's own, filled in later."""
+def has_class3(allocation: str) -> bool:
+    """Whether an allocation takes `KV_class3`."""
+    return "class3" in ALLOCATIONS.find(allocation).fields
+
+
+def squeezed_caches(args: argparse.Namespace, algorithm: str, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is said of a squeezed cache after its name, one for each of `--per`, and its fields of `SqueezeConfig`.
+
+    The loss curves of `calibrated` are given as a path, and read where the cache is made.
+
+    Args:
+        identity: of the model, see `squeeze.models.sources.identity`.
+    Raises:
+        InputError: a configuration cannot be, or its curves are not there.
+    """
+    caches = {}
+    for per in args.per:
+        fields = {"algorithm": algorithm, "allocation": args.allocation, "per": per, "ini_size": args.ini_size}
+        if has_class3(args.allocation):
+            fields["kv_class3"] = args.KV_class3
+        config = with_curves(SqueezeConfig(**fields), sources.run_name(args.model), identity)
+        assert config is not None
+        if config.calibration is not None:
+            fields["calibration"] = config.calibration.source
+        caches["" if per == "layer" else f" per {per}"] = fields
+    return caches
+
+
+def specs(args: argparse.Namespace, folder: Path, tokens: list[int], identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every configuration to measure, this engine's first. Budgets of peers are this engine's own, filled in later.
+
+    Raises:
+        InputError: a configuration cannot be.
+    """
     common = {
         **{"model": str(folder), "device": args.device, "tokens": tokens, "rounds": args.rounds},
         **{"prompt_length": args.prompt_length, "new_tokens": args.new_tokens, "attn": "sdpa"},
@@ -141,16 +185,18 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int]) -> list[dic
         for dtype in args.dtype:
             base = common | {"batch_size": batch_size, "dtype": dtype}
             for algorithm in args.algorithm:
-                sizes = {"ini_size": args.ini_size, "allocation": args.allocation, "algorithm": algorithm}
+                squeezed = squeezed_caches(args, algorithm, identity)
+                uniform = {"algorithm": algorithm, "allocation": "uniform", "ini_size": args.ini_size}
                 configs = {
-                    "full": {"algorithm": algorithm, **everything},
-                    "uniform": sizes | {"kv_class3": args.ini_size},
-                    "squeezed": sizes | {"kv_class3": args.KV_class3},
-                    "compiled": sizes | {"kv_class3": args.KV_class3, "compile": True},
+                    "full": {"": {"algorithm": algorithm, **everything}},
+                    "uniform": {"": uniform},
+                    "squeezed": squeezed,
+                    "compiled": {per: fields | {"compile": True} for per, fields in squeezed.items()},
                 }
                 for cache in args.caches:
-                    label = f"{algorithm} {cache}"
-                    variants.append(base | {"engine": "squeeze", "cache": label, "config": configs[cache]})
+                    for per, config in configs[cache].items():
+                        label = f"{algorithm} {cache}{per}"
+                        variants.append(base | {"engine": "squeeze", "cache": label, "config": config})
             if args.peers:
                 variants += peers(base, args)
     return variants
@@ -161,18 +207,19 @@ def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]
     budget = int(parse_fraction("ini_size", args.ini_size) * args.prompt_length)
     layers = count_layers(Path(base["model"]))
     cut = {"budgets": [budget] * layers}
+    squeezed = "squeezed" in args.caches and "layer" in args.per
     variants = []
     for attn in args.peer_attn:
         transformers = base | {"engine": "transformers", "attn": attn}
         name = "DynamicCache" if attn == "sdpa" else f"DynamicCache {attn}"
         variants += [transformers | {"cache": f"{name} full"}, transformers | {"cache": f"{name} uniform", **cut}]
-        if attn == "sdpa" and "squeezed" in args.caches:  # eager attention builds one mask for all layers
+        if attn == "sdpa" and squeezed:  # eager attention builds one mask for all layers
             variants.append(transformers | {"cache": f"{name} squeezed", "budgets": "squeezed"})
         if args.peer_python and "streaming" in args.algorithm:
             kvpress = transformers | {"engine": "kvpress", "python": args.peer_python, "algorithm": "streaming"}
             name = "" if attn == "sdpa" else f" {attn}"
             variants.append(kvpress | {"cache": f"StreamingLLMPress{name}", **cut})
-            if attn == "sdpa" and "squeezed" in args.caches:
+            if attn == "sdpa" and squeezed:
                 variants.append(kvpress | {"cache": "PerLayerCompressionPress", "budgets": "squeezed"})
     if args.peer_python and "h2o" in args.algorithm:  # attention weights, which eager attention alone gives
         observed = {"engine": "kvpress", "python": args.peer_python, "algorithm": "h2o", "attn": "eager"}
@@ -276,16 +323,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = sources.fetch(source)
     data = load_data("samsum", args.data_dir)
 
-    from squeeze.config import SqueezeConfig
     from squeeze.devices import pick_device, pick_dtype
     from squeeze.models.loading import load_tokenizer
 
     for dtype in args.dtype:
         pick_dtype(dtype, pick_device(args.device))
-    SqueezeConfig(ini_size=args.ini_size, kv_class3=args.KV_class3)
     text = "\n\n".join(build_prompt("samsum", sample) for sample in data.rows[:8])
     tokens = load_tokenizer(folder)(text).input_ids
-    todo = specs(args, folder, tokens)
+    todo = specs(args, folder, tokens, sources.identity(source, folder))
     records: list[dict[str, Any]] = []
     shared: dict[str, Any] = {}
     together = groupby(todo, key=lambda spec: spec["batch_size"] if args.in_turns else id(spec))  # id: each alone

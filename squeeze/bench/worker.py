@@ -124,8 +124,8 @@ def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
     Args:
         spec: `engine` (`squeeze`, `transformers`, `kvpress`), `model` (a folder), `device`, `dtype`, `attn`, `tokens`
             (of the text that prompts are cut from), `batch_size`, `prompt_length`, `new_tokens`, `rounds`,
-            `turn_steps`, and for `squeeze` the fields of `SqueezeConfig` as `config`; for the others `budgets` in
-            tokens (none: the full cache), and `algorithm` for kvpress.
+            `turn_steps`, and for `squeeze` the fields of `SqueezeConfig` as `config`, with the file of loss curves as
+            `calibration`; for the others `budgets` in tokens (none: the full cache), and `algorithm` for kvpress.
         turn: called with the results so far before each prefill, and after it and every `turn_steps` decode steps;
             may wait, which is no part of any time measured, and may change the spec's `budgets` before a prefill.
     Returns:
@@ -182,11 +182,13 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
     context: Any = nullcontext()
     sections: Any = nullcontext({})
     if engine == "squeeze":
-        from squeeze import SqueezeConfig, squeezed
+        from squeeze import SqueezeConfig, read_calibration, squeezed
         from squeeze.devices import section_seconds
 
-        sections = section_seconds()
-        context = squeezed(model, SqueezeConfig(**spec["config"]))
+        sections, config = section_seconds(), dict(spec["config"])
+        if "calibration" in config:
+            config["calibration"] = read_calibration(config["calibration"])
+        context = squeezed(model, SqueezeConfig(**config))
     elif engine == "kvpress" and budgets:
         context = press(spec)(model)
 

@@ -86,7 +86,7 @@ def _group(group: Sequence[OpenJob], total: Total) -> list[dict[str, str]]:
             kept, full = _most_bytes(run.job, layers, prompts[: samples.total])
             total.samples += len(missing)
             total.prompt_tokens += tokens
-            total.measured += _measuring(run.job, len(layers), lengths)
+            total.measured += _measuring(run.job, layers, lengths)
             total.new_tokens += new
             if missing:
                 total.prefill_bytes = max(total.prefill_bytes, full)
@@ -104,16 +104,17 @@ def _prefills(job: Job) -> list[Any]:
     squeezed: Any = ("squeezed", job.config.evictor.needs_scores, job.config.attn)
     if job.config.prefill_chunk is not None:
         squeezed = "in chunks", job.folder  # what a chunk attends to depends on the budgets
-    return [squeezed, job.folder] if job.spec.fidelity else [squeezed]
+    return [squeezed, "answer of the full cache"] if job.spec.fidelity else [squeezed]
 
 
-def _measuring(job: Job, layers: int, lengths: Sequence[int]) -> int:
-    """Tokens that are run for the loss curves of prompts of these lengths, of a model with so many layers."""
+def _measuring(job: Job, layers: Sequence[CachedLayer], lengths: Sequence[int]) -> int:
+    """Tokens that are run for the loss curves of prompts of these lengths: of layers, or of their KV heads."""
     from squeeze.engine import loss_curves
 
     if job.config is None or job.config.allocator.needs != "loss_curves":
         return 0
-    return sum(loss_curves.cost(length, 1, layers) for length in lengths)
+    parts = sum(layer.kv_heads for layer in layers) if job.config.per == "head" else len(layers)
+    return sum(loss_curves.cost(length, 1, parts) for length in lengths)
 
 
 def _most_bytes(job: Job, layers: Sequence[CachedLayer], prompts: Sequence[Prompt]) -> tuple[int, int]:

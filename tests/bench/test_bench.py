@@ -4,15 +4,17 @@ import json
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model
 from tiny import save_rows, save_tiny
 from transformers import DynamicCache
 
-from squeeze import InputError
+from squeeze import InputError, SqueezeConfig
 from squeeze.bench import command as bench
 from squeeze.bench import worker
+from squeeze.models import sources
 
 SPEC = {"engine": "squeeze", "cache": "h2o squeezed", "dtype": "float32", "batch_size": 4, "prompt_length": 64}
 
@@ -116,6 +118,35 @@ def test_a_small_benchmark(tmp_path, capsys, how):
     assert "fit into 100 GB" in shown
     assert "vs full: tokens/s over those of the full DynamicCache" in shown
     assert (tmp_path / "out/bench.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_budgets_of_heads_beside_those_of_layers(tmp_path, monkeypatch):
+    """Curves are looked for by the model's name, and a worker reads those of the file that it is given."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "tiny")
+    source = sources.resolve("tiny")
+    identity, tokens = sources.identity(source, sources.fetch(source)), list(range(40))
+    curves = {"version": 3, "algorithm": "h2o", "start_size": None, "shares": ["2/5"], "multiples": ["1/2", "1", "2"]}
+    losses = np.random.default_rng(0).random((1, 1, 10, 3)).cumsum(axis=3)[..., ::-1]
+    curves |= {"model": identity, "kv_heads": [2] * 5, "loss": losses.tolist()}
+    flags = ["--model", "tiny", "--algorithm", "h2o", "--allocation", "calibrated", "--dtype", "float32"]
+    flags += ["--batch_size", "2", "--prompt_length", "60", "--new_tokens", "3", "--rounds", "1"]
+    args = bench.parser().parse_args([*flags, "--caches", "squeezed", "--per", "head"])
+    with pytest.raises(InputError, match=r"tiny-h2o-heads\.json is not there.*--per head"):
+        bench.specs(args, tmp_path / "tiny", tokens, identity)
+    path = tmp_path / "config/calibration/tiny-h2o-heads.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(curves))
+    [spec] = bench.specs(args, tmp_path / "tiny", tokens, identity)
+    assert spec["cache"] == "h2o squeezed per head"
+    budgets = np.array(worker.measure(json.loads(json.dumps(spec)), lambda known: None)["budgets"])
+    assert budgets.shape == (2, 5, 2) and (budgets.sum(axis=(1, 2)) == 10 * 60 // 5).all()
+    assert (np.ptp(budgets, axis=2) > 0).any(), "heads differ"
+    flags[5] = "squeeze-log"
+    args = bench.parser().parse_args([*flags, "--caches", "full", "uniform", "compiled", "--per", "layer", "adakv"])
+    made = {spec["cache"]: spec["config"] for spec in bench.specs(args, tmp_path / "tiny", tokens, identity)}
+    assert list(made) == ["h2o full", "h2o uniform", "h2o compiled", "h2o compiled per adakv"]
+    assert all(SqueezeConfig(**config).compile == ("compiled" in name) for name, config in made.items())
 
 
 def turn_by_turn(*specs):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -186,13 +187,33 @@ def test_the_plan_counts_what_is_missing_and_writes_nothing(place, capsys):
     assert cells[3:9] == expected
     once = sum(map(sum, tokens.values()))
     points, each = 18, 16 * 8
-    # The full cache and every comparison with it prefill alone, and the others in two ways.
+    # The full cache prefills alone, for its run and for the answers to compare with, and the others in two ways.
     assert f"18 points with 72 samples to do: {(5 + 2 * 4) * once:,} prompt tokens" in said
-    assert f"of which {(1 + 4 + 2) * once:,} are prefilled" in said and f"{points // 2 * each:,} new tokens" in said
+    assert f"of which {(1 + 1 + 2) * once:,} are prefilled" in said and f"{points // 2 * each:,} new tokens" in said
     sweep.sweep(["grid.yaml"])
     capsys.readouterr()
     sweep.sweep(["grid.yaml", "--dry_run"])
     assert "18 points with 0 samples to do: 0 prompt tokens, of which 0 are prefilled" in capsys.readouterr().out
+
+
+def test_the_plan_counts_the_tokens_that_measure_loss_curves(place, capsys):
+    """Of 5 layers, or of their 2 KV heads each: four cuts of each one, and one of none."""
+    plans = {}
+    for per in ("layer", "head"):
+        argv = [
+            "grid.yaml",
+            "allocation=[measured]",
+            "KV_class3=[]",
+            "datasets=[qasper]",
+            f"per={per}",
+            "fidelity=false",
+        ]
+        sweep.sweep([*argv, "algorithm=[streaming]", "ini_size=[0.3]", "--dry_run"])
+        plans[per] = capsys.readouterr().out
+    counted = {per: re.search(r"loss curves on the prompts, ([\d,]+) more", plan) for per, plan in plans.items()}
+    layer, head = (int(counted[per][1].replace(",", "")) for per in ("layer", "head"))
+    samples = 3
+    assert head - layer == samples * 48 * 4 * (10 - 5)
 
 
 def test_what_cannot_be_is_named_and_the_rest_is_done(place, capsys):
