@@ -95,7 +95,8 @@ class Seen(NamedTuple):
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """That of a buffer `(all slots, …)`: `(rows, longest, …)`."""
-        return self.group.view(buffer)[:, : self.longest]
+        slots = self.group.view(buffer)
+        return slots if self.longest is None else slots.narrow(1, 0, self.longest)
 
 
 class SqueezeLayer(CacheLayerMixin):
@@ -338,8 +339,8 @@ class SqueezeLayer(CacheLayerMixin):
         To the evictor a row is a sequence with one KV head.
         """
         position, budget = group.part(self.position), group.part(self.budget)
-        held = group.view(self.slot_positions)[:, None]
-        scores = self._in_sight(group.view(self.scores)[:, None], held, position[..., None])
+        held, scores = (group.view(part).unsqueeze(1) for part in (self.slot_positions, self.scores))
+        scores = self._in_sight(scores, held, position.unsqueeze(2))
         slots = self.evictor.slot(position, budget, held, scores)
         check_slots(self.evictor, slots, (group.rows, 1), budget)
         return slots[:, 0]
@@ -363,8 +364,11 @@ class SqueezeLayer(CacheLayerMixin):
         A row that is shorter repeats its last slot; `empty` tells which are there.
         """
         if self.layout.alike:
-            [seen] = self.seen
-            return seen.view(buffer).unflatten(0, (self.layout.batch, self.layout.heads))
+            longest, rows = (
+                self.seen[0].longest,
+                buffer.view(self.layout.batch, self.layout.heads, -1, *buffer.shape[1:]),
+            )
+            return rows if longest is None else rows.narrow(2, 0, longest)
         return buffer[self._padded_slots()]
 
     @property

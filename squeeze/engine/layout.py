@@ -35,7 +35,8 @@ class Group(NamedTuple):
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """The group's part of a buffer `(all slots, …)`: `(rows, slots, …)`."""
-        return buffer.narrow(0, self.slot, self.rows * self.slots).unflatten(0, (self.rows, self.slots))
+        own = buffer.narrow(0, self.slot, self.rows * self.slots)
+        return own.view(self.rows, self.slots, *buffer.shape[1:])
 
     def part(self, rows: torch.Tensor) -> torch.Tensor:
         """The group's part of a tensor `(all rows, …)`, in the order of the buffer."""
