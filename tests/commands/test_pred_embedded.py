@@ -16,7 +16,7 @@ from squeeze.models import sources
 def test_every_data_set_on_the_embedded_model(tmp_path, monkeypatch):
     """A demo row of each, as pred.py and eval.py run them; only prompts and answers are cut short."""
     for dataset, length in generation_lengths().items():
-        monkeypatch.setitem(generation_lengths(), dataset, min(length, 12))
+        monkeypatch.setitem(generation_lengths(), dataset, min(length, 5))
     monkeypatch.setattr(sources, "prompt_limit", lambda source, config: (500, None))
     monkeypatch.chdir(tmp_path)
     flags = ["--model", "SmolLM2-135M", "--pred", "Long", "--ini_size", "0.3", "--KV_class3", "0.2"]

@@ -1,5 +1,7 @@
 """Budgets of single KV heads, against the slow reference; where their rows lie; and by layers as the special case."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -83,8 +85,11 @@ def test_heads_that_agree_are_budgets_by_layers(algorithm):
         assert one.keys.equal(other.keys) and one.values.equal(other.values) and one.scores.equal(other.scores)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("algorithm", [pytest.param("streaming", marks=pytest.mark.slow), "h2o"])
-def test_compiled_steps_give_the_plain_steps_tokens(algorithm):
+def test_compiled_steps_give_the_plain_steps_tokens(monkeypatch, algorithm, backend):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
     model, (ids, mask), found = random_model("llama"), BATCH, []
     for compile in (False, True):
         with squeezed(model, SqueezeConfig(algorithm, budgets=HEADS, compile=compile)):

@@ -213,9 +213,15 @@ def settings_of(tokens):
     return {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("chunk", "attn"),
+    [
+        *[(chunk, "sdpa") for chunk in (1, 16, 45, 200)],
+        (16, "eager"),
+        *[pytest.param(chunk, "eager", marks=pytest.mark.slow) for chunk in (1, 45, 200)],
+    ],
+)
 @pytest.mark.parametrize("window", [None, 24])
-@pytest.mark.parametrize("chunk", [1, 16, 45, 200])
 @pytest.mark.parametrize("algorithm", CHUNKED)
 def test_chunks_match_the_reference(algorithm, chunk, window, attn):
     """Of a prompt that is a multiple of the chunk, or not, or one chunk; a window shorter and longer than budgets."""

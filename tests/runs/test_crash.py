@@ -65,7 +65,7 @@ def test_a_killed_stub_ends_in_the_same_bytes(tmp_path):
     startup = time.perf_counter()
     finish("-c", STUB, str(tmp_path / "timed"), str(total), "0")
     startup = time.perf_counter() - startup
-    while killed < 50:
+    while killed < 20:
         folder = tmp_path / f"run-{folders}"
         folders += 1
         for _ in range(20):
