@@ -23,18 +23,31 @@ if TYPE_CHECKING:
     from squeeze.allocations.totals import conserve
     from squeeze.allocations.uniform import Uniform
     from squeeze.engine.patch import squeezed
-    from squeeze.evictors.base import Evictor
+    from squeeze.evictors.base import Evictor, Tokens
     from squeeze.evictors.h2o import H2O
+    from squeeze.evictors.keydiff import KeyDiff
+    from squeeze.evictors.knorm import KNorm
+    from squeeze.evictors.lagkv import LagKV
+    from squeeze.evictors.random import Random
     from squeeze.evictors.sliding_window import SlidingWindow
+    from squeeze.evictors.snapkv import SnapKV
     from squeeze.evictors.streaming import StreamingLLM
+    from squeeze.evictors.tova import TOVA
 
 #: Where the rest is, imported when it is first asked for: torch and transformers take seconds, `--help` should not.
 MODULES = {
     "squeezed": "engine.patch",
     "Evictor": "evictors.base",
+    "Tokens": "evictors.base",
     "SlidingWindow": "evictors.sliding_window",
     "StreamingLLM": "evictors.streaming",
     "H2O": "evictors.h2o",
+    "SnapKV": "evictors.snapkv",
+    "TOVA": "evictors.tova",
+    "KNorm": "evictors.knorm",
+    "KeyDiff": "evictors.keydiff",
+    "LagKV": "evictors.lagkv",
+    "Random": "evictors.random",
     "Allocation": "allocations.base",
     "Budgets": "allocations.base",
     "PromptFacts": "allocations.base",
@@ -51,20 +64,27 @@ MODULES = {
 
 __all__ = [
     "H2O",
+    "TOVA",
     "Allocation",
     "Budgets",
     "Calibrated",
     "Evictor",
     "Explicit",
     "InputError",
+    "KNorm",
+    "KeyDiff",
+    "LagKV",
     "Measured",
     "Paper",
     "PromptFacts",
+    "Random",
     "SlidingWindow",
+    "SnapKV",
     "Squeeze",
     "SqueezeConfig",
     "SqueezeLog",
     "StreamingLLM",
+    "Tokens",
     "Uniform",
     "conserve",
     "read_calibration",

@@ -215,13 +215,13 @@ class SqueezeConfig:
 
     def check_scores(self, evictor: Evictor) -> None:
         """Raises InputError where KV heads compete by scores, and the evictor has none."""
-        if self.per == "adakv" and not evictor.needs_scores:
+        if self.per == "adakv" and not evictor.scores_prompts:
             raise InputError(f"per adakv needs a method that scores tokens, such as h2o, and {evictor} does not")
 
     def _check_prefill_chunk(self) -> None:
         whole_number("prefill_chunk", self.prefill_chunk, 1, "a whole number of tokens")
         if self.algorithm is not None and not self.evictor.fixed_slots:
-            why = "chooses tokens by the attention" if self.evictor.needs_scores else "gives slots by the length"
+            why = "chooses among the tokens" if self.evictor.scores_prompts else "gives slots by the length"
             raise InputError(
                 f"prefill_chunk cannot be used with {self.algorithm}, which {why} of the whole prompt: "
                 "leave it out, or take sliding_window or streaming"

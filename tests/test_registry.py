@@ -114,7 +114,7 @@ def test_parameters_stand_in_the_text():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("nonsense", "algorithm must be one of sliding_window, streaming, h2o, got nonsense "),
+        ("nonsense", f"algorithm must be one of {', '.join(EVICTORS.names)}, got nonsense "),
         ("h20", "got h20: did you mean h2o?"),
         ("windw", "did you mean sliding_window"),
         ("nowhere:Class", "nowhere:Class cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),

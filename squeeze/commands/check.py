@@ -107,7 +107,7 @@ def full_budget(family: str) -> str:
     with torch.no_grad():
         expected = model(tokens).logits[0, 19:]
         for algorithm in EVICTORS.names:
-            with squeezed(model, SqueezeConfig(algorithm, budgets=[32] * 4)) as run:
+            with squeezed(model, SqueezeConfig(algorithm, budgets=[40] * 4)) as run:
                 cache = run.cache(max_new_tokens=12)
                 logits = [model(tokens[:, :20], past_key_values=cache).logits[0, -1]]
                 for position in range(20, 32):
@@ -131,7 +131,7 @@ def own_budgets(family: str) -> str:
     from squeeze import SqueezeConfig, squeezed
     from squeeze.evictors import EVICTORS
 
-    model, tokens, budgets = tiny_model(family), torch.arange(3, 35)[None], [5, 17, 8, 11]
+    model, tokens, budgets = tiny_model(family), torch.arange(3, 63)[None], [35, 47, 38, 41]
     for algorithm in EVICTORS.names:
         with torch.no_grad(), squeezed(model, SqueezeConfig(algorithm, budgets=budgets)) as run:
             cache = run.cache(max_new_tokens=4)

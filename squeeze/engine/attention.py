@@ -83,7 +83,7 @@ def prefill(
     lengths: Sequence[int],
     rule: Rule,
     fused: bool,
-    with_scores: bool,
+    observed: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of left-padded prompts, one sequence after the other, so that no padding is ever attended.
 
@@ -92,15 +92,16 @@ def prefill(
         positions: of each sequence's keys, `(keys,)`, ascending; for so many of the cache's heads after the others.
         lengths: queries of each sequence, which are its last tokens, padding excluded.
         fused: use PyTorch's fused kernel; otherwise blocks of queries with a float32 softmax.
-        with_scores: also accumulate attention probabilities, which needs the blocks.
+        observed: of the last queries of each sequence, how many have their attention probabilities summed up, for
+            which they go through the blocks; None: all of them.
     Returns:
-        output, `(batch, heads, tokens, value_dim)` (zeros where there is padding), and scores summed over the queries
-        and over the heads of each KV head, float32, `(batch, kv_heads, tokens)`; no elements without `with_scores`.
+        output, `(batch, heads, tokens, value_dim)` (zeros where there is padding), and scores summed over the observed
+        queries and over the heads of each KV head, float32, `(batch, kv_heads, tokens)`; no elements where none are.
     """
     batch, heads, tokens, _ = queries.shape
     # The model goes on with tokens before heads, and so they lie.
     output = queries.new_zeros(batch, tokens, heads, values.shape[-1]).transpose(1, 2)
-    scores = torch.zeros(keys.shape[:3] if with_scores else 0, dtype=torch.float32, device=keys.device)
+    scores = torch.zeros(0 if observed == 0 else keys.shape[:3], dtype=torch.float32, device=keys.device)
     for row, (length, places) in enumerate(zip(lengths, positions, strict=True)):
         if length == 0:  # a sequence that has not begun
             continue
@@ -112,11 +113,14 @@ def prefill(
             asking = slice(first * group, end * group)
             q = queries[row, asking, -length:]
             k, v = keys[row, first:end, -len(own) :], values[row, first:end, -len(own) :]
-            if fused and not with_scores and rule.plain:
+            row_scores = scores[row, first:end, -length:] if observed != 0 else None
+            if fused and observed is not None and rule.plain:
                 output[row, asking, -length:] = _fused(q, k, v, own, rule)
             else:
-                row_scores = scores[row, first:end, -length:] if with_scores else None
-                output[row, asking, -length:] = _blocks(q, k, v, own, rule, row_scores)
+                all_scores = row_scores if observed is None else None
+                output[row, asking, -length:] = _blocks(q, k, v, own, rule, all_scores)
+            if observed:
+                _blocks(q[:, -observed:], k, v, own, rule, row_scores)
     return output, scores
 
 
@@ -262,8 +266,8 @@ def _together(
     attended, probabilities = _rows(
         queries, keys.flatten(0, 1), values.flatten(0, 1), lengths, earlier, rule, sinks, layer.kernel
     )
-    if counted and layer.evictor.needs_scores:
-        layer.add_scores(probabilities.sum(dim=1).view(batch, kv_heads, count))
+    if counted and layer.evictor.watches:
+        layer.watch(probabilities.sum(dim=1).view(batch, kv_heads, count))
     return attended
 
 
@@ -287,8 +291,8 @@ def _by_group(
             None if sinks is None else part(sinks),
             layer.kernel,
         )
-        if counted and layer.evictor.needs_scores:
-            seen.view(layer.scores).add_(probabilities.sum(dim=1))
+        if counted and layer.evictor.watches:
+            layer.watch_group(seen, probabilities.sum(dim=1))
         outputs.append(attended)
     return torch.cat(outputs)
 

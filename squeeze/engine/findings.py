@@ -158,14 +158,24 @@ def squeezable(
     """
     config = findings.decoder.config.get_text_config(decoder=True)
     kind = config.model_type
+    if per_head and evictor.heads_agree:
+        raise InputError(
+            f"KV heads cannot have budgets of their own with {evictor}, by which all heads of a layer keep the same "
+            "tokens: take budgets of layers"
+        )
     for layer in findings.layers:
-        if evictor.needs_scores and layer.regrouped:
+        if evictor.scores_prompts and layer.regrouped:
             raise InputError(
                 f"{evictor} evicts for every KV head by itself, and attention of {kind} mixes them ({layer.name})"
             )
         if per_head and layer.regrouped:
             raise InputError(
                 f"KV heads cannot have budgets of their own in {kind}, whose attention mixes them ({layer.name})"
+            )
+        if evictor.needs_keys and layer.interface and not layer.as_cached:
+            raise InputError(
+                f"{evictor} looks at keys, and {kind} caches something else that its attention makes them from "
+                f"({layer.name})"
             )
         if evictor.sinks and layer.encoding in ("absolute", "unknown"):
             how = "are added to the tokens" if layer.encoding == "absolute" else "are in the keys in a way not known"

@@ -126,9 +126,9 @@ def attend(
         if layer.reading is None:
             attended = attention.decode(query.to(key.dtype), key, value, layer, rule, own)
             return attended.to(query.dtype).transpose(1, 2), None
-        reading, scored = layer.reading, own and layer.evictor.needs_scores
+        reading, observed = layer.reading, layer.evictor.observed if own else 0
         attended, scores = attention.prefill(
-            query, key, value, layer.places, reading.lengths, rule, fused=reading.fused, with_scores=scored
+            query, key, value, layer.places, reading.lengths, rule, fused=reading.fused, observed=observed
         )
         if own and layer.pending is not None:  # DiffLlama attends twice
             layer.take(scores)

@@ -19,7 +19,7 @@ from squeeze.engine.adakv import shared
 from squeeze.engine.findings import AttentionLayer
 from squeeze.engine.layout import Group, Layout
 from squeeze.errors import InputError
-from squeeze.evictors import Evictor
+from squeeze.evictors.base import Evictor, Tokens
 from squeeze.numbers import shown
 
 #: Dtypes that flash-attn's kernels take.
@@ -111,9 +111,12 @@ class SqueezeLayer(CacheLayerMixin):
             head of one sequence, says `layout`. A row holds `min(seen, budget)` tokens, always in its first slots.
             While a prompt is read they are all of its tokens, left-padded, `(batch, kv_heads, tokens, head_dim)`.
             Latent attention keeps two parts of another width in their places.
-        scores: H2O's accumulated attention, float32, `(slots,)`; no elements for the other evictors.
+        scores: of tokens, float32, `(slots,)`, for evictors that hold them; no elements for others. While a prompt is
+            read the attention that was observed, `(batch, kv_heads, tokens)`.
         slot_positions: of the token in each slot, -1 where it is empty, int32, `(slots,)`; no elements where nobody
             asks for them.
+        heads: a number of each row's KV head that no other in the model has, `(rows, 1)`; no elements where nobody
+            asks for it.
         layout: of the rows, once the layer is cut to its budgets.
         bounds: first slots of the rows in that order, and the end, int32, `(rows + 1,)`.
         order: numbers of the rows as they lie in the buffers, `(rows,)`; None: sequence by sequence, head by head.
@@ -142,6 +145,7 @@ class SqueezeLayer(CacheLayerMixin):
     seen: list[Seen]
     layout: Layout
     bounds: torch.Tensor
+    heads: torch.Tensor
     kernel: str
 
     def __init__(self, evictor: Evictor, facts: AttentionLayer):
@@ -176,7 +180,7 @@ class SqueezeLayer(CacheLayerMixin):
         """Hold what `update` was given, now that it has been attended to, and cut it if its budgets are known.
 
         Args:
-            scores: of the prompt's tokens, `(batch, heads, tokens)` float32, where the evictor needs them.
+            scores: attention that the evictor observes, to the prompt's tokens, `(batch, heads, tokens)` float32.
         """
         assert self.reading is not None and self.pending is not None
         (keys, values), self.pending = self.pending, None
@@ -243,12 +247,12 @@ class SqueezeLayer(CacheLayerMixin):
         self.layout = layout = Layout(budgets)
         slots, device = layout.slots, self.keys.device
         keys, values = (part.new_zeros(slots, part.shape[3]) for part in (self.keys, self.values))
-        scored, placed = self.evictor.needs_scores, self.needs_positions
+        scored, placed = self.holds_scores, self.needs_positions
         scores = keys.new_zeros(slots if scored else 0, dtype=torch.float32)
         slot_positions = keys.new_full((slots if placed else 0,), -1, dtype=torch.int32)
         for row, length in enumerate(lengths):
             for piece, budget in layout.pieces(row):
-                piece_scores = piece.part(of_rows[row]) if scored else self.scores
+                piece_scores = piece.part(of_rows[row]) if of_rows else self.scores
                 kept = self._keep(length, budget, piece_scores, piece.rows).to(device).expand(piece.rows, -1)
                 count = kept.shape[1]
                 for buffer, prompt in ((keys, self.keys), (values, self.values)):
@@ -263,17 +267,22 @@ class SqueezeLayer(CacheLayerMixin):
         self.keys, self.values, self.scores, self.slot_positions = keys, values, scores, slot_positions
         self.order = None if layout.in_order else torch.from_numpy(layout.order).to(device)
         self.bounds = torch.tensor([*layout.first, slots], dtype=torch.int32, device=device)
-        self.kernel = decode_kernel(device, keys.dtype, scored)
+        self.heads = self._head_numbers(torch.from_numpy(layout.order % layout.heads).to(device))
+        self.kernel = decode_kernel(device, keys.dtype, self.evictor.watches)
 
     def _prompt_scores(self, lengths: Sequence[int]) -> list[torch.Tensor]:
-        """Scores of each sequence's tokens, `(kv_heads, length)`; none where the evictor needs none."""
-        if not self.evictor.needs_scores:
+        """Scores of each sequence's tokens, `(kv_heads, length)`; none where the evictor has none."""
+        if not self.evictor.scores_prompts:
             return []
-        every = [torch.arange(length + 1, device=self.scores.device) for length in lengths]
-        return [
-            self._in_sight(self.scores[row, :, -length:], places[:-1], places[-1:])
-            for row, (length, places) in enumerate(zip(lengths, every, strict=True))
-        ]
+        heads, device = self.keys.shape[1], self.keys.device
+        numbers, found = self._head_numbers(torch.arange(heads, device=device)), []
+        for row, length in enumerate(lengths):
+            places = torch.arange(length + 1, device=device)
+            keys, values = (part[row, :, -length:] for part in (self.keys, self.values))
+            observed = self._agreed(self.scores[row, :, -length:]) if self.scores.numel() else keys.new_zeros(heads, 0)
+            tokens = Tokens(places[:-1].expand(heads, -1), numbers, keys, values, observed)
+            found.append(self._in_sight(self._scored(tokens), places[:-1], places[-1:]))
+        return found
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor, seen: Sequence[int], lengths: Sequence[int]) -> None:
         """Keep what the budgets allow of a prompt's next chunk; for evictors that need no scores.
@@ -328,10 +337,17 @@ class SqueezeLayer(CacheLayerMixin):
         # Not scatter_, which for 16-bit types goes through a copy of the whole buffer on the CPU.
         self.keys.index_copy_(0, rows, self.arranged(keys.flatten(0, 2)).to(self.keys.dtype))
         self.values.index_copy_(0, rows, self.arranged(values.flatten(0, 2)).to(self.values.dtype))
-        if self.evictor.needs_scores:
-            self.scores.index_fill_(0, rows, 0.0)
+        if self.holds_scores:
+            self.scores.index_copy_(0, rows, self._new_scores(rows))
         if self.needs_positions:
             self.slot_positions.index_copy_(0, rows, self.position[:, 0].int())
+
+    def _new_scores(self, rows: torch.Tensor) -> torch.Tensor:
+        """Scores of the tokens that have just been written into these slots: `(rows,)`."""
+        if self.evictor.updates != "fixed":
+            return self.scores.new_zeros(len(rows))
+        keys, values = (part.index_select(0, rows).unsqueeze(1) for part in (self.keys, self.values))
+        return self._scored(Tokens(self.position, self.heads, keys, values, keys.new_zeros(len(rows), 0)))[:, 0]
 
     def _slots(self, group: Group) -> torch.Tensor:
         """Slots that the evictor chooses for the new tokens of a group, each counted from its row's first: `(rows,)`.
@@ -339,7 +355,14 @@ class SqueezeLayer(CacheLayerMixin):
         To the evictor a row is a sequence with one KV head.
         """
         position, budget = group.part(self.position), group.part(self.budget)
-        held, scores = (group.view(part).unsqueeze(1) for part in (self.slot_positions, self.scores))
+        held = group.view(self.slot_positions).unsqueeze(1)
+        if self.holds_scores:
+            scores = group.view(self.scores).unsqueeze(1)
+        else:
+            keys, values, places = (group.view(part) for part in (self.keys, self.values, self.slot_positions))
+            nothing = keys.new_zeros(group.rows, 0)
+            tokens = Tokens(places.long(), group.part(self.heads), keys, values, nothing)
+            scores = self._scored(tokens).unsqueeze(1)
         scores = self._in_sight(scores, held, position.unsqueeze(2))
         slots = self.evictor.slot(position, budget, held, scores)
         check_slots(self.evictor, slots, (group.rows, 1), budget)
@@ -392,13 +415,51 @@ class SqueezeLayer(CacheLayerMixin):
         unseen = self.facts.unseen(positions, query)
         return scores if unseen is None else scores.masked_fill(unseen, -1.0)
 
-    def add_scores(self, probabilities: torch.Tensor) -> None:
-        """Let scores grow by a step's probabilities over `padded`, `(batch, heads, slots)`: see `_by_cached_head`."""
-        probabilities = _by_cached_head(probabilities, self.layout.heads)
+    def watch(self, probabilities: torch.Tensor) -> None:
+        """Update scores by a step's probabilities over `padded`, `(batch, heads, slots)`: see `_by_cached_head`."""
+        probabilities = self._agreed(_by_cached_head(probabilities, self.layout.heads))
+        if self.evictor.updates == "replace":
+            self.scores.zero_()
         if self.layout.alike:
             self.padded(self.scores).add_(probabilities)
         else:  # 0 where a slot is a repeated one
             self.scores.index_add_(0, self._padded_slots().flatten(), probabilities.flatten())
+
+    def watch_group(self, seen: Seen, probabilities: torch.Tensor) -> None:
+        """Update scores of a group by a step's probabilities, `(rows, slots)`."""
+        if self.evictor.heads_agree:  # which have one budget: a sequence's rows are neighbours
+            probabilities = self._agreed(probabilities.unflatten(0, (-1, self.layout.heads))).flatten(0, 1)
+        scores = seen.view(self.scores)
+        scores.copy_(probabilities) if self.evictor.updates == "replace" else scores.add_(probabilities)
+
+    def _agreed(self, attention: torch.Tensor) -> torch.Tensor:
+        """Attention to tokens, `(…, kv_heads, tokens)`: of methods whose heads agree, each head's is the mean."""
+        if not self.evictor.heads_agree:
+            return attention
+        return attention.mean(dim=-2, keepdim=True).expand_as(attention)
+
+    def _scored(self, tokens: Tokens) -> torch.Tensor:
+        """Scores that the evictor gives tokens, float32 `(rows, tokens)`; InputError for others."""
+        scores, evictor = self.evictor.score(tokens), self.evictor
+        if evictor.built_in or torch.compiler.is_compiling():
+            return scores
+        shape = tokens.positions.shape
+        right = isinstance(scores, torch.Tensor) and scores.is_floating_point() and scores.shape == shape
+        if not right or bool(scores.isnan().any()):
+            raise InputError(
+                f"score of the evictor {evictor.name} must give a floating-point tensor of shape {tuple(shape)}, none "
+                f"of it NaN, and gave {_described(scores)}"
+            )
+        return scores.float()
+
+    def _head_numbers(self, heads: torch.Tensor) -> torch.Tensor:
+        """Of heads of this layer, `(rows,)`, what `heads` says; no elements where the evictor scores no tokens."""
+        return (heads + (self.facts.index << 16))[:, None] if self.evictor.scores_prompts else heads[:0]
+
+    @property
+    def holds_scores(self) -> bool:
+        """Whether scores of the tokens held are kept from step to step."""
+        return self.evictor.needs_scores and self.evictor.updates != "anew"
 
     @property
     def needs_positions(self) -> bool:

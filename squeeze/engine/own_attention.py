@@ -61,7 +61,8 @@ def _take(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         return
     layer = cache.by_module[module]
     scores = torch.empty(0)
-    if layer.evictor.needs_scores:
+    observed = layer.evictor.observed if layer.reading is not None else None if layer.evictor.watches else 0
+    if observed != 0:
         probabilities = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if probabilities is None:
             raise InputError(
@@ -72,10 +73,11 @@ def _take(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if layer.reading is not None:
             lengths = torch.tensor(layer.reading.lengths, device=probabilities.device)[:, None]
             tokens = probabilities.shape[2]
-            padded = torch.arange(tokens, device=probabilities.device) < tokens - lengths
-            probabilities = probabilities.masked_fill(padded[:, None, :, None], 0.0)
+            asking = lengths if observed is None else lengths.clamp(max=observed)
+            others = torch.arange(tokens, device=probabilities.device) < tokens - asking
+            probabilities = probabilities.masked_fill(others[:, None, :, None], 0.0)
         scores = probabilities.sum(dim=2)
     if layer.reading is not None:
         layer.take(scores)
     elif scores.numel():
-        layer.add_scores(scores)
+        layer.watch(scores)

@@ -106,7 +106,7 @@ def _patch(undo: ExitStack, model: PreTrainedModel, config: SqueezeConfig) -> Sq
     for layer in findings.layers:
         if not layer.interface:
             undo.callback(listen(layer))
-    self_check(run, run.evictor.needs_scores)
+    self_check(run, run.evictor.observed is None)
     run.self_check = partial(self_check, run)
     if config.compile:
         check_blocks(findings)

@@ -57,6 +57,7 @@ class KeptPrefill:
         autocast: its dtype; None where it was off.
         prompt_lengths: tokens of each sequence, padding excluded.
         attn: prefill attention, as in `SqueezeConfig`.
+        observed: of the prompts' last queries, how many gave the scores; None: all.
         layers: keys, values and scores of each attention layer, see `SqueezeLayer`.
         states: of the layers that are no attention, see `squeeze.engine.states`.
         similarities: of each layer, `(batch,)` float32; none where they were not measured.
@@ -70,17 +71,13 @@ class KeptPrefill:
     autocast: torch.dtype | None
     prompt_lengths: list[int]
     attn: str
+    observed: int | None
     layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     states: dict[int, dict[str, Any]]
     similarities: list[torch.Tensor]
     output: torch.Tensor
     made: Callable[..., ModelOutput]
     seconds: float = 0.0
-
-    @property
-    def scored(self) -> bool:
-        """Whether it has what evictors need that go by scores."""
-        return self.layers[0][2].numel() > 0
 
 
 @dataclass
@@ -119,6 +116,11 @@ class Prefill:
     streams: dict[int, torch.Tensor] = field(default_factory=dict)
     shared_seconds: float = 0.0
     similarities: list[list[torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def observed(self) -> int | None:
+        """Of the prompts' last queries, how many the evictor observes; None: all."""
+        return self.cache.squeezed[0].evictor.observed
 
     def begin_chunk(self, start: int, end: int) -> None:
         """Take note of the pass over columns `start` to `end`, and let the layers know."""
@@ -167,10 +169,9 @@ class Prefill:
 
     def may_take_over(self, kept: KeptPrefill, inputs: torch.Tensor, positions: torch.Tensor | None) -> bool:
         """Whether a prefill of `inputs`, `(batch, tokens)` token ids, would give what `kept` holds."""
-        lengths, scored = self.cache.prompt_lengths, self.cache.squeezed[0].evictor.needs_scores
-        settings = lengths, self.attn, scored, autocast_dtype(inputs.device)
+        settings = self.cache.prompt_lengths, self.attn, self.observed, autocast_dtype(inputs.device)
         return (
-            (kept.prompt_lengths, kept.attn, kept.scored, kept.autocast) == settings
+            (kept.prompt_lengths, kept.attn, kept.observed, kept.autocast) == settings
             and (bool(kept.similarities) or not self.measured)
             and torch.equal(kept.inputs, inputs)
             and _alike(kept.positions, positions)
@@ -194,6 +195,7 @@ class Prefill:
             autocast_dtype(inputs.device),
             cache.prompt_lengths,
             self.attn,
+            self.observed,
             [layer.contents for layer in cache.squeezed],
             states.copied(cache.layers),
             self.similarities[0],

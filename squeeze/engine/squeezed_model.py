@@ -88,7 +88,8 @@ class SqueezedModel:
         """The attention function of a pass on a squeezed cache; None: the one that the model has."""
         if all(layer.interface for layer in self.layers):
             return NAME
-        return "eager" if self.evictor.needs_scores else None  # which alone gives probabilities
+        # Eager attention alone gives probabilities.
+        return "eager" if self.evictor.observed != 0 or self.evictor.watches else None
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise ValueError("a squeezed model cannot be copied or pickled: leave the `with squeezed(...)` block first")
@@ -123,7 +124,7 @@ class SqueezedModel:
             )
         with self.lock:  # nothing is changed by a configuration that is refused
             if self.self_check is not None:
-                self.self_check(evictor.needs_scores)
+                self.self_check(evictor.observed is None)
             self.config, self.evictor, self.per_head = config, evictor, per_head
 
     def forget_prefill(self) -> None:
@@ -170,9 +171,9 @@ class SqueezedModel:
             running: of each layer, for how many sequences, from the first on, it will run (`squeeze.engine.replay`):
                 it holds no others, though always the first. None: for all.
         Raises:
-            ValueError: the configuration that it was made in had an evictor without scores, and this one's needs them.
+            ValueError: the configuration that it was made in had an evictor that observed other queries.
         """
-        if self.evictor.needs_scores and not prefill.scored:
+        if self.evictor.observed not in (0, prefill.observed):
             raise ValueError("the prefill has no scores for this evictor: make it again after run.use(...)")
         cache, sequences = self.cache(max_new_tokens), len(budgets)
         cache.begin(sequences, prefill.inputs.shape[1], None)

@@ -14,6 +14,12 @@ EVICTORS: Registry[Evictor] = Registry(
         "sliding_window": "squeeze.evictors.sliding_window:SlidingWindow",
         "streaming": "squeeze.evictors.streaming:StreamingLLM",
         "h2o": "squeeze.evictors.h2o:H2O",
+        "snapkv": "squeeze.evictors.snapkv:SnapKV",
+        "tova": "squeeze.evictors.tova:TOVA",
+        "knorm": "squeeze.evictors.knorm:KNorm",
+        "keydiff": "squeeze.evictors.keydiff:KeyDiff",
+        "lagkv": "squeeze.evictors.lagkv:LagKV",
+        "random": "squeeze.evictors.random:Random",
     },
 )
 

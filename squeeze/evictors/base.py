@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from squeeze.registry import Strategy
 
@@ -11,18 +12,47 @@ if TYPE_CHECKING:
     import torch
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of some rows, as an eviction method sees them when it scores them. A row is one KV head of one sequence.
+
+    Args:
+        positions: in their sequence, -1 where there is none, int64, `(rows, tokens)`.
+        heads: number of each row's KV head among all of the model's, `(rows, 1)`.
+        keys: after RoPE, at their original positions, `(rows, tokens, head_dim)`.
+        values: `(rows, tokens, value_dim)`.
+        attention: probabilities that the queries of `Evictor.observed` gave them, summed over these queries and over
+            the query heads of the KV head, float32, `(rows, tokens)`; no elements where none are observed, and while
+            tokens are generated.
+    """
+
+    positions: torch.Tensor
+    heads: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    attention: torch.Tensor
+
+
 class Evictor(Strategy, ABC):
     """An eviction method: a frozen dataclass whose fields are its parameters.
 
-    `keep` runs after prefill, once per layer and sequence, and for each budget that some KV heads have there; `slot`
-    runs at every decode step for the whole batch. Both are pure functions of tensors: what a method needs to remember
-    (positions and scores of the tokens it holds) belongs to the cache layer. The tokens of a KV head are always in its
-    first slots.
+    `score` and `keep` run after prefill, once per layer and sequence, `keep` there for each budget that some KV heads
+    have; `slot` runs at every decode step for the whole batch. All are pure functions of tensors: what a method needs
+    to remember (positions and scores of the tokens it holds) belongs to the cache layer. The tokens of a KV head are
+    always in its first slots.
 
     Attributes:
-        needs_scores: whether attention probabilities are accumulated for the method. They are float32, added up over
-            all queries so far and over the query heads of a KV head; -1 where a token has left the layer's own window
-            or chunk: less than any other, so that it is the first to go.
+        needs_scores: whether the tokens that are held have scores, which `slot` is given. Where a token has left the
+            layer's own window or chunk its score is -1, and should be less than any other: it is the first to go.
+        observed: of a prompt's last queries, how many have their attention probabilities summed up for `score`; None:
+            all of them, which rules out fused kernels. By default all for a method that needs scores.
+        updates: what becomes of the scores of tokens that are held while others are generated. `add`: a new token has
+            0, and each step's attention probabilities are added. `replace`: they are the last step's. `fixed`: they
+            stay what `score` says of the token alone when it comes. `anew`: what `score` says of all that are held,
+            at every step.
+        heads_agree: whether attention probabilities are averaged over a layer's KV heads, so that all of them keep
+            the same tokens.
+        needs_keys: whether `score` looks at keys or values.
         sinks: tokens at the start of a sequence that stay in the first slots. Their keys are turned as if they moved
             closer to the recent ones while tokens between are evicted, as StreamingLLM does.
         fixed_slots: whether a token's slot does not depend on the tokens after it, so that a prompt can be prefilled
@@ -31,19 +61,40 @@ class Evictor(Strategy, ABC):
     """
 
     needs_scores: bool = False
+    updates: Literal["add", "replace", "fixed", "anew"] = "add"
+    heads_agree: bool = False
+    needs_keys: bool = False
     sinks: int = 0
     fixed_slots: bool = False
 
     @property
+    def observed(self) -> int | None:
+        return None if self.needs_scores else 0
+
+    @property
     def minimum_budget(self) -> int:
         return self.sinks + 1
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the tokens of a prompt have scores, which `keep` is given."""
+        return self.needs_scores or self.observed != 0
+
+    @property
+    def watches(self) -> bool:
+        """Whether decode steps must give attention probabilities."""
+        return self.needs_scores and self.updates in ("add", "replace")
+
+    def score(self, tokens: Tokens) -> torch.Tensor:
+        """Scores of tokens, 0 or more, `(rows, tokens)`: the higher, the longer a token stays."""
+        return tokens.attention
 
     @abstractmethod
     def keep(self, length: int, budget: int, scores: torch.Tensor) -> torch.Tensor:
         """Positions that survive a prompt of `length` tokens, in the order of their slots.
 
         Args:
-            scores: of the prompt's tokens, `(kv_heads, length)`; no elements where the method needs none.
+            scores: of the prompt's tokens, `(kv_heads, length)`; no elements where the method has none.
         Returns:
             `(kv_heads, kept)`, or `(1, kept)` where all heads keep the same; `kept` is `min(length, budget)`.
         """

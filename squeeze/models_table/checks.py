@@ -75,9 +75,10 @@ class Batch:
     def of(cls, model: PreTrainedModel, lengths: tuple[int, int], steps: int) -> Batch:
         generator = torch.Generator().manual_seed(1)
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(3, vocabulary, (2, max(lengths)), generator=generator)
+        # Each token once: of the same one twice the first layer's keys are of one length, and which leaves is chance.
+        tokens = torch.rand(2, vocabulary - 3, generator=generator).argsort(dim=1)[:, : max(lengths) + steps] + 3
+        ids, answer = tokens.split((max(lengths), steps), dim=1)
         mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
-        answer = torch.randint(3, vocabulary, (2, steps), generator=generator)
         return cls(ids * mask, mask, answer, lengths)
 
     def prompt(self, row: int) -> torch.Tensor:
@@ -189,11 +190,11 @@ def own_cache(model: PreTrainedModel) -> DynamicCache:
 def seeded(layers: Sequence[AttentionLayer], evictor: Evictor) -> Explicit:
     """Budgets by chance, from the fewest tokens that the method works with up to what does not fill every prompt.
 
-    Every KV head has its own, where attention does not mix them.
+    Every KV head has its own, where attention does not mix them and the method does not have them agree.
     """
     generator = torch.Generator().manual_seed(2)
     most = max(layer.kv_heads for layer in layers)
     drawn = torch.randint(evictor.minimum_budget, 34, (len(layers), most), generator=generator).tolist()
-    if any(layer.regrouped for layer in layers):
+    if evictor.heads_agree or any(layer.regrouped for layer in layers):
         return Explicit([own[0] for own in drawn])
     return Explicit([own[: layer.kv_heads] for own, layer in zip(drawn, layers, strict=True)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,30 +14,49 @@ if TYPE_CHECKING:
 class Kept:
     """The positions that one attention layer holds for one sequence.
 
+    A method says which tokens may leave (`candidates`) and what each is worth (`worth`); those worth least leave.
+
     Args:
-        evictor: sliding window, StreamingLLM or H2O.
+        evictor: a built-in one.
         budget: tokens, or those of each KV head.
         kv_heads: of the layer's cache.
         window, chunk: of the layer's own attention, or None.
+        index: of the layer in the cache.
     Attributes:
         held: for each KV head its positions, ascending.
-        scores: attention that each position has gathered, `(kv_heads, tokens so far)`; without H2O from the prompt.
-        query_heads: that attend to it, once there are `scores`.
+        keys, values: of all tokens so far, `(kv_heads, tokens, dim)`.
+        query_heads: that attend to the layer, once it was attended to.
     """
 
+    #: Whether decode steps are looked at, too.
+    watches = False
+
     def __init__(
-        self, evictor: Evictor, budget: int | Sequence[int], kv_heads: int, window: int | None, chunk: int | None
+        self,
+        evictor: Any,
+        budget: int | Sequence[int],
+        kv_heads: int,
+        window: int | None = None,
+        chunk: int | None = None,
+        index: int = 0,
     ):
-        self.method, self.sinks, self.kv_heads = evictor.name, evictor.sinks, kv_heads
+        self.evictor, self.kv_heads, self.index = evictor, kv_heads, index
         self.budgets = [budget] * kv_heads if isinstance(budget, int) else list(budget)[:kv_heads]
         self.window, self.chunk = window, chunk
         self.held: list[list[int]] = []
-        self.scores = torch.empty(kv_heads, 0)
+        self.keys = self.values = torch.empty(kv_heads, 0, 0)
         self.query_heads = kv_heads
 
-    def add(self, scores: torch.Tensor) -> None:
-        """Add the attention that each position got in a forward pass, `(kv_heads, tokens so far)`."""
-        self.scores = torch.nn.functional.pad(self.scores, (0, scores.shape[1] - self.scores.shape[1])) + scores
+    def attended(self, probabilities: torch.Tensor) -> None:
+        """Look at the probabilities of a forward pass, `(kv_heads, group, queries, tokens so far)`."""
+
+    def candidates(self, head: int, positions: list[int]) -> list[int]:
+        """Of ascending positions, the last one the newest token's, those that may leave."""
+        return positions
+
+    def worth(self, head: int, positions: list[int]) -> list[float]:
+        """What positions are worth to a head that holds no others."""
+        raise NotImplementedError
 
     def first_seen(self, position: int) -> int:
         """The first token that the layer's own attention shows to the one at `position`."""
@@ -47,36 +66,185 @@ class Kept:
 
     def prefill(self, tokens: int) -> None:
         """Keep what a prompt of so many tokens leaves."""
-        self.held = [self._survivors(head, list(range(tokens))) for head in range(self.kv_heads)]
-
-    def _survivors(self, head: int, positions: list[int]) -> list[int]:
-        budget = self.budgets[head]
-        if len(positions) <= budget:
-            return positions
-        if self.method == "sliding_window":
-            return positions[-budget:]
-        if self.method == "streaming":
-            return positions[: self.sinks] + positions[len(positions) - (budget - self.sinks) :]
-        recent = positions[len(positions) - budget // 2 :]
-        older = positions[: -len(recent)]
-        first = self.first_seen(len(positions))
-        heavy = sorted(older, key=lambda position: (position < first, -self.scores[head, position].item()))
-        return sorted(heavy[: budget - len(recent)]) + recent
+        self.held = [self._without(head, list(range(tokens)), self.budgets[head]) for head in range(self.kv_heads)]
 
     def admit(self, position: int) -> None:
         """Hold the token at `position`, for which a head that is full evicts one first."""
         for head, held in enumerate(self.held):
-            if len(held) == self.budgets[head]:
-                held.remove(self._victim(head, position))
-            held.append(position)
+            self.held[head] = [*self._without(head, held, self.budgets[head] - 1, position), position]
 
-    def _victim(self, head: int, position: int) -> int:
-        held = self.held[head]
-        if self.method == "sliding_window":
-            return held[0]
-        if self.method == "streaming":
-            return held[self.sinks]
-        # The new token counts as recent, so one less of those that are held does.
-        older = held[: len(held) - (self.budgets[head] // 2 - 1)]
-        first = self.first_seen(position)
-        return min(older, key=lambda other: (other >= first, self.scores[head, other].item()))
+    def _without(self, head: int, positions: list[int], count: int, new: int | None = None) -> list[int]:
+        """The `count` of some positions that stay, ascending; `new` is on its way in."""
+        arriving = [] if new is None else [new]
+        may_leave = [one for one in self.candidates(head, positions + arriving) if one != new]
+        first = self.first_seen(positions[-1] + 1 if new is None else new)
+        worth = dict(zip(positions, self.worth(head, positions), strict=True))
+        leaving = sorted(may_leave, key=lambda position: (position >= first, worth[position]))
+        gone = set(leaving[: max(len(positions) - count, 0)])
+        return [position for position in positions if position not in gone]
+
+
+class Recent(Kept):
+    """A sliding window: the oldest leaves."""
+
+    def worth(self, head: int, positions: list[int]) -> list[float]:
+        return list(map(float, positions))
+
+
+class Sinks(Recent):
+    """StreamingLLM: the oldest leaves but for the first ones."""
+
+    def candidates(self, head: int, positions: list[int]) -> list[int]:
+        return positions[self.evictor.sinks :]
+
+    def first_seen(self, position: int) -> int:
+        return 0  # the oldest leave anyhow, and sinks stay
+
+
+class HeavyHitters(Kept):
+    """H2O: of all but the most recent half of a budget, what has gathered least attention leaves."""
+
+    watches = True
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.gathered = torch.empty(self.kv_heads, 0)
+
+    def attended(self, probabilities: torch.Tensor) -> None:
+        found = probabilities.sum(dim=(1, 2))
+        self.gathered = torch.nn.functional.pad(self.gathered, (0, found.shape[1] - self.gathered.shape[1])) + found
+
+    def candidates(self, head: int, positions: list[int]) -> list[int]:
+        return positions[: len(positions) - self.budgets[head] // 2]
+
+    def worth(self, head: int, positions: list[int]) -> list[float]:
+        return self.gathered[head, positions].tolist()
+
+
+class Votes(Kept):
+    """SnapKV: before the window, what its queries gave least attention leaves; afterwards the oldest of a window."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.votes = torch.empty(self.kv_heads, 0)
+
+    def attended(self, probabilities: torch.Tensor) -> None:
+        window, reach = self.evictor.window, self.evictor.kernel // 2
+        found = probabilities[:, :, -window:].sum(dim=(1, 2))
+        before = max(found.shape[1] - window, 0)
+        self.votes = torch.zeros_like(found)
+        for position in range(before):
+            near = [
+                found[:, other] if 0 <= other < before else torch.zeros(self.kv_heads)
+                for other in range(position - reach, position + reach + 1)
+            ]
+            self.votes[:, position] = torch.stack(near).mean(dim=0)
+
+    def candidates(self, head: int, positions: list[int]) -> list[int]:
+        generated = positions[-1] >= self.votes.shape[1]
+        return positions if generated else positions[: max(len(positions) - self.evictor.window, 0)]
+
+    def worth(self, head: int, positions: list[int]) -> list[float]:
+        voted = self.votes.shape[1] - self.evictor.window  # tokens that can be
+        if not self.held:
+            return [self.votes[head, one].item() if one < voted else 0.0 for one in positions]
+        return [float("inf") if one < voted else float(one) for one in positions]
+
+
+class Newest(Kept):
+    """TOVA: what the newest query gave least attention leaves, its heads taken together."""
+
+    watches = True
+
+    def attended(self, probabilities: torch.Tensor) -> None:
+        self.given = probabilities[:, :, -1].mean(dim=(0, 1))
+
+    def worth(self, head: int, positions: list[int]) -> list[float]:
+        return self.given[positions].tolist()
+
+
+class Short(Kept):
+    """The longest key leaves."""
+
+    def worth(self, head: int, positions: list[int]) -> list[float]:
+        return [-self.keys[head, one].norm().item() for one in positions]
+
+
+class Different(Kept):
+    """KeyDiff: the key leaves that is most like the mean direction of those that are held."""
+
+    def worth(self, head: int, positions: list[int]) -> list[float]:
+        directions = self.keys[head, positions]
+        directions = directions / directions.norm(dim=-1, keepdim=True)
+        mean = directions.mean(dim=0)
+        return (-directions @ (mean / mean.norm())).tolist()
+
+
+class Lags(Kept):
+    """LagKV: of a prompt's parts, what varies least beside the next part leaves; then the oldest recent token."""
+
+    def prefill(self, tokens: int) -> None:
+        lag, first = self.evictor.lag, self.evictor.first
+        self.end = first + max((tokens - first) // lag - 1, 0) * lag
+        self.ranks = [self._ranks(head) for head in range(self.kv_heads)]
+        super().prefill(tokens)
+
+    def _ranks(self, head: int) -> list[tuple[int, int]]:
+        """Of each token before `end`: its place in its part, from that which varies least, and its position."""
+        lag, first = self.evictor.lag, self.evictor.first
+        ranks = [(lag, position) for position in range(first)]
+        for start in range(first, self.end, lag):
+            varying = torch.zeros(lag)
+            for states in (self.keys[head], self.values[head]):
+                own, following = states[start : start + lag], states[start + lag : start + 2 * lag]
+                low, high = following.min(dim=0).values, following.max(dim=0).values
+                varying += ((own - low) / (high - low)).std(dim=1).softmax(dim=0)
+            for token in range(lag):
+                ranks.append((int((varying < varying[token]).sum()), start + token))
+        return ranks
+
+    def worth(self, head: int, positions: list[int]) -> list[float]:
+        """Those that are ranked by their ranks, recent ones above them by their age, the first above all."""
+        first, last = self.evictor.first, positions[-1]
+        if self.held:
+            return [float("inf") if one < max(self.end, first) else float(one) for one in positions]
+        in_order = sorted(self.ranks[head][first:])
+        place = {position: float(index) for index, (_, position) in enumerate(in_order)}
+        recent = {position: len(place) + 1.0 + position for position in range(self.end, last + 1)}
+        return [float("inf") if one < first else (place | recent)[one] for one in positions]
+
+
+class Lots(Kept):
+    """Random: each token of each head has drawn a lot, and the lowest leaves."""
+
+    def worth(self, head: int, positions: list[int]) -> list[float]:
+        return [
+            split_mix(one + 1 + ((self.index << 16) + head + 1) * (1 << 40), self.evictor.seed) for one in positions
+        ]
+
+
+def split_mix(state: int, seed: int) -> float:
+    """SplitMix64's output for a state, its highest 24 bits as a number below 1."""
+    whole = (1 << 64) - 1
+    state = (state + seed * 0x632BE59BD9B4E019) * 0x9E3779B97F4A7C15 & whole
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & whole
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & whole
+    return (state >> 40) / (1 << 24)
+
+
+METHODS: dict[str, type[Kept]] = {
+    "sliding_window": Recent,
+    "streaming": Sinks,
+    "h2o": HeavyHitters,
+    "snapkv": Votes,
+    "tova": Newest,
+    "knorm": Short,
+    "keydiff": Different,
+    "lagkv": Lags,
+    "random": Lots,
+}
+
+
+def kept(evictor: Evictor, *args: Any) -> Kept:
+    """What a layer holds under a method; the other arguments are those of `Kept`."""
+    return METHODS[evictor.name](evictor, *args)

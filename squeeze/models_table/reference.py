@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import eager_mask
 
 from squeeze.compatibility import cache_argument
-from squeeze.models_table.kept import Kept
+from squeeze.models_table.kept import Kept, kept
 
 if TYPE_CHECKING:
     from squeeze.engine.findings import AttentionLayer
@@ -59,6 +59,11 @@ class WholeCache(DynamicCache):
         keys, values = map(self._moved, held, self.moves.get(layer_idx, (None, None)))
         return keys, values
 
+    def shown(self, index: int) -> Pair:
+        """Keys and values of a layer's tokens so far, `(batch, kv_heads, tokens, dim)`, none of them moved."""
+        layer: Any = self.layers[index]
+        return layer.keys, layer.values
+
     def _moved(self, states: torch.Tensor, move: torch.Tensor | None) -> torch.Tensor:
         if move is None:
             return states
@@ -85,43 +90,47 @@ class Reference:
         """Log-probabilities after a prompt and after every token of an answer, `(1 + len(answer), vocabulary)`.
 
         Args:
-            evictor: sliding window, StreamingLLM or H2O.
+            evictor: a built-in one.
             budgets: tokens, one a layer or in each one a KV head, none above the layer's window or chunk.
             prompt: token ids, `(tokens,)`.
             answer: token ids, `(tokens,)`, that are fed to the model as if it had generated them.
         """
-        kept = [
-            Kept(evictor, budget, layer.kv_heads, layer.window, layer.chunk)
+        held = [
+            kept(evictor, budget, layer.kv_heads, layer.window, layer.chunk, layer.index)
             for budget, layer in zip(budgets, self.layers, strict=True)
         ]
         cache = WholeCache(self.model.config.get_text_config(decoder=True), evictor.sinks)
         with eager(self.model, self.layers):
-            logits = [self._forward(cache, prompt, 0, kept)]
-            for layer in kept:
+            logits = [self._forward(cache, prompt, 0, held)]
+            for layer in held:
                 layer.prefill(len(prompt))
             for position, token in enumerate(answer, start=len(prompt)):
-                for layer in kept:
+                for layer in held:
                     layer.admit(position)
                 if evictor.sinks:
                     cache.moves = {
-                        layer.index: self._moves(layer, [position + 1 - len(held) for held in layer_kept.held])
-                        for layer, layer_kept in zip(self.layers, kept, strict=True)
+                        layer.index: self._moves(layer, [position + 1 - len(own) for own in layer_held.held])
+                        for layer, layer_held in zip(self.layers, held, strict=True)
                     }
-                logits.append(self._forward(cache, token[None], position, kept))
+                logits.append(self._forward(cache, token[None], position, held))
         return torch.stack(logits).float().log_softmax(-1)
 
-    def _forward(self, cache: WholeCache, tokens: torch.Tensor, start: int, kept: Sequence[Kept]) -> torch.Tensor:
-        """Logits after the last of some tokens, whose first is at position `start`; scores go to `kept`."""
+    def _forward(self, cache: WholeCache, tokens: torch.Tensor, start: int, held: Sequence[Kept]) -> torch.Tensor:
+        """Logits after the last of some tokens, whose first is at position `start`; `held` sees attention and keys."""
         mask = torch.ones(1, start + len(tokens), dtype=torch.long)
         with ExitStack() as hooks:
-            for layer, layer_kept in zip(self.layers, kept, strict=True):
+            for layer, layer_held in zip(self.layers, held, strict=True):
                 if start:
                     for user in layer.users:
-                        seen = partial(show, layer, layer_kept, start)
+                        seen = partial(show, layer, layer_held, start)
                         hooks.callback(user.register_forward_pre_hook(seen, with_kwargs=True).remove)
-                if layer_kept.method == "h2o" or not start:
-                    hooks.callback(layer.module.register_forward_hook(partial(score, layer_kept)).remove)
-            return self._run(tokens[None], cache, torch.arange(start, start + len(tokens))[None], mask).logits[0, -1]
+                if layer_held.watches or not start:
+                    hooks.callback(layer.module.register_forward_hook(partial(look, layer_held)).remove)
+            positions = torch.arange(start, start + len(tokens))[None]
+            logits = self._run(tokens[None], cache, positions, mask).logits[0, -1]
+        for layer, layer_held in zip(self.layers, held, strict=True):
+            layer_held.keys, layer_held.values = (part[0] for part in cache.shown(layer.index))
+        return logits
 
     def _run(self, tokens: torch.Tensor, cache: WholeCache, positions: torch.Tensor, mask: torch.Tensor | None) -> Any:
         where = {"position_ids": positions} if self.positional else {}
@@ -181,26 +190,26 @@ def fit(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
 
 
 def show(
-    layer: AttentionLayer, kept: Kept, position: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    layer: AttentionLayer, layer_held: Kept, position: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> Pair:
     """Before attention: a mask of the tokens that are held, of those in the query's chunk."""
-    first = 0 if layer.chunk is None else kept.first_seen(position)
-    heads = [[other for other in held if other >= first] for held in kept.held]
+    first = 0 if layer.chunk is None else position // layer.chunk * layer.chunk
+    heads = [[other for other in held if other >= first] for held in layer_held.held]
     if all(held == heads[0] for held in heads):
         heads = heads[:1]
     mask = torch.full((len(heads), position + 1), torch.finfo(torch.float32).min)
     for head, held in enumerate(heads):
         mask[head, held] = 0.0
     if len(heads) > 1:
-        mask = mask.repeat_interleave(kept.query_heads // len(heads), dim=0)
+        mask = mask.repeat_interleave(layer_held.query_heads // len(heads), dim=0)
     return args, kwargs | {"attention_mask": mask[None, :, None]}
 
 
-def score(kept: Kept, module: nn.Module, args: Any, output: Any) -> None:
-    """After attention: its probabilities, summed over queries and the query heads of each KV head."""
-    probabilities = output[1][0].float().sum(1)
-    kept.query_heads = len(probabilities)
-    kept.add(probabilities.unflatten(0, (kept.kv_heads, -1)).sum(1))
+def look(held: Kept, module: nn.Module, args: Any, output: Any) -> None:
+    """After attention: its probabilities."""
+    probabilities = output[1][0].float()
+    held.query_heads = len(probabilities)
+    held.attended(probabilities.unflatten(0, (held.kv_heads, -1)))
 
 
 @contextmanager

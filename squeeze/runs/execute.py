@@ -173,7 +173,7 @@ def work_on(
     from squeeze.runs.batching import progress_bar, run_batches
 
     # Those that prefill alike one after the other: only one prefill is kept.
-    jobs = sorted(jobs, key=lambda pair: pair[0].config is not None and pair[0].config.evictor.needs_scores)
+    jobs = sorted(jobs, key=lambda pair: "" if pair[0].config is None else str(pair[0].config.evictor.observed))
     first = jobs[0][0]
     data, options = first.data[index], first.options
     total = max(samples.total for _, samples in jobs)

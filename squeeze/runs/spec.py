@@ -59,7 +59,8 @@ class RunSpec:
     )
     algorithm: str | None = flag(
         None,
-        "which tokens stay: sliding_window (default for Mistral), streaming (StreamingLLM, default otherwise) or h2o",
+        "which tokens stay: sliding_window (default for Mistral), streaming (StreamingLLM, default otherwise), h2o, "
+        "snapkv, tova, knorm, keydiff, lagkv or random (docs/evictors.md), parameters in brackets: snapkv(window=16)",
         check=EVICTORS.check,
         axis=4,
         squeezed=True,

@@ -101,7 +101,7 @@ def _prefills(job: Job) -> list[Any]:
     """The ways in which a run prefills a prompt; runs share those that are equal."""
     if job.config is None:
         return [job.folder]  # transformers' own, which is not shared
-    squeezed: Any = ("squeezed", job.config.evictor.needs_scores, job.config.attn)
+    squeezed: Any = ("squeezed", job.config.evictor.observed, job.config.attn)
     if job.config.prefill_chunk is not None:
         squeezed = "in chunks", job.folder  # what a chunk attends to depends on the budgets
     return [squeezed, "answer of the full cache"] if job.spec.fidelity else [squeezed]

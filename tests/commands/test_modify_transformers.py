@@ -51,9 +51,9 @@ def test_a_broken_environment_fails_on_its_line(monkeypatch, capsys, break_it, l
     assert "pip install" in advice
 
 
-def nothing_attended(queries, keys, values, *_, with_scores, **__):
+def nothing_attended(queries, keys, values, *_, observed, **__):
     """A prefill whose attention gives zeros."""
-    return torch.zeros_like(queries), torch.zeros(keys.shape[:3] if with_scores else 0)
+    return torch.zeros_like(queries), torch.zeros(keys.shape[:3] if observed != 0 else 0)
 
 
 def nothing(queries, *_):

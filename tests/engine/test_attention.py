@@ -25,10 +25,10 @@ def tensors(tokens, batch=2, seed=0, dtype=torch.float32, value_dim=VALUE_DIM):
     return [(2 * torch.randn((batch, heads, tokens, width), generator=generator)).to(dtype) for heads, width in sizes]
 
 
-def prefill(queries, keys, values, lengths, rule, fused, with_scores):
+def prefill(queries, keys, values, lengths, rule, fused, observed):
     """Of whole prompts."""
     positions = [[(keys.shape[1], torch.arange(length))] for length in lengths]
-    return attention.prefill(queries, keys, values, positions, lengths, rule, fused, with_scores)
+    return attention.prefill(queries, keys, values, positions, lengths, rule, fused, observed)
 
 
 def whole(queries, keys, values, length, rule):
@@ -60,7 +60,7 @@ def test_blocks_of_any_size_give_what_one_matrix_gives(monkeypatch, logits, rule
     monkeypatch.setitem(attention.LOGITS, "cpu", logits)
     queries, keys, values = tensors(50, dtype=dtype, value_dim=5)
     lengths = [50, 47]
-    output, scores = prefill(queries, keys, values, lengths, rule, fused=True, with_scores=True)
+    output, scores = prefill(queries, keys, values, lengths, rule, fused=True, observed=None)
     close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.06, "rtol": 0.02}
     for row, length in enumerate(lengths):
         expected, sums = whole(queries[row], keys[row], values[row], length, rule)
@@ -74,11 +74,28 @@ def test_blocks_of_any_size_give_what_one_matrix_gives(monkeypatch, logits, rule
 def test_the_fused_kernel_gives_what_one_matrix_gives(rule, value_dim):
     """Where a kernel does not know the rule, the blocks stand in for it."""
     queries, keys, values = tensors(50, value_dim=value_dim)
-    output, scores = prefill(queries, keys, values, [50, 31], rule, fused=True, with_scores=False)
+    output, scores = prefill(queries, keys, values, [50, 31], rule, fused=True, observed=0)
     assert not scores.numel()
     for row, length in enumerate([50, 31]):
         expected, _ = whole(queries[row], keys[row], values[row], length, rule)
         torch.testing.assert_close(output[row, :, -length:].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_last_queries_alone_are_observed(rule, fused):
+    """As many as there are in a prompt that is shorter; what is attended to does not change by it."""
+    queries, keys, values = tensors(50, value_dim=8)
+    lengths = [50, 5]
+    output, scores = prefill(queries, keys, values, lengths, rule, fused, observed=7)
+    expected, nothing = prefill(queries, keys, values, lengths, rule, fused, observed=0)
+    assert output.equal(expected) and not nothing.numel()
+    for row, length in enumerate(lengths):
+        _, every = whole(queries[row], keys[row], values[row], length, rule)
+        earlier = torch.zeros_like(every)
+        if length > 7:
+            _, earlier[:, :-7] = whole(queries[row, :, :-7], keys[row, :, :-7], values[row, :, :-7], length - 7, rule)
+        torch.testing.assert_close(scores[row, :, -length:].double(), every - earlier, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,7 +106,7 @@ def test_the_memory_of_scored_attention_does_not_grow_with_the_prompt_squared(mo
     tokens = 2000
     queries, keys, values = tensors(tokens, batch=1, dtype=dtype)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        prefill(queries, keys, values, [tokens], Rule(0.3, window), fused=True, with_scores=True)
+        prefill(queries, keys, values, [tokens], Rule(0.3, window), fused=True, observed=None)
     allocated = sum(max(0, event.cpu_memory_usage) for event in profile.events() if event.cpu_parent is None)
     logits = 6 << 18  # float32, and 16 bits beside it
     assert 0 < allocated < logits + 32 * (queries.nbytes + keys.nbytes + values.nbytes), allocated

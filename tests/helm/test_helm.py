@@ -313,8 +313,10 @@ def test_three_sentences_of_cnndm(tiny):
     ("scenario", "file", "fields", "sentences"),
     [
         ("xsum", "xsum", ("document", "summary"), "1 sentence."),
-        ("xsum_sampled", "xsum-sampled", ("document", "summary"), "1 sentence."),
-        ("cnndm", "cnndm", ("article", "highlights"), "3 sentences."),
+        pytest.param(
+            *("xsum_sampled", "xsum-sampled", ("document", "summary"), "1 sentence."), marks=pytest.mark.slow
+        ),
+        pytest.param(*("cnndm", "cnndm", ("article", "highlights"), "3 sentences."), marks=pytest.mark.slow),
     ],
 )
 def test_helms_own_scenarios(tiny, scenario, file, fields, sentences):

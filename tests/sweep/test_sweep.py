@@ -97,7 +97,7 @@ def test_prompts_are_prefilled_once_for_all_that_share_them(place, monkeypatch):
     """Two ways of prefilling, with scores for H2O and without, however many runs there are."""
     monkeypatch.setattr(patch, "self_check", lambda *_: None)  # which would do the same on a few tokens
     calls, original = [], attention.prefill
-    monkeypatch.setattr(attention, "prefill", lambda *a, **k: calls.append(k["with_scores"]) or original(*a, **k))
+    monkeypatch.setattr(attention, "prefill", lambda *a, **k: calls.append(k["observed"] is None) or original(*a, **k))
     sweep.sweep(["grid.yaml"])
     layers, batches = 5, 3 + 2
     assert calls.count(True) == calls.count(False) == layers * batches

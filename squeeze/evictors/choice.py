@@ -1,0 +1,38 @@
+"""Choosing tokens by their scores: what several methods have in common."""
+
+from __future__ import annotations
+
+import torch
+
+
+def keep_best(length: int, budget: int, scores: torch.Tensor, recent: int = 0) -> torch.Tensor:
+    """Positions of a prompt's `recent` last tokens, and of the highest scores before them, ascending.
+
+    Args:
+        scores: `(kv_heads, length)`.
+    Returns:
+        `(kv_heads, min(length, budget))`.
+    """
+    positions = torch.arange(length, device=scores.device).expand(len(scores), -1)
+    if length <= budget:
+        return positions
+    best = scores[:, : length - recent].topk(budget - recent, dim=-1).indices.sort(dim=-1).values
+    return torch.cat([best, positions[:, length - recent :]], dim=1)
+
+
+def slot_of_lowest(
+    position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
+) -> torch.Tensor:
+    """The next free slot, or that of the token with the lowest score: see `Evictor.slot`."""
+    lowest = scores.masked_fill(held < 0, torch.inf).argmin(dim=-1)
+    return lowest.where(position >= budget, position)
+
+
+def slot_of_oldest(
+    position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
+) -> torch.Tensor:
+    """The next free slot, or that of the oldest token with a score below 1, those below 0 before others."""
+    classes = scores.clamp(max=1)
+    lowest = classes.masked_fill(held < 0, torch.inf).amin(dim=-1, keepdim=True)
+    oldest = held.masked_fill((held < 0) | (classes > lowest), torch.iinfo(held.dtype).max).argmin(dim=-1)
+    return oldest.where(position >= budget, position)

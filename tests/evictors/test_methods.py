@@ -1,0 +1,100 @@
+"""Every eviction method against a slow reference in plain words, on models of several kinds; and what it refuses."""
+
+import pytest
+import torch
+from conftest import random_model
+
+from squeeze import (
+    H2O,
+    TOVA,
+    InputError,
+    KeyDiff,
+    KNorm,
+    LagKV,
+    Random,
+    SlidingWindow,
+    SnapKV,
+    SqueezeConfig,
+    StreamingLLM,
+    Tokens,
+    Uniform,
+    squeezed,
+)
+from squeeze.engine.probe import probe
+from squeeze.evictors import EVICTORS
+from squeeze.models_table.checks import check_method
+from squeeze.models_table.reference import Reference
+from squeeze.models_table.zoo import build
+
+#: With parameters small enough for short prompts.
+METHODS = (SnapKV(window=4, kernel=3), TOVA(), KNorm(), KeyDiff(), LagKV(lag=6, first=3), Random(seed=1))
+IDS = [str(method) for method in METHODS]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon", "gpt_oss"])
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_a_method_holds_what_the_reference_holds(method, name):
+    """Ragged batches; budgets that are alike, each head's own, and by similarity; room for everything."""
+    model = build(name)
+    check_method(model, Reference(model, probe(model).layers), method)
+
+
+def test_every_built_in_method_is_looked_at():
+    known = {type(method) for method in (*METHODS, SlidingWindow(), StreamingLLM(), H2O())}
+    assert known == {EVICTORS.find(name).kind for name in EVICTORS.names}
+
+
+def test_a_prefill_is_shared_only_where_the_same_queries_were_observed():
+    model = random_model("llama")
+    ids = torch.randint(3, 199, (1, 60), generator=torch.Generator().manual_seed(0))
+    methods = [Random(), SnapKV(window=4), SnapKV(window=9), TOVA(), H2O(), KeyDiff(), StreamingLLM()]
+    found = {}
+    for share in (False, True):
+        with squeezed(model, SqueezeConfig(methods[0], allocation=Uniform(0.3))) as run:
+            run.share_prefills = share
+            for method in methods:
+                run.use(SqueezeConfig(method, allocation=Uniform(0.3)))
+                found[share, str(method)] = model.generate(ids, max_new_tokens=20, do_sample=False).tolist()
+    for method in methods:
+        assert found[True, str(method)] == found[False, str(method)]
+    assert len({str(tokens) for tokens in found.values()}) == len(methods)
+
+
+def test_chance_is_fair_and_the_same_again():
+    positions = torch.arange(4096).expand(3, -1)
+    heads = torch.tensor([[0], [1], [1 << 16]])
+    tokens = Tokens(positions, heads, *[torch.empty(3, 0)] * 3)
+    lots = Random().score(tokens)
+    assert lots.min() >= 0 and lots.max() < 1
+    torch.testing.assert_close(lots.mean(dim=1), torch.full((3,), 0.5), atol=0.02, rtol=0)
+    assert torch.corrcoef(lots).fill_diagonal_(0).abs().max() < 0.06
+    later = Random().score(Tokens(positions[:, 7:8], heads, *[torch.empty(3, 0)] * 3))
+    assert later.equal(lots[:, 7:8]) and not Random(seed=1).score(tokens).equal(lots)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("snapkv(kernel=4)", {}, "kernel must be odd"),
+        ("snapkv(window=0)", {}, "window must be a whole number of tokens, 1 or more"),
+        ("snapkv(windows=4)", {}, "has no parameter windows: did you mean window?"),
+        ("snapkv", {"budgets": [20] * 5}, "budgets must be at least 33 tokens for snapkv"),
+        ("tova", {"budgets": [[20, 30]] * 5}, "by which all heads of a layer keep the same tokens"),
+        ("tova", {"ini_size": 0.5, "allocation": "uniform", "per": "adakv"}, "by which all heads of a layer keep"),
+        ("knorm", {"ini_size": 0.5, "allocation": "uniform", "prefill_chunk": 8}, "prefill_chunk cannot be used"),
+        ("lagkv(lag=1)", {}, "lag must be a whole number of tokens, 2 or more"),
+        ("random(seed=-1)", {}, "seed must be"),
+    ],
+)
+def test_what_cannot_be_is_a_sentence(text, options, said):
+    options = options or {"ini_size": 0.5, "allocation": "uniform"}
+    model, ids = random_model("llama"), torch.arange(3, 63)[None]
+    with pytest.raises(InputError, match=said), squeezed(model, SqueezeConfig(text, **options)):
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("method", [KNorm(), KeyDiff()], ids=str)
+def test_keys_that_are_not_cached_cannot_be_looked_at(method):
+    said = "looks at keys, and deepseek_v3 caches something else"
+    with pytest.raises(InputError, match=said), squeezed(build("deepseek_v3"), method, Uniform(0.5)):
+        pass
