@@ -147,7 +147,7 @@ def test_a_package_that_registers_them(place, monkeypatch):
     ]
     (installed / "mine-1.0.dist-info/entry_points.txt").write_text("\n".join(lines))
     with pytest.raises(
-        InputError, match="--algorithm must be one of sliding_window, streaming, .*, got heavy_hitters"
+        InputError, match=r"--algorithm must be one of sliding_window, streaming, .*, got heavy_hitters"
     ):
         pred.main([*RUN, "--ini_size", "0.3", "--KV_class3", "0.3", "--algorithm", "heavy_hitters"])
     monkeypatch.syspath_prepend(installed)

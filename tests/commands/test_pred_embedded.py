@@ -17,7 +17,7 @@ def test_every_data_set_on_the_embedded_model(tmp_path, monkeypatch):
     """A demo row of each, as pred.py and eval.py run them; only prompts and answers are cut short."""
     for dataset, length in generation_lengths().items():
         monkeypatch.setitem(generation_lengths(), dataset, min(length, 5))
-    monkeypatch.setattr(sources, "prompt_limit", lambda source, config: (500, None))
+    monkeypatch.setattr(sources, "prompt_limit", lambda source, config: (360, None))
     monkeypatch.chdir(tmp_path)
     flags = ["--model", "SmolLM2-135M", "--pred", "Long", "--ini_size", "0.3", "--KV_class3", "0.2"]
     rows = ["--datasets", "all", "--data_dir", str(ROOT / "data/longbench"), "--sample_num", "1"]

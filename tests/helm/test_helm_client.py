@@ -155,7 +155,7 @@ def test_a_crash_is_not_tried_again_either(tiny, monkeypatch):
     ("settings", "said"),
     [
         ({"ini_size": 0.4}, "KV_class3"),
-        (SIZES | {"algorithm": "h20"}, "algorithm must be one of sliding_window, streaming, h2o, got h20"),
+        (SIZES | {"algorithm": "h20"}, "algorithm must be one of sliding_window, streaming, h2o, .*, got h20"),
         (SIZES | {"ini_size": "1e-100000000"}, "ini_size must be a number"),
         (SIZES | {"KV_class3": float("nan")}, "KV_class3 must be a number"),
         (SIZES | {"start_size": 2**63}, "start_size must be a whole number of tokens, 0 or more and at most"),

@@ -78,7 +78,7 @@ def test_chunks_are_a_setting_of_the_run_that_has_them():
         (["--KV_class3", "0.1"], "--KV_class3 is for a squeezed cache"),
         ([*SIZES, "--model_arch", "no_change"], "--model_arch no_change"),
         (["--algorithm", "h2o"], "--algorithm is for a squeezed cache"),
-        ([*SIZES, "--algorithm", "lru"], "--algorithm must be one of sliding_window, streaming, h2o, got lru"),
+        ([*SIZES, "--algorithm", "lru"], "random, got lru (a class of your own is package.module:Class)"),
         ([*SIZES, "--allocation", "even"], "--allocation must be one of"),
         ([*SIZES, "--attn", "flash_attention_2"], "full cache only"),
         (["--compile"], "--compile is for a squeezed cache"),
