@@ -60,6 +60,15 @@ def test_a_prefill_is_shared_only_where_the_same_queries_were_observed():
     assert len({str(tokens) for tokens in found.values()}) == len(methods)
 
 
+def test_what_lies_in_an_empty_slot_is_no_key():
+    keys, positions = torch.randn(2, 6, 8), torch.arange(6).repeat(2, 1)
+    positions[:, 4:] = -1
+    nothing = [torch.empty(2, 0)] * 3
+    found = KeyDiff().score(Tokens(positions, nothing[0], keys, *nothing[1:]))
+    expected = KeyDiff().score(Tokens(positions[:, :4], nothing[0], keys[:, :4], *nothing[1:]))
+    torch.testing.assert_close(found[:, :4], expected)
+
+
 def test_chance_is_fair_and_the_same_again():
     positions = torch.arange(4096).expand(3, -1)
     heads = torch.tensor([[0], [1], [1 << 16]])
