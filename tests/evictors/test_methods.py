@@ -1,8 +1,11 @@
 """Every eviction method against a slow reference in plain words, on models of several kinds; and what it refuses."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import random_model
+from test_patch import left_pad
 
 from squeeze import (
     H2O,
@@ -37,6 +40,26 @@ def test_a_method_holds_what_the_reference_holds(method, name):
     """Ragged batches; budgets that are alike, each head's own, and by similarity; room for everything."""
     model = build(name)
     check_method(model, Reference(model, probe(model).layers), method)
+
+
+@pytest.mark.parametrize(
+    "method", [*METHODS[1:2], *(pytest.param(one, marks=pytest.mark.slow) for one in METHODS)], ids=str
+)
+def test_compiled_steps_give_the_plain_steps_tokens(monkeypatch, method):
+    """In a ragged batch whose buffers fill first and evict later, traced as for PyTorch's compiler."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, found = random_model("llama"), []
+    ids, mask = left_pad(
+        [torch.randint(3, 199, (n,), generator=torch.Generator().manual_seed(n)) for n in (40, 29, 15)]
+    )
+    settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    for compile in (False, True):
+        with squeezed(model, SqueezeConfig(method, budgets=[9, 19, 40, 50, 60], compile=compile)):
+            found.append(model.generate(ids, attention_mask=mask, **settings))
+    assert found[0].equal(found[1])
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_every_built_in_method_is_looked_at():
