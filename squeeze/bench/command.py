@@ -162,7 +162,7 @@ def squeezed_caches(args: argparse.Namespace, algorithm: str, identity: dict[str
         config = with_curves(SqueezeConfig(**fields), sources.run_name(args.model), identity)
         assert config is not None
         if config.calibration is not None:
-            fields["calibration"] = config.calibration.source
+            fields["calibration"] = os.path.abspath(config.calibration.source)  # workers run elsewhere
         caches["" if per == "layer" else f" per {per}"] = fields
     return caches
 

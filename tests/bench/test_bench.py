@@ -141,6 +141,7 @@ def test_budgets_of_heads_beside_those_of_layers(tmp_path, monkeypatch):
     path.write_text(json.dumps(curves))
     [spec] = bench.specs(args, tmp_path / "tiny", tokens, identity)
     assert spec["cache"] == "h2o squeezed per head"
+    assert spec["config"]["calibration"] == str(path), "a worker runs in another folder"
     budgets = np.array(worker.measure(json.loads(json.dumps(spec)), lambda known: None)["budgets"])
     assert budgets.shape == (2, 5, 2) and (budgets.sum(axis=(1, 2)) == 10 * 60 // 5).all()
     assert (np.ptp(budgets, axis=2) > 0).any(), "heads differ"
