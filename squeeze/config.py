@@ -220,7 +220,7 @@ class SqueezeConfig:
 
     def _check_prefill_chunk(self) -> None:
         whole_number("prefill_chunk", self.prefill_chunk, 1, "a whole number of tokens")
-        if self.algorithm is not None and not self.evictor.fixed_slots:
+        if self.algorithm is not None and (self.evictor.scores_prompts or not self.evictor.fixed_slots):
             why = "chooses among the tokens" if self.evictor.scores_prompts else "gives slots by the length"
             raise InputError(
                 f"prefill_chunk cannot be used with {self.algorithm}, which {why} of the whole prompt: "

@@ -387,10 +387,8 @@ class SqueezeLayer(CacheLayerMixin):
         A row that is shorter repeats its last slot; `empty` tells which are there.
         """
         if self.layout.alike:
-            longest, rows = (
-                self.seen[0].longest,
-                buffer.view(self.layout.batch, self.layout.heads, -1, *buffer.shape[1:]),
-            )
+            longest = self.seen[0].longest
+            rows = buffer.view(self.layout.batch, self.layout.heads, -1, *buffer.shape[1:])
             return rows if longest is None else rows.narrow(2, 0, longest)
         return buffer[self._padded_slots()]
 

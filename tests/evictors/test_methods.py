@@ -83,6 +83,14 @@ def test_a_prefill_is_shared_only_where_the_same_queries_were_observed():
     assert len({str(tokens) for tokens in found.values()}) == len(methods)
 
 
+def test_a_method_that_observes_the_prompt_takes_no_chunks():
+    class Observer(SlidingWindow):
+        observed = 3
+
+    with pytest.raises(InputError, match="which chooses among the tokens of the whole prompt"):
+        SqueezeConfig(Observer(), allocation=Uniform(0.5), prefill_chunk=8)
+
+
 def test_what_lies_in_an_empty_slot_is_no_key():
     keys, positions = torch.randn(2, 6, 8), torch.arange(6).repeat(2, 1)
     positions[:, 4:] = -1
