@@ -4,6 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from squeeze.evictors.base import Evictor
+
+
+class BestScores(Evictor):
+    """A method that keeps the tokens with the highest scores, in the prompt and afterwards; what they are, it says."""
+
+    needs_scores = True
+
+    def keep(self, length: int, budget: int, scores: torch.Tensor) -> torch.Tensor:
+        """Positions of the highest scores, ascending: `(kv_heads, kept)`."""
+        return keep_best(length, budget, scores)
+
+    def slot(
+        self, position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
+    ) -> torch.Tensor:
+        """Slot for the token at `position`: a free one, or that of the lowest score."""
+        lowest = scores.masked_fill(held < 0, torch.inf).argmin(dim=-1)
+        return lowest.where(position >= budget, position)
+
 
 def keep_best(length: int, budget: int, scores: torch.Tensor, recent: int = 0) -> torch.Tensor:
     """Positions of a prompt's `recent` last tokens, and of the highest scores before them, ascending.
@@ -18,14 +37,6 @@ def keep_best(length: int, budget: int, scores: torch.Tensor, recent: int = 0) -
         return positions
     best = scores[:, : length - recent].topk(budget - recent, dim=-1).indices.sort(dim=-1).values
     return torch.cat([best, positions[:, length - recent :]], dim=1)
-
-
-def slot_of_lowest(
-    position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
-) -> torch.Tensor:
-    """The next free slot, or that of the token with the lowest score: see `Evictor.slot`."""
-    lowest = scores.masked_fill(held < 0, torch.inf).argmin(dim=-1)
-    return lowest.where(position >= budget, position)
 
 
 def slot_of_oldest(

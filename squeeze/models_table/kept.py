@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from squeeze.evictors import Evictor
 
 
-class Kept:
+class Kept(ABC):
     """The positions that one attention layer holds for one sequence.
 
     A method says which tokens may leave (`candidates`) and what each is worth (`worth`); those worth least leave.
@@ -54,9 +55,9 @@ class Kept:
         """Of ascending positions, the last one the newest token's, those that may leave."""
         return positions
 
+    @abstractmethod
     def worth(self, head: int, positions: list[int]) -> list[float]:
         """What positions are worth to a head that holds no others."""
-        raise NotImplementedError
 
     def first_seen(self, position: int) -> int:
         """The first token that the layer's own attention shows to the one at `position`."""
