@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,11 @@ if TYPE_CHECKING:
     from squeeze.evictors import Evictor
 
 
-class Kept(ABC):
+class Kept:
     """The positions that one attention layer holds for one sequence.
 
-    A method says which tokens may leave (`candidates`) and what each is worth (`worth`); those worth least leave.
+    A method says which tokens may leave (`candidates`) and what each is worth (`worth`); those worth least leave. By
+    itself it is a sliding window: any may leave, and the oldest does.
 
     Args:
         evictor: a built-in one.
@@ -55,9 +55,9 @@ class Kept(ABC):
         """Of ascending positions, the last one the newest token's, those that may leave."""
         return positions
 
-    @abstractmethod
     def worth(self, head: int, positions: list[int]) -> list[float]:
         """What positions are worth to a head that holds no others."""
+        return list(map(float, positions))
 
     def first_seen(self, position: int) -> int:
         """The first token that the layer's own attention shows to the one at `position`."""
@@ -85,14 +85,7 @@ class Kept(ABC):
         return [position for position in positions if position not in gone]
 
 
-class Recent(Kept):
-    """A sliding window: the oldest leaves."""
-
-    def worth(self, head: int, positions: list[int]) -> list[float]:
-        return list(map(float, positions))
-
-
-class Sinks(Recent):
+class Sinks(Kept):
     """StreamingLLM: the oldest leaves but for the first ones."""
 
     def candidates(self, head: int, positions: list[int]) -> list[int]:
@@ -234,7 +227,7 @@ def split_mix(state: int, seed: int) -> float:
 
 
 METHODS: dict[str, type[Kept]] = {
-    "sliding_window": Recent,
+    "sliding_window": Kept,
     "streaming": Sinks,
     "h2o": HeavyHitters,
     "snapkv": Votes,
