@@ -13,17 +13,21 @@ from squeeze.errors import InputError
 
 if TYPE_CHECKING:
     from squeeze.allocations.base import Allocation, Budgets, PromptFacts
+    from squeeze.allocations.cake import Cake
     from squeeze.allocations.calibrated import Calibrated
     from squeeze.allocations.calibration import read_calibration
     from squeeze.allocations.explicit import Explicit
+    from squeeze.allocations.linear import Linear
     from squeeze.allocations.measured import Measured
     from squeeze.allocations.paper import Paper
+    from squeeze.allocations.pyramid import Pyramid
     from squeeze.allocations.squeeze import Squeeze
     from squeeze.allocations.squeeze_log import SqueezeLog
     from squeeze.allocations.totals import conserve
     from squeeze.allocations.uniform import Uniform
     from squeeze.engine.patch import squeezed
-    from squeeze.evictors.base import Evictor, Tokens
+    from squeeze.evictors.base import Evictor, Future, Tokens
+    from squeeze.evictors.expected_attention import ExpectedAttention
     from squeeze.evictors.h2o import H2O
     from squeeze.evictors.keydiff import KeyDiff
     from squeeze.evictors.knorm import KNorm
@@ -38,12 +42,14 @@ if TYPE_CHECKING:
 MODULES = {
     "squeezed": "engine.patch",
     "Evictor": "evictors.base",
+    "Future": "evictors.base",
     "Tokens": "evictors.base",
     "SlidingWindow": "evictors.sliding_window",
     "StreamingLLM": "evictors.streaming",
     "H2O": "evictors.h2o",
     "SnapKV": "evictors.snapkv",
     "TOVA": "evictors.tova",
+    "ExpectedAttention": "evictors.expected_attention",
     "KNorm": "evictors.knorm",
     "KeyDiff": "evictors.keydiff",
     "LagKV": "evictors.lagkv",
@@ -53,6 +59,9 @@ MODULES = {
     "PromptFacts": "allocations.base",
     "Uniform": "allocations.uniform",
     "Explicit": "allocations.explicit",
+    "Cake": "allocations.cake",
+    "Linear": "allocations.linear",
+    "Pyramid": "allocations.pyramid",
     "Squeeze": "allocations.squeeze",
     "SqueezeLog": "allocations.squeeze_log",
     "Paper": "allocations.paper",
@@ -67,16 +76,21 @@ __all__ = [
     "TOVA",
     "Allocation",
     "Budgets",
+    "Cake",
     "Calibrated",
     "Evictor",
+    "ExpectedAttention",
     "Explicit",
+    "Future",
     "InputError",
     "KNorm",
     "KeyDiff",
     "LagKV",
+    "Linear",
     "Measured",
     "Paper",
     "PromptFacts",
+    "Pyramid",
     "Random",
     "SlidingWindow",
     "SnapKV",

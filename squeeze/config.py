@@ -231,7 +231,7 @@ class SqueezeConfig:
                 f"prefill_chunk cannot be used with the allocation {self.allocation}, which prefills the whole "
                 "prompt: leave it out, or take the allocation calibrated"
             )
-        if self.allocator.needs == "similarities":
+        if self.allocator.needs_prefill:
             other = "take another allocation"
             if "KV_class3" in self.sizes:
                 other = f"make KV_class3 equal to ini_size ({float(self.share):g})"

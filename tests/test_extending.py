@@ -6,7 +6,6 @@ import re
 import shlex
 import sys
 import tomllib
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -32,8 +31,8 @@ COMMANDS = [
     if language == "bash"
     for line in text.replace("\\\n", " ").splitlines()
 ]
-EVICTOR, ALLOCATION = "my_evictor:HeavyHitters(recent=16)", "my_allocation:Pyramid(slope=0.8)"
-EVICTOR_FOLDER, ALLOCATION_FOLDER = "my_evictor_HeavyHitters_recent=16", "my_allocation_Pyramid_slope=0.8"
+EVICTOR, ALLOCATION = "my_evictor:HeavyHitters(recent=16)", "my_allocation:FirstWhole(whole=2)"
+EVICTOR_FOLDER, ALLOCATION_FOLDER = "my_evictor_HeavyHitters_recent=16", "my_allocation_FirstWhole_whole=2"
 SETTINGS = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 PROMPT = torch.arange(3, 190)[None]
 RUN = ["--model", "tiny", "--data_dir", "data", "--device", "cpu", "--dtype", "float32", "--enable_squeeze"]
@@ -92,7 +91,7 @@ def test_the_pages_commands(place, capsys):
     assert runs == {"full", "0.2/20", f"{ALLOCATION_FOLDER}/0.2"} | own
     found = settings_of(root / EVICTOR_FOLDER / ALLOCATION_FOLDER / "0.2")
     assert found["algorithm"] == EVICTOR and found["algorithm_parameters"] == {"recent": 16}
-    assert found["allocation"] == ALLOCATION and found["allocation_parameters"] == {"slope": 0.8}
+    assert found["allocation"] == ALLOCATION and found["allocation_parameters"] == {"whole": 2}
     assert found["ini_size"] == 0.2 and "KV_class3" not in found and "start_size" not in found
     assert json.loads(Path(root / EVICTOR_FOLDER / "0.2/20/result.json").read_text()).keys() == {"samsum"}
     page = Path("report/index.html").read_text()
@@ -128,9 +127,9 @@ def test_the_pages_python(place, monkeypatch):
     [block] = [text for language, text in BLOCKS if language == "python" and text not in FILES.values()]
     seen = {"model": random_model("llama"), "inputs": {"input_ids": PROMPT}}
     exec(block, seen)
-    expected = [Fraction(4, 10) * 187 * (1 + Fraction(1, 2) * (1 - Fraction(layer, 2))) for layer in range(5)]
+    expected = [187, *[(2 * 187 - 187) / 4] * 4]
     budgets = seen["run"].budgets[0].tolist()
-    assert sum(budgets) == int(5 * Fraction(4, 10) * 187)
+    assert sum(budgets) == 2 * 187
     assert all(abs(tokens - share) < 1 for tokens, share in zip(budgets, expected, strict=True))
     assert seen["tokens"].shape == (1, 187 + 8)
 
@@ -151,17 +150,20 @@ def test_a_package_that_registers_them(place, monkeypatch):
     ):
         pred.main([*RUN, "--ini_size", "0.3", "--KV_class3", "0.3", "--algorithm", "heavy_hitters"])
     monkeypatch.syspath_prepend(installed)
-    for algorithm, allocation in (("heavy_hitters( recent = 16 )", "pyramid"), (EVICTOR, "my_allocation:Pyramid")):
+    for algorithm, allocation in (
+        ("heavy_hitters( recent = 16 )", "first_whole"),
+        (EVICTOR, "my_allocation:FirstWhole"),
+    ):
         pred.main([*RUN, "--ini_size", "0.3", "--algorithm", algorithm, "--allocation", allocation])
-    named, spelled = "heavy_hitters_recent=16/pyramid/0.3", f"{EVICTOR_FOLDER}/my_allocation_Pyramid/0.3"
+    named, spelled = "heavy_hitters_recent=16/first_whole/0.3", f"{EVICTOR_FOLDER}/my_allocation_FirstWhole/0.3"
     assert predictions(f"pred_Long/tiny/{named}") == predictions(f"pred_Long/tiny/{spelled}")
     found = settings_of(f"pred_Long/tiny/{named}")
-    assert found["algorithm"] == "heavy_hitters(recent=16)" and found["allocation_parameters"] == {"slope": 0.5}
+    assert found["algorithm"] == "heavy_hitters(recent=16)" and found["allocation_parameters"] == {"whole": 1}
     with pytest.raises(InputError, match="got heavy_hiters: did you mean heavy_hitters"):
         SqueezeConfig("heavy_hiters", 0.3, 0.3)
     Path("grid.yaml").write_text(
         "{model: tiny, data_dir: data, device: cpu, dtype: float32, ini_size: 0.3, "
-        "algorithm: heavy_hitters(recent=16), allocation: pyramid}"
+        "algorithm: heavy_hitters(recent=16), allocation: first_whole}"
     )
     before = Path(f"pred_Long/tiny/{named}/run.json").read_bytes()
     sweep.sweep(["grid.yaml"])
@@ -171,12 +173,12 @@ def test_a_package_that_registers_them(place, monkeypatch):
 
 
 def test_a_default_that_changes_is_another_run(place):
-    flags = [*RUN, "--ini_size", "0.3", "--allocation", "my_allocation:Pyramid"]
+    flags = [*RUN, "--ini_size", "0.3", "--allocation", "my_allocation:FirstWhole"]
     pred.main(flags)
     source = Path("my_allocation.py").read_text()
-    Path("my_allocation.py").write_text(source.replace("slope: float = 0.5", "slope: float = 0.25"))
+    Path("my_allocation.py").write_text(source.replace("whole: int = 1", "whole: int = 2"))
     del sys.modules["my_allocation"]
-    with pytest.raises(InputError, match=r'holds a run with allocation_parameters \{"slope": 0.5\}'):
+    with pytest.raises(InputError, match=r'holds a run with allocation_parameters \{"whole": 1\}'):
         pred.main(flags)
 
 
@@ -189,7 +191,7 @@ def test_a_configuration_travels_by_its_names(place):
         del sys.modules[name]
     back = pickle.loads(sent)
     assert back.config == job.config and not {"my_evictor", "my_allocation"} & set(sys.modules)
-    assert str(back.config.evictor) == EVICTOR and back.config.allocator.slope == 0.8
+    assert str(back.config.evictor) == EVICTOR and back.config.allocator.whole == 2
 
 
 def test_objects_are_what_names_are():

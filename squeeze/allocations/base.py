@@ -19,7 +19,7 @@ from squeeze.evictors.base import Evictor
 from squeeze.numbers import parse_fraction, shown
 from squeeze.registry import Strategy, fields_of
 
-Needs = Literal["nothing", "similarities", "loss_curves"]
+Needs = Literal["nothing", "similarities", "attention", "loss_curves"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,18 @@ class LossCurves(NamedTuple):
 
     multiples: Sequence[Fraction]
     losses: np.ndarray
+
+
+class Spread(NamedTuple):
+    """How a prompt's last queries spread their attention over the tokens before them, in each layer.
+
+    Args:
+        entropy: of their probabilities, in nats, summed over queries and query heads, `(layers,)`.
+        variance: of a token's probabilities over the queries, summed over tokens and query heads, `(layers,)`.
+    """
+
+    entropy: np.ndarray
+    variance: np.ndarray
 
 
 class CachedLayer(Protocol):
@@ -124,6 +136,7 @@ class PromptFacts:
         widths: numbers of one token's keys and values in each layer, all heads.
         minimum: the fewest tokens the eviction method works with.
         similarities: importance of each layer, `(layers,)`, where the allocation needs it (`squeeze.importance`).
+        spread: of the attention of the last queries, where the allocation needs it.
         curves: measured on this prompt's own last tokens, where the allocation needs them.
     """
 
@@ -133,6 +146,7 @@ class PromptFacts:
     widths: tuple[int, ...]
     minimum: int
     similarities: np.ndarray | None = None
+    spread: Spread | None = None
     curves: LossCurves | None = None
 
     @classmethod
@@ -142,18 +156,20 @@ class PromptFacts:
         length: int,
         max_new_tokens: int,
         minimum: int,
-        similarities: np.ndarray | None = None,
-        curves: LossCurves | None = None,
+        **measured: Any,
     ) -> PromptFacts:
-        """Facts about a prompt of `length` tokens in a model with these layers."""
+        """Facts about a prompt of `length` tokens in a model with these layers.
+
+        Args:
+            measured: `similarities`, `spread` or `curves`, where the allocation needs them.
+        """
         return cls(
             length=length,
             caps=tuple(layer.reach(length + max_new_tokens) for layer in layers),
             reach=reach(layers, length),
             widths=tuple(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers),
             minimum=minimum,
-            similarities=similarities,
-            curves=curves,
+            **measured,
         )
 
     @property
@@ -181,13 +197,15 @@ class Allocation(Strategy, ABC):
 
     Attributes:
         by_head: whether it can make budgets of KV heads, each of which stands in `PromptFacts` as a layer then.
-        needs: `similarities` of the prompt, which are known at the end of its prefill; `loss_curves`, which cost
-            several prefills; or `nothing` beside the prompt's length.
+        needs: `similarities` of the prompt, or the spread of its last queries' `attention`, which are known at the end
+            of its prefill; `loss_curves`, which cost several prefills; or `nothing` beside the prompt's length.
+        observed: how many of the last queries, for an allocation that needs their attention.
         ini_size: budget of every layer before some give tokens to others, as a fraction of `PromptFacts.reach`.
     """
 
     by_head: bool = False
     needs: Needs = "nothing"
+    observed: int = 0
     ini_size: Fraction
 
     def __init_subclass__(cls, **more: Any) -> None:
@@ -206,6 +224,11 @@ class Allocation(Strategy, ABC):
             if not 0 < class3 <= self.ini_size:
                 raise InputError(f"KV_class3 must be in (0, ini_size = {float(self.ini_size):g}], got {shown(given)}")
             object.__setattr__(self, "class3", class3)
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether budgets are known at the end of the prefill, and not before it."""
+        return self.needs in ("similarities", "attention")
 
     @property
     def size(self) -> Fraction | None:

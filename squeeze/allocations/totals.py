@@ -33,6 +33,23 @@ def conserve(
     return Budgets(round_to(bounded(shares, facts, takers), total, facts.weights), classes, notes)
 
 
+def divide(parts: Sequence[Fraction], ini_size: Fraction, facts: PromptFacts) -> Budgets:
+    """Budgets of the total of uniform ones, of which every layer first gets its least, and then its part.
+
+    Args:
+        parts: of each layer, in any unit: what it gets above its least goes by them, times its reach above it.
+        ini_size: budget of every layer in uniform ones, as a fraction of its reach.
+    """
+    uniform = [ini_size * tokens for tokens in facts.reach]
+    above = [max(tokens - least, 0) for tokens, least in zip(facts.reach, facts.least, strict=True)]
+    wanted = [part * tokens for part, tokens in zip(parts, above, strict=True)]
+    left = weigh(uniform, facts) - weigh(facts.least, facts)
+    if left <= 0 or not any(wanted):
+        return conserve(uniform, facts)
+    scale = left / weigh(wanted, facts)
+    return conserve([least + tokens * scale for least, tokens in zip(facts.least, wanted, strict=True)], facts)
+
+
 def weigh(tokens: Sequence[Fraction | int], facts: PromptFacts) -> Fraction:
     """The total of some tokens in each layer."""
     return sum((Fraction(count) * weight for count, weight in zip(tokens, facts.weights, strict=True)), Fraction(0))

@@ -124,6 +124,39 @@ def prefill(
     return output, scores
 
 
+@torch.no_grad()
+def spread(queries: torch.Tensor, keys: torch.Tensor, lengths: Sequence[int], rule: Rule, count: int) -> torch.Tensor:
+    """How the last `count` queries of left-padded prompts spread their attention over the tokens before these.
+
+    Returns:
+        `(batch, 2)` float32: the entropy of their probabilities, in nats, summed over queries and heads; and the
+        variance of each token's probabilities over the queries, summed over tokens and heads (CAKE, arXiv 2503.12491,
+        section 4.1).
+    """
+    found = queries.new_zeros(len(lengths), 2, dtype=torch.float32)
+    group = queries.shape[1] // keys.shape[1]
+    for row, length in enumerate(lengths):
+        places = torch.arange(length, device=keys.device)
+        hidden = rule.hidden(places[-count:], places)
+        if length <= count:
+            continue
+        for head in range(keys.shape[1]):  # one at a time: all of them together are as large as a layer's cache
+            own = queries[row, head * group : (head + 1) * group, -count:] * rule.scale
+            logits = (own @ keys[row, head, -length:].T).float()
+            if rule.softcap is not None:
+                logits = (logits / rule.softcap).tanh() * rule.softcap
+            logits.masked_fill_(hidden, -torch.inf)
+            if rule.sinks is None:
+                probabilities = logits.softmax(dim=-1)
+            else:
+                sinks = rule.sinks[head * group : (head + 1) * group].view(-1, 1, 1)
+                probabilities = softmax_with_sinks_(logits, sinks)
+            before = probabilities[..., :-count]
+            found[row, 0] -= torch.xlogy(before, before).sum()
+            found[row, 1] += before.var(dim=1).sum()
+    return found
+
+
 def _fused(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, rule: Rule
 ) -> torch.Tensor:

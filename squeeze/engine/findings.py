@@ -14,6 +14,7 @@ from squeeze.engine.residual import Residual
 from squeeze.engine.rotation import Encoding, Rotation
 from squeeze.errors import InputError
 from squeeze.evictors import Evictor
+from squeeze.evictors.base import Future
 from squeeze.models.rope import length_dependent
 
 
@@ -144,6 +145,7 @@ def squeezable(
     evictor: Evictor,
     *,
     similarities: bool = False,
+    attention: bool = False,
     per_head: bool = False,
     prefill_chunk: int | None = None,
 ) -> None:
@@ -151,13 +153,14 @@ def squeezable(
 
     Args:
         similarities: whether budgets depend on how much attention changes the residual stream.
+        attention: whether they depend on how the last queries of a prompt attend.
         per_head: whether KV heads have budgets of their own.
         prefill_chunk: tokens of the prompt that are prefilled at a time; None: all of them.
     Raises:
         InputError: it cannot; the sentence says why.
     """
     config = findings.decoder.config.get_text_config(decoder=True)
-    kind = config.model_type
+    kind, expects = config.model_type, isinstance(evictor.observed, Future)
     if per_head and evictor.heads_agree:
         raise InputError(
             f"KV heads cannot have budgets of their own with {evictor}, by which all heads of a layer keep the same "
@@ -177,8 +180,13 @@ def squeezable(
                 f"{evictor} looks at keys, and {kind} caches something else that its attention makes them from "
                 f"({layer.name})"
             )
+        unknown = "are in the keys in a way not known"
+        if expects and not layer.interface:
+            raise InputError(f"{evictor} looks at queries, and {kind} computes attention by itself ({layer.name})")
+        if expects and layer.encoding == "unknown":
+            raise InputError(f"{evictor} moves queries, and positions of {kind} {unknown} ({layer.name})")
         if evictor.sinks and layer.encoding in ("absolute", "unknown"):
-            how = "are added to the tokens" if layer.encoding == "absolute" else "are in the keys in a way not known"
+            how = "are added to the tokens" if layer.encoding == "absolute" else unknown
             raise InputError(f"{evictor} moves sink tokens, and positions of {kind} {how} ({layer.name})")
         for name in ("window", "chunk"):
             reach = getattr(layer, name)
@@ -192,6 +200,11 @@ def squeezable(
                 f"how attention of {kind} enters the residual stream was not found ({layer.name}): "
                 "take an allocation that needs no similarities, such as uniform or calibrated"
             )
+        if attention and not layer.interface:
+            raise InputError(
+                f"{kind} computes attention by itself ({layer.name}), and shows none to make budgets from: take "
+                "another allocation, such as uniform or calibrated"
+            )
         if prefill_chunk is not None and not layer.interface:
             raise InputError(
                 f"prefill_chunk cannot be used with {kind}, whose own code makes the masks of its attention, for a "
@@ -203,9 +216,9 @@ def squeezable(
                 "chunk's state: leave it out"
             )
     changing = length_dependent(config)
-    if evictor.sinks and changing and any(layer.rotation for layer in findings.layers):
-        rope = changing[0]["rope_type"]
+    if (evictor.sinks or expects) and changing and any(layer.rotation for layer in findings.layers):
+        rope, what = changing[0]["rope_type"], "queries" if expects else "sink tokens"
         raise InputError(
-            f"{evictor} moves sink tokens by fixed angles, and those of this {kind}'s RoPE, which is of type {rope}, "
+            f"{evictor} moves {what} by fixed angles, and those of this {kind}'s RoPE, which is of type {rope}, "
             "depend on a sequence's length"
         )

@@ -18,7 +18,9 @@ from transformers import AttentionInterface, PretrainedConfig
 from squeeze.engine import attention
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.compiling import Compiled
+from squeeze.engine.expected import expected_attention
 from squeeze.engine.layer import SqueezeLayer, as_autocast
+from squeeze.evictors.base import Future
 
 #: The function's name in the AttentionInterface.
 NAME = "squeeze"
@@ -127,10 +129,16 @@ def attend(
             attended = attention.decode(query.to(key.dtype), key, value, layer, rule, own)
             return attended.to(query.dtype).transpose(1, 2), None
         reading, observed = layer.reading, layer.evictor.observed if own else 0
+        future = observed if isinstance(observed, Future) else None
+        now = 0 if isinstance(observed, Future) else observed
         attended, scores = attention.prefill(
-            query, key, value, layer.places, reading.lengths, rule, fused=reading.fused, observed=observed
+            query, key, value, layer.places, reading.lengths, rule, fused=reading.fused, observed=now
         )
         if own and layer.pending is not None:  # DiffLlama attends twice
+            if future is not None:
+                scores = expected_attention(query, key, reading.lengths, scale, facts.rotation, future)
+            if reading.looking:
+                layer.spread = attention.spread(query, key, reading.lengths, rule, reading.looking)
             layer.take(scores)
     return attended.transpose(1, 2), None
 

@@ -71,6 +71,7 @@ class Reading:
             filled. None: when all layers are.
         most: see `SqueezeLayer.compress`.
         fused: whether attention may use PyTorch's fused kernel.
+        looking: of the prompts' last queries, how many have the spread of their attention measured.
     """
 
     seen: Sequence[int]
@@ -78,6 +79,7 @@ class Reading:
     budgets: np.ndarray | None
     most: Sequence[int] | None
     fused: bool
+    looking: int = 0
 
 
 class Seen(NamedTuple):
@@ -123,6 +125,7 @@ class SqueezeLayer(CacheLayerMixin):
         shared: whether other attention modules look at the layer as well (Gemma 3n).
         reading: the prompts under way; None in decode steps.
         pending: keys and values of the pass, between `update` and `take`.
+        spread: entropy and variance of the attention that was looked at, `(batch, 2)`; no elements where none was.
         places: of each sequence, the positions of the keys that `update` has returned, `(keys,)`, for some heads after
             the others.
         position: that the decode step under way gives the new token of each row's sequence, int64, `(rows, 1)`; here
@@ -156,6 +159,7 @@ class SqueezeLayer(CacheLayerMixin):
         self.slot_positions = torch.empty(0, dtype=torch.int32)
         self.reading: Reading | None = None
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.spread = torch.empty(0)
         self.places: list[list[tuple[int, torch.Tensor]]] = []
         self.order: torch.Tensor | None = None
 

@@ -17,6 +17,7 @@ from squeeze.engine.findings import AttentionLayer
 from squeeze.engine.interface import current_cache
 from squeeze.engine.layer import SqueezeLayer
 from squeeze.errors import InputError
+from squeeze.evictors.base import Future
 
 
 def listen(facts: AttentionLayer) -> Callable[[], None]:
@@ -73,6 +74,7 @@ def _take(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if layer.reading is not None:
             lengths = torch.tensor(layer.reading.lengths, device=probabilities.device)[:, None]
             tokens = probabilities.shape[2]
+            assert not isinstance(observed, Future), "refused for a model whose queries are not known"
             asking = lengths if observed is None else lengths.clamp(max=observed)
             others = torch.arange(tokens, device=probabilities.device) < tokens - asking
             probabilities = probabilities.masked_fill(others[:, None, :, None], 0.0)

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from squeeze.allocations.base import LossCurves
+from squeeze.allocations.base import LossCurves, Spread
 from squeeze.devices import section
 from squeeze.engine import states
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.interface import current_cache
 from squeeze.engine.layer import Reading, autocast_dtype
 from squeeze.engine.residual import Residual
+from squeeze.evictors.base import Future
 from squeeze.importance import similarity
 
 
@@ -57,10 +58,11 @@ class KeptPrefill:
         autocast: its dtype; None where it was off.
         prompt_lengths: tokens of each sequence, padding excluded.
         attn: prefill attention, as in `SqueezeConfig`.
-        observed: of the prompts' last queries, how many gave the scores; None: all.
+        observed: the queries that gave the scores, as in `Evictor`.
         layers: keys, values and scores of each attention layer, see `SqueezeLayer`.
         states: of the layers that are no attention, see `squeeze.engine.states`.
         similarities: of each layer, `(batch,)` float32; none where they were not measured.
+        spreads: of the attention of how many last queries, and of each layer, `(batch, 2)`; see `attention.spread`.
         output: the decoder's, `(batch, tokens, hidden)`.
         made: the class of the decoder's output.
         seconds: that the pass took.
@@ -71,10 +73,11 @@ class KeptPrefill:
     autocast: torch.dtype | None
     prompt_lengths: list[int]
     attn: str
-    observed: int | None
+    observed: int | Future | None
     layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     states: dict[int, dict[str, Any]]
     similarities: list[torch.Tensor]
+    spreads: tuple[int, list[torch.Tensor]]
     output: torch.Tensor
     made: Callable[..., ModelOutput]
     seconds: float = 0.0
@@ -88,6 +91,7 @@ class Prefill:
         cache: that is filled; it has begun with the prompts.
         attn: prefill attention, as in `SqueezeConfig`.
         measured: whether similarities are.
+        looking: of the prompts' last queries, how many have the spread of their attention measured.
         chunk: columns of a chunk; None where the prompts are read in one pass.
         shared: whether the prefill is kept for other configurations, and may be taken over from one that was.
         kept: the prefill that is taken over, and at the end the one to keep.
@@ -106,6 +110,7 @@ class Prefill:
     cache: SqueezeCache
     attn: str
     measured: bool = False
+    looking: int = 0
     chunk: int | None = None
     shared: bool = False
     kept: KeptPrefill | None = None
@@ -118,8 +123,8 @@ class Prefill:
     similarities: list[list[torch.Tensor]] = field(default_factory=list)
 
     @property
-    def observed(self) -> int | None:
-        """Of the prompts' last queries, how many the evictor observes; None: all."""
+    def observed(self) -> int | Future | None:
+        """The queries that the evictor observes."""
         return self.cache.squeezed[0].evictor.observed
 
     def begin_chunk(self, start: int, end: int) -> None:
@@ -132,7 +137,7 @@ class Prefill:
         for index, layer in enumerate(cache.squeezed):
             budgets = None if self.budgets is None else self.budgets[index]
             most = None if self.most is None else self.most[index]
-            layer.reading = Reading(seen, self.lengths, budgets, most, self.attn != "eager")
+            layer.reading = Reading(seen, self.lengths, budgets, most, self.attn != "eager", self.looking)
         cache.seen = start
 
     @contextmanager
@@ -173,6 +178,7 @@ class Prefill:
         return (
             (kept.prompt_lengths, kept.attn, kept.observed, kept.autocast) == settings
             and (bool(kept.similarities) or not self.measured)
+            and self.looking in (0, kept.spreads[0])
             and torch.equal(kept.inputs, inputs)
             and _alike(kept.positions, positions)
         )
@@ -181,6 +187,8 @@ class Prefill:
         """Fill the layers from a kept prefill, in place of a forward pass."""
         for layer, contents in zip(self.cache.squeezed, kept.layers, strict=True):
             layer.fill(*contents)
+        for layer, spread in zip(self.cache.squeezed, kept.spreads[1], strict=True):
+            layer.spread = spread
         states.restore(self.cache.layers, kept.states)
         self.similarities, self.shared_seconds = [kept.similarities], kept.seconds
 
@@ -199,11 +207,19 @@ class Prefill:
             [layer.contents for layer in cache.squeezed],
             states.copied(cache.layers),
             self.similarities[0],
+            (self.looking, [layer.spread for layer in cache.squeezed]),
             output.last_hidden_state,
             type(output),
             seconds,
         )
         return self.kept
+
+    def spreads(self) -> list[Spread] | None:
+        """How the last queries of each sequence spread their attention; None where nobody has looked at it."""
+        found = [layer.spread for layer in self.cache.squeezed]
+        if not self.looking or not all(spread.numel() for spread in found):
+            return None
+        return [Spread(*of_row) for of_row in torch.stack([spread.cpu() for spread in found], dim=2).numpy()]
 
     def mean_similarities(self) -> np.ndarray | None:
         """Mean cosine similarities over all chunks, `(batch, layers)` float32; None where they are not measured."""

@@ -110,12 +110,13 @@ class SqueezedModel:
         evictor = config.evictor
         config.check_scores(evictor)
         config.allocator.check(algorithm, evictor, sum(self.kv_heads) if config.per == "head" else len(self.layers))
-        similar, per_head = config.allocator.needs == "similarities", config.per != "layer"
+        needed = {need: config.allocator.needs == need for need in ("similarities", "attention")}
+        per_head = config.per != "layer"
         if isinstance(config.allocator, Explicit):
             config.allocator.check_heads(self.kv_heads)
             per_head = per_head or config.allocator.per_head
         chunk = config.prefill_chunk
-        squeezable(self.findings, evictor, similarities=similar, per_head=per_head, prefill_chunk=chunk)
+        squeezable(self.findings, evictor, per_head=per_head, prefill_chunk=chunk, **needed)
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
         if config.attn != "auto" and not all(layer.interface for layer in self.layers):
@@ -227,6 +228,7 @@ class SqueezedModel:
         if cache.whole:
             return prefill
         prefill.chunk = config.prefill_chunk
+        prefill.looking = config.allocator.observed if config.allocator.needs == "attention" else 0
         known = all(layer.residual is not None for layer in self.layers)
         prefill.measured = known and not isinstance(config.allocator, Explicit)
         if plain and self.share_prefills and inputs is not None and prefill.chunk is None:
@@ -235,7 +237,7 @@ class SqueezedModel:
                 prefill.kept = self.kept_prefill
             self.kept_prefill = None  # let go of another one before this one is made
         prefill.losses = self._loss_curves(cache.prompt_lengths, inputs)
-        if config.allocator.needs != "similarities" and not prefill.shared:
+        if not config.allocator.needs_prefill and not prefill.shared:
             prefill.budgets = self._by_layer(self._allocated(cache, prefill, None))
             prefill.most = self._most(cache)
         return prefill
@@ -265,12 +267,14 @@ class SqueezedModel:
     def _allocated(self, cache: SqueezeCache, prefill: Prefill, similarities: np.ndarray | None) -> list[Budgets]:
         """Budgets of each sequence; `similarities` are `(batch, layers)`, or None where budgets do not need them."""
         with section("importance", self.model.device):
+            spreads = prefill.spreads()
             return [
                 self._allocate(
-                    None if prefill.losses is None else prefill.losses[row],
-                    None if similarities is None else similarities[row],
                     length,
                     cache.max_new_tokens,
+                    None if similarities is None else similarities[row],
+                    spread=None if spreads is None else spreads[row],
+                    curves=None if prefill.losses is None else prefill.losses[row],
                 )
                 for row, length in enumerate(cache.prompt_lengths)
             ]
@@ -299,9 +303,7 @@ class SqueezedModel:
         ]
         return [LossCurves(loss_curves.MULTIPLES, of_prompt) for of_prompt in losses]
 
-    def _allocate(
-        self, losses: LossCurves | None, similarities: np.ndarray | None, length: int, max_new_tokens: int
-    ) -> Budgets:
+    def _allocate(self, length: int, max_new_tokens: int, similarities: np.ndarray | None, **measured: Any) -> Budgets:
         allocation = self.config.allocator
         per_head = self.config.per == "head"
         facts = PromptFacts.of(
@@ -309,8 +311,8 @@ class SqueezedModel:
             length,
             max_new_tokens,
             self.evictor.minimum_budget,
-            similarities if allocation.needs == "similarities" else None,
-            losses,
+            similarities=similarities if allocation.needs == "similarities" else None,
+            **measured,
         )
         budgets = allocation.allocate(facts)
         check_budgets(budgets, facts, allocation)

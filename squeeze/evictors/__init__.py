@@ -16,6 +16,7 @@ EVICTORS: Registry[Evictor] = Registry(
         "h2o": "squeeze.evictors.h2o:H2O",
         "snapkv": "squeeze.evictors.snapkv:SnapKV",
         "tova": "squeeze.evictors.tova:TOVA",
+        "expected_attention": "squeeze.evictors.expected_attention:ExpectedAttention",
         "knorm": "squeeze.evictors.knorm:KNorm",
         "keydiff": "squeeze.evictors.keydiff:KeyDiff",
         "lagkv": "squeeze.evictors.lagkv:LagKV",

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from squeeze.registry import Strategy
 
 if TYPE_CHECKING:
     import torch
+
+
+class Future(NamedTuple):
+    """Attention that is expected of queries to come, and not observed.
+
+    Args:
+        tokens: after the prompt; their queries are taken to be distributed as the prompt's, at their own positions.
+        skipped: tokens at the start of the prompt whose queries are left out.
+    """
+
+    tokens: int
+    skipped: int
 
 
 @dataclass(frozen=True)
@@ -22,8 +34,8 @@ class Tokens:
         keys: after RoPE, at their original positions, `(rows, tokens, head_dim)`.
         values: `(rows, tokens, value_dim)`.
         attention: probabilities that the queries of `Evictor.observed` gave them, summed over these queries and over
-            the query heads of the KV head, float32, `(rows, tokens)`; no elements where none are observed, and while
-            tokens are generated.
+            the query heads of the KV head, float32, `(rows, tokens)`; of a future, those that one of its queries is
+            expected to give. No elements where none are observed, and while tokens are generated.
     """
 
     positions: torch.Tensor
@@ -45,7 +57,8 @@ class Evictor(Strategy, ABC):
         needs_scores: whether the tokens that are held have scores, which `slot` is given. Where a token has left the
             layer's own window or chunk its score is -1, and should be less than any other: it is the first to go.
         observed: of a prompt's last queries, how many have their attention probabilities summed up for `score`; None:
-            all of them, which rules out fused kernels. By default all for a method that needs scores.
+            all of them, which rules out fused kernels. Or the future whose queries `score` is given the expected
+            attention of. By default all for a method that needs scores.
         updates: what becomes of the scores of tokens that are held while others are generated. `add`: a new token has
             0, and each step's attention probabilities are added. `replace`: they are the last step's. `fixed`: they
             stay what `score` says of the token alone when it comes. `anew`: what `score` says of all that are held,
@@ -68,7 +81,7 @@ class Evictor(Strategy, ABC):
     fixed_slots: bool = False
 
     @property
-    def observed(self) -> int | None:
+    def observed(self) -> int | Future | None:
         return None if self.needs_scores else 0
 
     @property

@@ -39,11 +39,16 @@ def keep_best(length: int, budget: int, scores: torch.Tensor, recent: int = 0) -
     return torch.cat([best, positions[:, length - recent :]], dim=1)
 
 
+def above_zero(scores: torch.Tensor) -> torch.Tensor:
+    """Scores of 0 or more, all of them above 0 and in their order: sums with 1 would lose the small ones."""
+    return scores.clamp(min=torch.finfo(scores.dtype).tiny)
+
+
 def slot_of_oldest(
     position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
 ) -> torch.Tensor:
-    """The next free slot, or that of the oldest token with a score below 1, those below 0 before others."""
-    classes = scores.clamp(max=1)
+    """The next free slot, or that of the oldest token with a score of 0, those below 0 before others."""
+    classes = scores.sign()
     lowest = classes.masked_fill(held < 0, torch.inf).amin(dim=-1, keepdim=True)
     oldest = held.masked_fill((held < 0) | (classes > lowest), torch.iinfo(held.dtype).max).argmin(dim=-1)
     return oldest.where(position >= budget, position)

@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool1d
 
 from squeeze.errors import InputError
 from squeeze.evictors.base import Evictor, Tokens
-from squeeze.evictors.choice import keep_best, slot_of_oldest
+from squeeze.evictors.choice import above_zero, keep_best, slot_of_oldest
 from squeeze.numbers import whole_number
 
 
@@ -49,13 +49,13 @@ class SnapKV(Evictor):
         return self.window + 1
 
     def score(self, tokens: Tokens) -> torch.Tensor:
-        """Above 1, with the window's votes pooled, where a token came before the window; 0 in it and after it."""
+        """Above 0, the window's votes pooled, where a token came before the window; 0 in it and after it."""
         votes = tokens.attention
         before = votes[:, : -self.window]
         if before.numel() == 0:
             return torch.zeros_like(tokens.positions, dtype=torch.float32)
         pooled = avg_pool1d(before[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
-        return torch.cat([1 + pooled, torch.zeros_like(votes[:, -self.window :])], dim=1)
+        return torch.cat([above_zero(pooled), torch.zeros_like(votes[:, -self.window :])], dim=1)
 
     def keep(self, length: int, budget: int, scores: torch.Tensor) -> torch.Tensor:
         """The prompt's last tokens, and before them those with the most votes: `(kv_heads, kept)`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,8 @@ class Kept:
         index: of the layer in the cache.
     Attributes:
         held: for each KV head its positions, ascending.
+        queries: of the prompt, `(query heads, tokens, dim)`, their scale, and what moves a key by so many positions,
+            `(dim, dim)`, or None where nothing does; for methods that expect some.
         keys, values: of all tokens so far, `(kv_heads, tokens, dim)`.
         query_heads: that attend to the layer, once it was attended to.
     """
@@ -45,7 +47,9 @@ class Kept:
         self.budgets = [budget] * kv_heads if isinstance(budget, int) else list(budget)[:kv_heads]
         self.window, self.chunk = window, chunk
         self.held: list[list[int]] = []
-        self.keys = self.values = torch.empty(kv_heads, 0, 0)
+        self.keys = self.values = self.queries = torch.empty(kv_heads, 0, 0)
+        self.scale = 1.0
+        self.move: Callable[[int], torch.Tensor | None] = lambda by: None
         self.query_heads = kv_heads
 
     def attended(self, probabilities: torch.Tensor) -> None:
@@ -145,6 +149,46 @@ class Votes(Kept):
         return [float("inf") if one < voted else float(one) for one in positions]
 
 
+class Expected(Kept):
+    """Expected Attention: of the prompt what queries to come would give least leaves, until the window is full."""
+
+    def prefill(self, tokens: int) -> None:
+        self.prompt, self.scores = tokens, [self._scores(head, tokens) for head in range(self.kv_heads)]
+        super().prefill(tokens)
+
+    def _scores(self, head: int, tokens: int) -> list[float]:
+        """What is expected for each token, times the length of its value."""
+        keys, total = self.keys[head], torch.zeros(tokens)
+        for queries in self.queries.unflatten(0, (self.kv_heads, -1))[head]:
+            skipped = min(self.evictor.first, tokens - 1)
+            own = torch.stack([queries[one] @ torch.linalg.inv(self._turn(one)) for one in range(skipped, tokens)])
+            mean, spread = own.mean(dim=0), torch.cov(own.T, correction=0)
+            turns = [self._turn(tokens + one) for one in range(self.evictor.future)]
+            turn = torch.stack(turns).mean(dim=0)
+            mean, spread = mean @ turn, turn.T @ spread @ turn
+            logits = [self.scale * mean @ key + self.scale**2 / 2 * key @ spread @ key for key in keys]
+            total += torch.stack(logits).softmax(dim=0)
+        return (total * self.values[head].norm(dim=-1)).tolist()
+
+    def _turn(self, by: int) -> torch.Tensor:
+        move = self.move(by) if by else None
+        return torch.eye(self.keys.shape[-1]) if move is None else move
+
+    def candidates(self, head: int, positions: list[int]) -> list[int]:
+        first, new = self.first_seen(positions[-1]), positions[-1]
+        if not self.held:
+            return positions
+        if hidden := [one for one in positions if one < first]:
+            return hidden
+        generated = [one for one in positions if self.prompt <= one < new]
+        full = len(generated) >= min(self.evictor.recent, self.budgets[head] - self.evictor.first)
+        return generated if full else [one for one in positions if one < self.prompt]
+
+    def worth(self, head: int, positions: list[int]) -> list[float]:
+        of_prompt = [float("inf")] * self.evictor.first + self.scores[head][self.evictor.first :]
+        return [of_prompt[one] if one < self.prompt else float(one) for one in positions]
+
+
 class Newest(Kept):
     """TOVA: what the newest query gave least attention leaves, its heads taken together."""
 
@@ -232,6 +276,7 @@ METHODS: dict[str, type[Kept]] = {
     "h2o": HeavyHitters,
     "snapkv": Votes,
     "tova": Newest,
+    "expected_attention": Expected,
     "knorm": Short,
     "keydiff": Different,
     "lagkv": Lags,

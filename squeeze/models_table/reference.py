@@ -5,13 +5,14 @@ at every decode step each attention layer gets a mask of the tokens that it woul
 positions. Where StreamingLLM moves sink tokens, their keys are moved by a matrix that was fitted to the model's own
 keys at two positions, not by anybody's idea of RoPE.
 
-Of the probe's findings are used: which modules attend, and the index, KV heads, key width, window and chunk of their
-layer in the cache.
+Of the probe's findings are used: which modules attend, the index, KV heads, key width, window and chunk of their
+layer in the cache, and whether positions are added to the tokens.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import eager_mask
 
 from squeeze.compatibility import cache_argument
+from squeeze.evictors.base import Future
 from squeeze.models_table.kept import Kept, kept
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 
 #: A layer's keys and values, or what moves them.
 Pair = tuple[Any, Any]
-#: gpt-oss's eager attention under a name of its own; see `eager`.
-WITH_SINKS = "eager_with_sinks"
+#: The name of eager attention that is listened to; see `eager`.
+STAND_IN = "eager_stand_in"
 
 
 class WholeCache(DynamicCache):
@@ -100,9 +102,14 @@ class Reference:
             for budget, layer in zip(budgets, self.layers, strict=True)
         ]
         cache = WholeCache(self.model.config.get_text_config(decoder=True), evictor.sinks)
-        with eager(self.model, self.layers):
+        asked: dict[nn.Module, tuple[torch.Tensor, float]] = {}
+        with eager(self.model, self.layers, asked if isinstance(evictor.observed, Future) else None):
             logits = [self._forward(cache, prompt, 0, held)]
-            for layer in held:
+            for facts, layer in zip(self.layers, held, strict=True):
+                if asked:
+                    layer.queries, layer.scale = asked[facts.module]
+                if facts.encoding != "absolute":
+                    layer.move = partial(self._move_key, facts)
                 layer.prefill(len(prompt))
             for position, token in enumerate(answer, start=len(prompt)):
                 for layer in held:
@@ -140,6 +147,9 @@ class Reference:
         """What moves the keys of each head, and its values, `(heads, dim, dim)`: see `_move`."""
         keys, values = zip(*(self._move(layer, positions) for positions in by), strict=True)
         return stacked(keys), stacked(values)
+
+    def _move_key(self, layer: AttentionLayer, by: int) -> torch.Tensor | None:
+        return self._move(layer, by)[0]
 
     def _move(self, layer: AttentionLayer, by: int) -> Pair:
         """What moves a layer's keys, and its values, by so many positions; None where positions are not in them.
@@ -213,20 +223,36 @@ def look(held: Kept, module: nn.Module, args: Any, output: Any) -> None:
 
 
 @contextmanager
-def eager(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> Iterator[None]:
+def eager(
+    model: PreTrainedModel,
+    layers: Sequence[AttentionLayer],
+    asked: dict[nn.Module, tuple[torch.Tensor, float]] | None = None,
+) -> Iterator[None]:
     """The model with its own eager attention, whose probabilities are those that its values are multiplied with.
 
     Granite's with sink logits gives probabilities from before the sinks took their share; there gpt-oss's stands in,
     which computes the same.
-    """
-    name = "eager"
-    if all(getattr(layer.module, "sinks", None) is not None for layer in layers):
-        from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
-        name = WITH_SINKS
-        AttentionInterface.register(name, eager_attention_forward)
+    Args:
+        asked: gets the queries of each module in its last pass, `(heads, tokens, dim)`, and their scale; None: they
+            are not looked at.
+    """
+    sinks = all(getattr(layer.module, "sinks", None) is not None for layer in layers)
+
+    def attend(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if asked is not None and len(query) == 1 and query.shape[2] > 1:
+            scale = kwargs.get("scaling")
+            asked[module] = query[0], query.shape[-1] ** -0.5 if scale is None else scale
+        home = gpt_oss if sinks else sys.modules[type(module).__module__]
+        return home.eager_attention_forward(module, query, *args, **kwargs)
+
+    name, before = "eager", model.config._attn_implementation
+    if sinks or asked is not None:
+        from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
+
+        name = STAND_IN
+        AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, eager_mask)
-    before = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:
         yield

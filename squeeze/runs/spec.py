@@ -60,7 +60,8 @@ class RunSpec:
     algorithm: str | None = flag(
         None,
         "which tokens stay: sliding_window (default for Mistral), streaming (StreamingLLM, default otherwise), h2o, "
-        "snapkv, tova, knorm, keydiff, lagkv or random (docs/evictors.md), parameters in brackets: snapkv(window=16)",
+        "snapkv, tova, expected_attention, knorm, keydiff, lagkv or random (docs/evictors.md), parameters in "
+        "brackets: snapkv(window=16)",
         check=EVICTORS.check,
         axis=4,
         squeezed=True,
@@ -68,9 +69,10 @@ class RunSpec:
     allocation: str | None = flag(
         None,
         "how classes become budgets: squeeze (default; keeps the total to the token), squeeze-log (classes on a "
-        "log scale), paper (the published formula to the letter, which can lose part of the total); or calibrated, "
-        "without --KV_class3, from the loss curves that python -m squeeze.calibrate measures once; or measured, the "
-        "same from curves of each prompt's own last tokens, for studies: it costs several prefills",
+        "log scale), paper (the published formula to the letter, which can lose part of the total); or, without "
+        "--KV_class3, uniform, linear, pyramid (PyramidKV), cake (by each prompt's attention), calibrated (from the "
+        "loss curves that python -m squeeze.calibrate measures once), or measured (the same from curves of each "
+        "prompt's own last tokens, for studies: it costs several prefills); parameters in brackets: pyramid(beta=10)",
         check=ALLOCATIONS.check,
         axis=5,
         squeezed=True,
@@ -79,7 +81,7 @@ class RunSpec:
         "layer",
         "what has a budget of its own: layer (default: the KV heads of a layer keep as much each); head, with the "
         "allocation calibrated, from curves that python -m squeeze.calibrate --per head measures; or adakv: the KV "
-        "heads of a layer share its budget by the scores of each prompt's tokens (Ada-KV), for h2o",
+        "heads of a layer share its budget by the scores of each prompt's tokens (Ada-KV), for h2o and its like",
         choices=PER,
         axis=6,
         squeezed=True,

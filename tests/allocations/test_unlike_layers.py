@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from layers import alike, fractions, unlike, weight
 from test_allocation import SMOLLM2
 
-from squeeze import Explicit, Paper, PromptFacts, Squeeze, SqueezeLog, Uniform, conserve
+from squeeze import Explicit, Linear, Paper, PromptFacts, Pyramid, Squeeze, SqueezeLog, Uniform, conserve
 from squeeze.allocations.base import check_budgets, reach
 from squeeze.allocations.classes import CLASS_3, formula
 from squeeze.allocations.curves import budgets, greedy, spend
@@ -34,6 +34,8 @@ def allocated(facts, ini, ratio, seed):
     found = {
         "uniform": Uniform(ini).allocate(facts),
         "squeeze": Squeeze(ini, ini * ratio).allocate(facts),
+        "linear": Linear(ini, last=float(ratio)).allocate(facts),
+        "pyramid": Pyramid(ini).allocate(facts),
         "squeeze-log": SqueezeLog(ini, ini * ratio).allocate(facts),
         "curves": budgets(MULTIPLES, measured(facts, seed), ini, facts),
     }
