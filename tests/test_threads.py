@@ -121,7 +121,11 @@ def test_no_command_imports_torch_before_it_can_choose():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp's own words")
 @pytest.mark.parametrize(
-    "command", [("pred.py", "--model", "SmolLM2-135M", "--data_dir", "nowhere"), ("script/allocation_study.py", "-h")]
+    "command",
+    [
+        ("pred.py", "--model", "SmolLM2-135M", "--data_dir", "nowhere"),
+        pytest.param(("script/allocation_study.py", "-h"), marks=pytest.mark.slow),
+    ],
 )
 def test_the_openmp_that_torch_loads_waits_passively(command):
     said = python(*command, OMP_DISPLAY_ENV="TRUE")

@@ -31,7 +31,8 @@ def expected_attention(
         scale: of the products of queries and keys.
         rotation: how a query turns with its position; None where it does not.
     Returns:
-        `(batch, kv_heads, tokens)` float32, summed over the query heads of a KV head; zeros where there is padding.
+        `(batch, kv_heads, tokens)` float32, summed over the query heads of a KV head; zeros where there is padding,
+        and for the tokens that are skipped, which take no share from the others.
     """
     scores = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
     for row, length in enumerate(lengths):
@@ -39,7 +40,8 @@ def expected_attention(
         places = torch.arange(length + future.tokens, device=keys.device)[:, None]
         if rotation is not None:
             own = rotation(own, -places[:length])
-        own = own[:, min(future.skipped, length - 1) :]
+        skipped = min(future.skipped, length - 1)
+        own = own[:, skipped:]
         mean = own.mean(dim=1, keepdim=True)
         centred = own - mean
         covariance = centred.transpose(1, 2) @ centred / own.shape[1]
@@ -50,5 +52,6 @@ def expected_attention(
         mean, covariance = (part.unflatten(0, (len(held), -1)) for part in (mean, covariance))
         by_mean = (mean @ held[:, None].transpose(2, 3))[:, :, 0] * scale
         spread = ((held[:, None] @ covariance) * held[:, None]).sum(dim=-1) * (scale * scale / 2)
-        scores[row, :, -length:] = (by_mean + spread).softmax(dim=-1).sum(dim=1)
+        logits = (by_mean + spread)[..., skipped:]
+        scores[row, :, skipped - length :] = logits.softmax(dim=-1).sum(dim=1)
     return scores

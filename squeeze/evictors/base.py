@@ -17,7 +17,7 @@ class Future(NamedTuple):
 
     Args:
         tokens: after the prompt; their queries are taken to be distributed as the prompt's, at their own positions.
-        skipped: tokens at the start of the prompt whose queries are left out.
+        skipped: tokens at the start of the prompt that are left out, as queries and as what is attended to.
     """
 
     tokens: int

@@ -158,16 +158,16 @@ class Expected(Kept):
 
     def _scores(self, head: int, tokens: int) -> list[float]:
         """What is expected for each token, times the length of its value."""
-        keys, total = self.keys[head], torch.zeros(tokens)
+        skipped = min(self.evictor.first, tokens - 1)
+        keys, total = self.keys[head, skipped:], torch.zeros(tokens)
         for queries in self.queries.unflatten(0, (self.kv_heads, -1))[head]:
-            skipped = min(self.evictor.first, tokens - 1)
             own = torch.stack([queries[one] @ torch.linalg.inv(self._turn(one)) for one in range(skipped, tokens)])
             mean, spread = own.mean(dim=0), torch.cov(own.T, correction=0)
             turns = [self._turn(tokens + one) for one in range(self.evictor.future)]
             turn = torch.stack(turns).mean(dim=0)
             mean, spread = mean @ turn, turn.T @ spread @ turn
             logits = [self.scale * mean @ key + self.scale**2 / 2 * key @ spread @ key for key in keys]
-            total += torch.stack(logits).softmax(dim=0)
+            total[skipped:] += torch.stack(logits).softmax(dim=0)
         return (total * self.values[head].norm(dim=-1)).tolist()
 
     def _turn(self, by: int) -> torch.Tensor:

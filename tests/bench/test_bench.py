@@ -166,6 +166,7 @@ def turn_by_turn(*specs):
     return list(bench.run(specs, {}, Bar())), order
 
 
+@pytest.mark.slow
 def test_turns_are_taken_one_by_one_and_are_as_many_as_announced(tmp_path):
     save_tiny(tmp_path)
     base = {**SPEC, "model": str(tmp_path), "device": "cpu", "attn": "sdpa", "tokens": list(range(40)), "rounds": 2}

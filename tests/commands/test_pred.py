@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -303,7 +304,8 @@ def test_what_is_measured_is_the_engines(place):
     assert sum(stats.budgets) == 100
 
 
-def test_compiled_decoding_is_a_setting_of_the_run(place):
+def test_compiled_decoding_is_a_setting_of_the_run(place, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     predict(*SQUEEZE, "--sample_num", "2")
     folder = Path("pred_Long/tiny/0.3/12.6")
     plain = read(folder / "samsum.jsonl")

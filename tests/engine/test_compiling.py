@@ -77,6 +77,7 @@ def test_without_a_compiler_there_is_a_sentence(monkeypatch, device, need):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_no_compiler_is_noticed_for_real(tmp_path):
     """In a process of its own: what the compiler could not do once is remembered for the rest of a process."""
     script = "import torch; from squeeze.engine.compiling import compiled; compiled(torch.cos, torch.device('cpu'))"

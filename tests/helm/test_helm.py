@@ -145,7 +145,7 @@ def test_other_predictions_are_scored_anew_and_others_are_left_alone(there, caps
 
 
 def test_a_failure_of_helm_keeps_its_code_and_says_its_last_error(tiny):
-    requests(tiny)
+    requests(tiny, known=True)
     predict()
     # The file of articles changes after the predictions: HELM asks for a prompt that was not predicted.
     text = (tiny / "articles.jsonl").read_text().replace("Article 5 is short.", "Article 5 is another.")
@@ -158,7 +158,7 @@ def test_a_failure_of_helm_keeps_its_code_and_says_its_last_error(tiny):
 
 
 def test_a_suite_that_someone_else_made_is_left_alone(tiny):
-    requests(tiny)
+    requests(tiny, known=True)
     predict()
     (tiny / "helm/benchmark_output/runs/xsum/mine").mkdir(parents=True)
     with pytest.raises(InputError, match="runs/xsum is there and was not made by this command: move it away"):
@@ -188,9 +188,21 @@ def test_a_part_of_the_requests_cannot_be_scored(tiny):
         helm_score.main(["pred_xsum/tiny/full"])
 
 
-def requests(place, *flags):
+#: The files that HELM made of `tiny`'s articles: each time takes it a quarter of a minute.
+MADE = {}
+
+
+def requests(place, *flags, known=False):
+    """Make requests, or take those of another test in which nothing was different."""
     start = ["--scenario", "xsum_local", "--articles", "articles.jsonl", "--model", "tiny"]
-    helm_requests.main([*start, *flags])
+    if known and MADE:
+        (place / "data").mkdir()
+        for name, content in MADE.items():
+            (place / "data" / name).write_bytes(content)
+    else:
+        helm_requests.main([*start, *flags])
+    if known and not MADE:
+        MADE.update((path.name, path.read_bytes()) for path in (place / "data").iterdir())
     task = "cnndm" if "cnndm_local" in flags else "xsum"
     return lines(place / f"data/{task}.jsonl")
 
@@ -273,6 +285,7 @@ def test_helm_sh_reads_its_settings_from_the_environment(tmp_path):
     assert head == ["model=${model:-llama2-7b-32k}", "ini_size=${ini_size:-0.4}", "KV_class3=${KV_class3:-0.25}"]
 
 
+@pytest.mark.slow
 def test_runs_on_the_same_requests_are_scored_together(tiny, capsys):
     requests(tiny, "--temperature", "0")
     squeezed = ["--enable_squeeze", "--ini_size", "0.4", "--KV_class3"]
@@ -312,7 +325,7 @@ def test_three_sentences_of_cnndm(tiny):
 @pytest.mark.parametrize(
     ("scenario", "file", "fields", "sentences"),
     [
-        ("xsum", "xsum", ("document", "summary"), "1 sentence."),
+        pytest.param("xsum", "xsum", ("document", "summary"), "1 sentence.", marks=pytest.mark.slow),
         pytest.param(
             *("xsum_sampled", "xsum-sampled", ("document", "summary"), "1 sentence."), marks=pytest.mark.slow
         ),

@@ -162,6 +162,7 @@ def test_pred_that_is_killed_three_times_goes_on_with_sampling(place):
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "pred.py")]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one_also_when_one_is_killed(place):
     expected = whole_run()
     output = finish(*TORCHRUN, *FLAGS, "--batch_size", "2", OMP_NUM_THREADS="1")

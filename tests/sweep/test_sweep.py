@@ -306,6 +306,7 @@ def forks():
     return context
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_again_and_again_ends_in_the_same_bytes(forks, place):
     Path("grid.yaml").write_text(GRID.replace("datasets: [samsum, qasper]", "datasets: samsum"), encoding="utf-8")
 
