@@ -6,7 +6,7 @@ A new benchmark is a file with a subclass of `Benchmark` and a line in `squeeze.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -138,7 +138,7 @@ class Benchmark(Measure[SampleStats]):
         name: what `--pred` calls it, and the folder of its runs, `pred_<name>`.
         title: what tables call it.
         flags: which of `pred.py`'s flags for some benchmarks it takes, see `squeeze.runs.flags`.
-        location: the flag that says where its data lie.
+        locations: the flags that say where its data lie.
         sample_num: samples of a data set that a run takes if it does not say; None: all.
         prediction: the kind of a line of its prediction files, as far as scores need it.
         scorer: the command that scores its runs, where `eval.py` does not; None where it does.
@@ -150,7 +150,7 @@ class Benchmark(Measure[SampleStats]):
     name: str
     title: str
     flags: ClassVar[tuple[str, ...]] = ("data_dir",)
-    location: ClassVar[str] = "data_dir"
+    locations: ClassVar[tuple[str, ...]] = ("data_dir",)
     sample_num: ClassVar[int | None] = None
     prediction: ClassVar[type[Any]] = Prediction
     scorer: ClassVar[str | None] = None
@@ -172,12 +172,16 @@ class Benchmark(Measure[SampleStats]):
         """
         return [self.name]
 
+    def asked(self, flags: Mapping[str, Any]) -> list[str]:
+        """Names of the data sets that a run's flags ask for; InputError for a name that is none."""
+        return self.datasets(flags["datasets"])
+
     @abstractmethod
-    def read(self, dataset: str, location: str | None) -> DataSet:
+    def read(self, dataset: str, *location: str | None) -> DataSet:
         """Read a data set.
 
         Args:
-            location: what the flag `location` says; None where it was not given.
+            location: what the flags `locations` say; None where one was not given.
         Raises:
             InputError: the data are not there, or damaged.
         """
@@ -193,6 +197,9 @@ class Benchmark(Measure[SampleStats]):
     def note(self, datasets: Sequence[str], model_name: str, folder: Path, chat: bool) -> str | None:
         """A sentence for the user about the prompts that the model in `folder` is going to get."""
         return None
+
+    def check(self, data: DataSet, max_length: int) -> None:
+        """Raises InputError where a data set cannot be run with prompts of so many tokens at most."""
 
     def settings(self, data: DataSet, options: Options) -> dict[str, Any]:
         """Settings that change the results of one data set, for `squeeze.runs.folder.Run`."""
@@ -245,9 +252,13 @@ class Benchmark(Measure[SampleStats]):
         wanted = self.datasets(datasets) if datasets not in (None, "all") else None
         if not run.is_dir():
             raise InputError(f"the folder {run} is not there")
+        return self.found(run, wanted, known)
+
+    def found(self, run: Path, wanted: Sequence[str] | None, known: Sequence[str]) -> PredictionFiles:
+        """Prediction files in a run's folder that are wanted (None: all), of those that are known."""
         predictions = in_folder(run, wanted, known).only(wanted, known)
         if not predictions.files:
-            raise InputError(f"{run} has no prediction file such as {known[0]}.jsonl")
+            raise InputError(f"{run} has no prediction file" + (f" such as {known[0]}.jsonl" if known else ""))
         return predictions
 
     def predictions(self, path: Path, dataset: str) -> list[Any]:

@@ -40,7 +40,7 @@ class HelmRequests(Benchmark):
     title: str
     score_columns: ClassVar = SCORES
     flags: ClassVar = ("requests",)
-    location: ClassVar = "requests"
+    locations: ClassVar = ("requests",)
     sample_num: ClassVar = SAMPLE_NUM
     sample: ClassVar = AnsweredSample
     prediction: ClassVar = Answered
@@ -55,8 +55,9 @@ class HelmRequests(Benchmark):
     def refusal(self, flag: str, takers: Sequence[str]) -> str:
         return f"--{flag} is for LongBench: with --pred {self.name} the requests say what is run and how"
 
-    def read(self, dataset: str, location: str | None) -> Requests:
-        return read_requests(dataset, location)
+    def read(self, dataset: str, *location: str | None) -> Requests:
+        [file] = location
+        return read_requests(dataset, file)
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, data: DataSet, total: int, options: Options, ranks: Ranks = ALONE

@@ -7,9 +7,10 @@ from pathlib import Path
 from squeeze.benchmarks.base import Benchmark
 from squeeze.benchmarks.helm import HELM
 from squeeze.benchmarks.longbench.benchmark import LONGBENCH, LongBenchE
+from squeeze.benchmarks.ruler.benchmark import RULER
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (LONGBENCH, LongBenchE("e", "LongBench-E"), *HELM)
+    benchmark.name: benchmark for benchmark in (LONGBENCH, LongBenchE("e", "LongBench-E"), RULER, *HELM)
 }
 
 

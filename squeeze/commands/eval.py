@@ -1,4 +1,4 @@
-"""Score a run's predictions with LongBench's own metrics: `python eval.py --help`."""
+"""Score a run's predictions with its benchmark's own metrics: `python eval.py --help`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from squeeze.benchmarks import scores as sample_scores
 from squeeze.benchmarks.base import Benchmark
-from squeeze.benchmarks.longbench import layouts, scoring
 from squeeze.benchmarks.registry import BENCHMARKS, owner
 from squeeze.cli.tables import table
 from squeeze.errors import InputError
@@ -94,7 +93,13 @@ def compare(folders: list[Path], datasets: str | None) -> None:
     """
     if len(folders) < 2:
         raise InputError("--compare needs two folders of prediction files or more: the first is compared with")
-    runs = [layouts.find(folder, datasets) for folder in folders]
+    benchmarks = {owner(folder).title: owner(folder) for folder in folders}
+    if len(benchmarks) > 1:
+        raise InputError(f"the runs are of different benchmarks: {', '.join(benchmarks)}")
+    [benchmark] = benchmarks.values()
+    if benchmark.scorer is not None:
+        raise InputError(f"{benchmark.title} is scored by {benchmark.scored_by}: {benchmark.scorer}")
+    runs = [benchmark.find(folder, datasets) for folder in folders]
     common = [dataset for dataset in runs[0].files if all(dataset in run.files for run in runs)]
     if not common:
         raise InputError(f"no data set is in every one of {', '.join(map(str, folders))}")
@@ -102,14 +107,14 @@ def compare(folders: list[Path], datasets: str | None) -> None:
     columns = ("data set", "samples", names[0], *(part for name in names[1:] for part in (name, f"{name} - run 1")))
     lines = []
     for dataset in common:
-        predictions = [layouts.read(run.files[dataset], dataset) for run in runs]
+        predictions = [benchmark.predictions(run.files[dataset], dataset) for run in runs]
         count = min(map(len, predictions))
         for run, rows in zip(runs[1:], predictions[1:], strict=True):
             for number in range(count):
                 if rows[number]["answers"] != predictions[0][number]["answers"]:
                     where = f"{run.files[dataset]} line {number + 1}"
                     raise InputError(f"{where} answers another sample than {runs[0].files[dataset]}")
-        scores = [scoring.sample_scores(dataset, rows[:count]) for rows in predictions]
+        scores = [benchmark.sample_scores(dataset, rows[:count]) for rows in predictions]
         line = {"data set": dataset, "samples": str(count), names[0]: f"{sample_scores.dataset_score(scores[0]):.2f}"}
         for name, run_scores in zip(names[1:], scores[1:], strict=True):
             mean, low, high = (100 * value for value in sample_scores.difference(scores[0], run_scores))

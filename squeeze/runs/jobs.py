@@ -84,7 +84,7 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
         raise InputError(MODEL_MISSING)
     spec.config()
     benchmark = BENCHMARKS[spec.pred]
-    datasets = benchmark.datasets(spec.datasets)
+    datasets = benchmark.asked(spec.flags)
     read(sources.resolve, spec.model, spec.model_path)  # a wrong name is said before data are looked for
 
     # torch and transformers take seconds to import: --help and what is wrong with the flags should not wait for them.
@@ -94,11 +94,13 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
 
     device = devices.pick_device(spec.device, process.local)
     dtype = devices.pick_dtype(spec.dtype, device)
-    location = getattr(spec, benchmark.location)
-    data: list[DataSet] = [read(benchmark.read, dataset, location) for dataset in datasets]
+    location = [getattr(spec, name) for name in benchmark.locations]
+    data: list[DataSet] = [read(benchmark.read, dataset, *location) for dataset in datasets]
     model = resolve(spec, read)
     name, model_type = model.source.name, model.kind
     max_length, note = benchmark.prompt_limit(model.source, model.positions)
+    for one in data:
+        benchmark.check(one, max_length)
     benchmark_note = benchmark.note(datasets, name, model.folder, spec.chat)
     settings = {"model": model.identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"attn": "sdpa" if spec.attn == "auto" else spec.attn, "seed": spec.seed}

@@ -99,9 +99,14 @@ class RunSpec:
         whole(0, MOST_SEED),
         axis=2,
     )
-    pred: str = flag("Long", "the benchmark: Long (LongBench), e (LongBench-E), xsum or cnndm (HELM)")
+    pred: str = flag("Long", "the benchmark: Long (LongBench), e (LongBench-E), ruler, xsum or cnndm (HELM)")
     datasets: str | None = flag(
-        None, "data sets, separated by commas, or all (default: samsum; of eval.py: those that are there)"
+        None,
+        "data sets, separated by commas, or all (default: samsum, of ruler niah_single_1; of eval.py: those that are "
+        "there)",
+    )
+    lengths: str | None = flag(
+        None, "of ruler: tokens of a prompt with its answer, one or several separated by commas (default: 4096)"
     )
     device: str | None = flag(
         None, "cpu, cuda, or one GPU such as cuda:0 (default: the first GPU if there is one, else the CPU)"
@@ -115,7 +120,16 @@ class RunSpec:
     )
     batch_size: int = flag(1, "prompts to run together, alike in length (default: 1)", whole(1))
     data_dir: str | None = flag(
-        None, "folder with <dataset>.jsonl files in LongBench's format (default: LongBench from the Hub)", path_text
+        None,
+        "folder with <dataset>.jsonl files in LongBench's format (default: LongBench from the Hub); of ruler: with "
+        "the files that RULER downloads (default: none of them)",
+        path_text,
+    )
+    haystack: str | None = flag(
+        None,
+        "of ruler: a file of prose that needles lie in (default: PaulGrahamEssays.json in --data_dir, or made-up "
+        "sentences)",
+        path_text,
     )
     requests: str | None = flag(
         None,

@@ -30,6 +30,9 @@ OWN = ("help", *(name for name in FLAGS if name not in KEYS))
 #: Flags that may have several values: each names its runs' folders.
 AXES = tuple(sorted((name for name in KEYS if KEYS[name].axis), key=lambda name: KEYS[name].axis))
 
+#: Flags whose several values are parts of one run.
+LISTS = ("datasets", "lengths")
+
 #: Of a sweep's file, and of its grid: what is larger was not meant, and would take hours to read or to look at.
 MOST_BYTES, MOST_POINTS = 1_000_000, 100_000
 
@@ -126,10 +129,10 @@ def _values(path: Path, key: str, node: yaml.Node | None) -> list[str]:
         raise InputError(f"{path}: {key} must be a value or a list of values")
     for value in values:
         check_text(f"{path}: {key}", value)
-    if key == "datasets":
+    if key in LISTS:
         return [",".join(values)] if values else []
     if len(values) > 1 and key not in AXES:
-        raise InputError(f"{path}: {key} must be one value; lists are for {', '.join(('datasets', *AXES))}")
+        raise InputError(f"{path}: {key} must be one value; lists are for {', '.join((*LISTS, *AXES))}")
     switch = KEYS[key].read is None
     if switch and not {value.lower() for value in values} <= {"true", "false"}:
         raise InputError(f"{path}: {key} must be true or false, got {shortened(', '.join(values))}")

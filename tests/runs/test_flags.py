@@ -89,7 +89,10 @@ def test_chunks_are_a_setting_of_the_run_that_has_them():
         ([*SIZES, "--compile", "--device_map", "auto"], "--compile needs the model on one device"),
         ([*SIZES, "--start_size", "-1"], "start_size"),
         ([*SIZES, "--start_size", "four"], "--start_size"),
-        (["--pred", "Short"], "--pred must be Long (LongBench) or e (LongBench-E) or xsum (HELM's XSum)"),
+        (
+            ["--pred", "Short"],
+            "--pred must be Long (LongBench) or e (LongBench-E) or ruler (RULER) or xsum (HELM's XSum)",
+        ),
         (
             ["--pred", "xsum", "--temperature", "1"],
             "--temperature is for LongBench: with --pred xsum the requests say",

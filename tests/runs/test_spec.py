@@ -15,7 +15,7 @@ from squeeze.cli.arguments import check_text
 from squeeze.numbers import MOST, MOST_SEED
 from squeeze.runs.flags import eval_parser, named_run, pred_parser, read_flags
 from squeeze.runs.spec import CACHE, FLAGS, SQUEEZED, RunSpec
-from squeeze.sweep.grid import AXES, KEYS, expand, read_grid
+from squeeze.sweep.grid import AXES, KEYS, LISTS, expand, read_grid
 
 
 def is_text(text):
@@ -31,9 +31,9 @@ texts = st.text(min_size=1, max_size=20).filter(is_text)
 paths = texts.filter(lambda text: not text.startswith("~"))
 counts = st.integers(1, MOST)
 VALUES = {
-    **dict.fromkeys(("model", "model_path", "data_dir", "requests"), paths),
+    **dict.fromkeys(("model", "model_path", "data_dir", "requests", "haystack"), paths),
     **dict.fromkeys(("ini_size", "KV_class3", "algorithm", "allocation", "pred", "datasets", "device"), texts),
-    **dict.fromkeys(("device_map", "dtype", "attn", "per"), texts),
+    **dict.fromkeys(("device_map", "dtype", "attn", "per", "lengths"), texts),
     "model_arch": st.sampled_from(("Mistral", "llama", "no_change", "LLAMA", "gpt2")),
     **dict.fromkeys(("sample_num", "batch_size", "prefill_chunk"), counts),
     "start_size": st.integers(0, MOST),
@@ -98,7 +98,7 @@ def test_every_field_is_a_key_of_a_sweep_or_refused_there(tmp_path, name):
     assert len(full) == (name != "fidelity")
     for run in full:
         assert getattr(run, name) == (FLAGS[name].default if name in SQUEEZED else value)
-    with pytest.raises(InputError, match="must be one value") if name not in (*AXES, "datasets") else nullcontext():
+    with pytest.raises(InputError, match="must be one value") if name not in (*AXES, *LISTS) else nullcontext():
         read_grid(path, [f"{name}=[{text}, {'false' if value is True else '3'}]"])
 
 
@@ -152,8 +152,8 @@ def test_the_record_makes_no_other_run():
 
 #: SHA-256 of what the commands say of themselves. Whoever changes a flag's words on purpose changes it as well.
 HELP = {
-    pred_parser: "84410c343567fbdf2157aa5e3b88e684dc24efd161b1b85de4ab09a2f8269490",
-    eval_parser: "7c0df79102321926119d0f8f4e627a9df22f3d84aaa3578bb14f554ee0e65eb1",
+    pred_parser: "d1b2c944b18e0109badbf4fe926855854be9a148e9189e508bffec1f629035ce",
+    eval_parser: "59b2b7ab2568cd39acc8714f70dc19d348741325aa604dec4898650d7d296ee7",
 }
 
 

@@ -38,8 +38,9 @@ class LongBench(Benchmark):
     def datasets(self, text: str | None) -> list[str]:
         return dataset_names("samsum" if text is None else text, self.name)
 
-    def read(self, dataset: str, location: str | None) -> DataSet:
-        return load_data(dataset, location, self.name)
+    def read(self, dataset: str, *location: str | None) -> DataSet:
+        [folder] = location
+        return load_data(dataset, folder, self.name)
 
     def prompt_limit(self, source: ModelSource, positions: int) -> tuple[int, str | None]:
         from squeeze.models.sources import prompt_limit
@@ -95,6 +96,9 @@ class LongBench(Benchmark):
 
     def predictions(self, path: Path, dataset: str) -> list[Any]:
         return layouts.read(path, dataset, self.name)
+
+    def sample_scores(self, dataset: str, rows: Sequence[Any]) -> list[float]:
+        return scoring.sample_scores(dataset, rows)
 
     def score(self, dataset: str, rows: Sequence[Any], details: bool = True) -> dict[str, Any]:
         return scoring.score_rows(dataset, rows, self.name, details)
