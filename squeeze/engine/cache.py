@@ -8,6 +8,7 @@ there on a new token is written into one slot in place, and nothing is ever conc
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -138,6 +139,24 @@ class SqueezeCache(Cache):
         yield
         self.steps += 1
         self.broken = False
+
+    def copy(self) -> SqueezeCache:
+        """A cache that goes on by itself from here, such as for one of several questions on a text.
+
+        Raises:
+            ValueError: there is no cut prompt in it, or a step on it has failed.
+        """
+        if not self.compressed or self.broken:
+            raise ValueError("only a cache whose prompt is cut, and on which no step has failed, can be copied")
+        other = copy.copy(self)
+        made = {layer: layer.copy() for layer in self.squeezed}
+        kept = states.copied(self.layers)
+        other.layers = [made.get(layer, copy.copy(layer)) for layer in self.layers]
+        states.restore(other.layers, kept)
+        other.squeezed = [made[layer] for layer in self.squeezed]
+        other.by_module = {module: made[layer] for module, layer in self.by_module.items()}
+        other.schedules = [schedule.of([made[layer] for layer in schedule.layers]) for schedule in self.schedules]
+        return other
 
     def _schedule_step(self) -> None:
         """Lengths are worked out on the host as well, so that a decode step never waits for its device."""

@@ -57,6 +57,8 @@ def decoder_forward(run: SqueezedModel, original, names: Sequence[str], *args, *
 
         batch, tokens = inputs.shape[:2]
         if cache.compressed:
+            if tokens > 1:
+                return _continue(run, squeezed, cache, given)
             with cache.step(batch, tokens):
                 return squeezed(**given)
         cache.begin(batch, tokens, given.get("attention_mask"))
@@ -111,6 +113,37 @@ def _prefill(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, 
         return output
 
 
+def _continue(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, Any]) -> ModelOutput | tuple:
+    """The decoder's output over several tokens that follow on a cut prompt, read one by one as if they were generated.
+
+    Raises:
+        ValueError: some of them are padding, or the cache was made for fewer.
+    """
+    inputs = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    batch, tokens = inputs.shape[:2]
+    seen, mask = cache.get_seq_length(), given.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask[:, -tokens:].all():
+        raise ValueError("what follows on a cut prompt cannot be padded: go on with one sequence at a time")
+    if tokens > cache.max_new_tokens - cache.steps:
+        raise ValueError(
+            f"the cache was made for {cache.max_new_tokens} new tokens, of which {cache.steps} are used up, and got "
+            f"{tokens}"
+        )
+    if "position_ids" in run.decoder_arguments and given.get("position_ids") is None:
+        given["position_ids"] = torch.arange(seen, seen + tokens, device=inputs.device).expand(batch, -1)
+    return_dict = given.pop("return_dict", run.model.config.return_dict)
+    whole = {
+        name: value for name, value in given.items() if isinstance(value, torch.Tensor) and name != "attention_mask"
+    }
+    parts = []
+    for start in range(tokens):
+        given |= {name: _columns(name, value, start, start + 1) for name, value in whole.items()}
+        given |= {} if mask is None else {"attention_mask": mask[:, : seen + start + 1]}
+        with cache.step(batch, 1):
+            parts.append(forward(**given, return_dict=True))
+    return _joined(parts, return_dict)
+
+
 def _prefill_in_chunks(run: SqueezedModel, forward, prefill: Prefill, given: dict[str, Any]) -> ModelOutput | tuple:
     """The decoder's output over prompts, a chunk of columns at a time.
 
@@ -130,6 +163,11 @@ def _prefill_in_chunks(run: SqueezedModel, forward, prefill: Prefill, given: dic
             prefill.begin_chunk(start, end)
             given |= {name: _columns(name, value, start, end) for name, value in whole.items()}
             parts.append(forward(**given, return_dict=True))
+    return _joined(parts, return_dict)
+
+
+def _joined(parts: Sequence[ModelOutput], return_dict: bool | None) -> ModelOutput | tuple:
+    """The output over all tokens, from those over some after the others."""
     output = parts[-1]
     output.last_hidden_state = torch.cat([part.last_hidden_state for part in parts], dim=1)
     if parts[0].hidden_states is not None:

@@ -6,6 +6,7 @@ hands what it returns to its attention function (`squeeze.engine.interface`).
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -231,6 +232,13 @@ class SqueezeLayer(CacheLayerMixin):
                     head += heads
             joined.append(whole)
         return joined[0], joined[1]
+
+    def copy(self) -> SqueezeLayer:
+        """The layer, with buffers of its own."""
+        other = copy.copy(self)
+        for name in ("keys", "values", "scores", "slot_positions"):
+            setattr(other, name, getattr(self, name).clone())
+        return other
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> None:
         """Hold a whole left-padded prompt, `(batch, kv_heads, tokens, head_dim)`, until `compress`."""

@@ -60,7 +60,7 @@ def squeezed(
         InputError: the model's architecture is not supported, or `config` does not fit the model.
         UntestedVersion: the installed transformers is not one that the patch was tested with.
         ValueError: the model is squeezed already. From `generate`, and from calls of the model itself: what a squeezed
-            cache cannot do (beams, assisted decoding, attention probabilities, a prompt fed in pieces), and a call
+            cache cannot do (beams, assisted decoding, attention probabilities), and a call
             that would make another cache of its own.
     """
     config = as_config(config, allocation, **options)

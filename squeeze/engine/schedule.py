@@ -6,6 +6,7 @@ layer by layer, would be most of them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -87,6 +88,12 @@ class Schedule:
         sinks = torch.minimum(torch.arange(self.evictor.sinks, device=device), self.budgets - 1)
         self.sink_slots = (self.first_rows[..., None] + sinks).flatten(1)
         self.sinks = self._sinks()
+
+    def of(self, layers: Sequence[SqueezeLayer]) -> Schedule:
+        """The same for copies of the layers; tensors are never changed in place, so both can share them."""
+        other = copy.copy(self)
+        other.layers = layers
+        return other
 
     def advance(self, evicting: bool) -> None:
         """Tell the layers about the step that begins; `evicting` if a row will hold less than was seen."""

@@ -143,11 +143,11 @@ def test_what_evicted_tokens_make_impossible_is_an_error(arguments, message):
         LLAMA.generate(IDS[:1], max_new_tokens=4, **arguments)
 
 
-def test_a_prompt_in_pieces_and_bad_batches_are_errors():
+def test_too_many_tokens_and_bad_batches_are_errors():
     with squeezed(LLAMA, SqueezeConfig("h2o", "0.5", "0.5")) as run, torch.no_grad():
         cache = run.cache(max_new_tokens=1)
         LLAMA(IDS[:1, :20], past_key_values=cache)
-        with pytest.raises(ValueError, match="one token at a time, got 20"):
+        with pytest.raises(ValueError, match="made for 1 new tokens, of which 0 are used up, and got 20"):
             LLAMA(IDS[:1, 20:], past_key_values=cache)
         LLAMA(IDS[:1, 20:21], past_key_values=cache)
         with pytest.raises(ValueError, match="made for 1 new tokens"):
