@@ -321,7 +321,7 @@ def test_the_pages_own_loop_gives_what_generate_gives():
     model, ids = random_model("llama"), torch.arange(3, 90)[None]
     with squeezed(model, SqueezeConfig("streaming", "0.3", "0.1")):
         expected = model.generate(ids, max_new_tokens=32, do_sample=False, eos_token_id=None)
-    [loop] = [block for block in CODE if "run.cache(" in block]
+    [loop] = [block for block in CODE if "run.cache(" in block and "for _ in" in block]
     seen = {"model": model, "ids": ids}
     exec(loop, seen)
     assert seen["cache"].steps == 31
@@ -332,5 +332,8 @@ def test_the_pages_other_blocks_run(monkeypatch):
     monkeypatch.setattr("os.environ", {"OMP_WAIT_POLICY": "ACTIVE"})
     model = random_model("llama")
     for block in CODE:
-        if "run.cache(" not in block:
-            exec(block, {"model": model, "inputs": {"input_ids": torch.arange(3, 90)[None]}})
+        if "for _ in" not in block:
+            text, questions = torch.arange(3, 90)[None], [torch.arange(90, 99)[None], torch.arange(99, 104)[None]]
+            seen = {"model": model, "inputs": {"input_ids": text}, "text": text, "questions": questions}
+            exec(block, seen)
+            assert "questions" not in block or seen["answer"].shape == (1, 87 + 5 + 16)

@@ -65,6 +65,7 @@ class Options:
         max_length: the most tokens of a prompt; of a request, those of its completion included.
         model_name: decides on LongBench's chat format.
         chat: use the tokenizer's chat template instead.
+        context: cut a prompt's context before what follows on it is read.
         batch_size: prompts to run together.
         temperature, top_p: of sampling; temperature 0 is greedy.
         seed: of sampling.
@@ -73,6 +74,7 @@ class Options:
     max_length: int
     model_name: str
     chat: bool = False
+    context: bool = False
     batch_size: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
@@ -140,6 +142,7 @@ class Benchmark(Measure[SampleStats]):
         flags: which of `pred.py`'s flags for some benchmarks it takes, see `squeeze.runs.flags`.
         locations: the flags that say where its data lie.
         sample_num: samples of a data set that a run takes if it does not say; None: all.
+        has_context: whether something follows on a context in its prompts, which can be cut before that is read.
         prediction: the kind of a line of its prediction files, as far as scores need it.
         scorer: the command that scores its runs, where `eval.py` does not; None where it does.
         scored_by: whose scores that command gives.
@@ -152,6 +155,7 @@ class Benchmark(Measure[SampleStats]):
     flags: ClassVar[tuple[str, ...]] = ("data_dir",)
     locations: ClassVar[tuple[str, ...]] = ("data_dir",)
     sample_num: ClassVar[int | None] = None
+    has_context: ClassVar[bool] = False
     prediction: ClassVar[type[Any]] = Prediction
     scorer: ClassVar[str | None] = None
     scored_by: ClassVar[str] = "eval.py"

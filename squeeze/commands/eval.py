@@ -136,7 +136,7 @@ def find_folder(args: argparse.Namespace) -> Path:
         if args.model is not None:
             raise InputError(f"give the folder {args.folder} or the flags of a run such as --model, not both")
         return Path(args.folder)
-    spec = named_run(args, "pred", "datasets")
+    spec = named_run(args, "compress", "pred", "datasets")
     if spec.model is None:
         raise InputError("nothing to score: give a folder of prediction files, or --model and pred.py's other flags")
     folder = named_folder(spec)

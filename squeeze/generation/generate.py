@@ -14,6 +14,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from squeeze.allocations.classes import CLASS_3
 from squeeze.compatibility import cache_argument
 from squeeze.devices import input_device, now, peak_memory
+from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
 from squeeze.generation.stats import SampleStats
@@ -44,6 +45,7 @@ def generate(
     run: SqueezedModel | None,
     processors: LogitsProcessorList | None = None,
     stops: StopStrings | None = None,
+    asked: int = 0,
 ) -> tuple[list[torch.Tensor], list[SampleStats]]:
     """Generate after a batch of prompts, padded on the left.
 
@@ -53,6 +55,8 @@ def generate(
         run: what `squeezed` gave; None for the full cache.
         processors: of the logits, such as those that sample.
         stops: what ends a row beside the model's own end.
+        asked: tokens at the end of each prompt that a squeezed cache does not see before what precedes them is cut:
+            a question that follows on a context. 0: the whole prompt is cut.
     Returns:
         The new tokens of each prompt, (new tokens,), up to and with the first that stops it, and its statistics, in
         which seconds and bytes held are shares of the batch's.
@@ -67,10 +71,13 @@ def generate(
 
     first = FirstToken(measure_cache)
     start = now(device)
+    given: Any = cache if run is None else None
+    if run is not None and asked:
+        given = _cut(model, run, tokens[:, :-asked], mask[:, :-asked], asked + settings["max_new_tokens"])
     output = model.generate(
         tokens,
         attention_mask=mask,
-        **{cache_argument(): cache if run is None else None},
+        **{cache_argument(): given},
         stopping_criteria=StoppingCriteriaList([first, *([stops] if stops else [])]),
         logits_processor=processors,
         pad_token_id=_pad_token(model),
@@ -106,12 +113,24 @@ def generate(
             decode_seconds=(end - prefilled) / len(prompts),
             kv_bytes=held["kv_bytes"] / len(prompts),
             state_bytes=held["state_bytes"] / len(prompts),
-            full_kv_bytes=full_cache_bytes(own, len(prompt), model.dtype),
+            full_kv_bytes=full_cache_bytes(own, len(prompt) - (0 if run is None else asked), model.dtype),
             peak_memory_bytes=peak_memory(device),
             **layers,
         )
         stats.append(sample)
     return outputs, stats
+
+
+def _cut(
+    model: PreTrainedModel, run: SqueezedModel, tokens: torch.Tensor, mask: torch.Tensor, more: int
+) -> SqueezeCache:
+    """The cache of left-padded contexts, `(batch, tokens)`, cut before `more` tokens follow."""
+    cache = run.cache(more)
+    given = {"input_ids": tokens, "attention_mask": mask, cache_argument(): cache, "use_cache": True}
+    if "position_ids" in run.decoder_arguments:
+        given["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    model(**given, logits_to_keep=1)
+    return cache
 
 
 def pad_left(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,12 +182,14 @@ class Prompt:
         settings: for the model's `generate`.
         stop: strings that end an answer.
         kind: prompts go into one batch only where this is equal.
+        asked: tokens at the end that are read when the cache is cut already; see `generate`.
     """
 
     tokens: torch.Tensor
     settings: dict[str, Any]
     stop: tuple[str, ...] = ()
     kind: Any = None
+    asked: int = 0
 
 
 def greedy(max_new_tokens: int) -> dict[str, Any]:

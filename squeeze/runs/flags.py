@@ -69,7 +69,7 @@ def eval_parser() -> Parser:
         metavar="RUN",
         help="folders of prediction files: scores side by side, and every run's difference to the first",
     )
-    for name in (*CACHE, "pred", "datasets"):
+    for name in (*CACHE, "compress", "pred", "datasets"):
         FLAGS[name].add_to(parser)
     return parser
 

@@ -137,7 +137,7 @@ def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str
     layers = summary.get("layers_per_class", []) if "KV_class3" in settings else []
     allocation = "uniform" if uniform else settings["allocation"]
     return {
-        "algorithm": settings["algorithm"],
+        "algorithm": settings["algorithm"] + (" of the context" if "compress" in settings else ""),
         "allocation": allocation
         + {"layer": "", "head": " by head", "adakv": " + adakv"}[settings.get("per", "layer")],
         "ini_size": f"{settings['ini_size']:g}",

@@ -13,8 +13,8 @@ from squeeze.config import SqueezeConfig
 from squeeze.errors import InputError
 from squeeze.models import sources
 from squeeze.ranks import ALONE, Ranks
-from squeeze.runs.folder import cache_settings, run_folder, versions
-from squeeze.runs.resolve import Reader, reader, resolve
+from squeeze.runs.folder import cache_settings, versions
+from squeeze.runs.resolve import Reader, folder_of, reader, resolve
 from squeeze.runs.spec import MODEL_MISSING, RunSpec
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
     settings = {"model": model.identity, "max_length": max_length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"attn": "sdpa" if spec.attn == "auto" else spec.attn, "seed": spec.seed}
     settings |= cache_settings(model.config)
-    folder = run_folder(spec.pred, name, model.config, model_type, spec.seed)
+    folder = folder_of(spec, name, model.config, model_type)
     return Job(
         spec=spec,
         config=model.config,
@@ -129,6 +129,7 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
             max_length=max_length,
             model_name=name,
             chat=spec.chat,
+            context=spec.compress == "context",
             batch_size=spec.batch_size,
             temperature=spec.temperature,
             top_p=spec.top_p,
@@ -158,4 +159,5 @@ def _asked_for(spec: RunSpec, model_folder: Path) -> dict[str, Any]:
     wishes = sources.greedy_wishes(model_folder)
     settings |= {"without_effect": wishes} if wishes else {}
     settings |= {"temperature": spec.temperature, "top_p": spec.top_p} if spec.temperature > 0 else {}
+    settings |= {"compress": "context"} if spec.compress == "context" else {}
     return settings | ({"measure": "fidelity"} if spec.fidelity else {})

@@ -53,6 +53,7 @@ class FullSettings(TypedDict):
     measure: NotRequired[str]
     calibration: NotRequired[str]
     per: NotRequired[Literal["layer", "head", "adakv"]]
+    compress: NotRequired[Literal["context"]]
 
 
 class Algorithm(TypedDict):

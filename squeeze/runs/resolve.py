@@ -106,4 +106,10 @@ def named_folder(spec: RunSpec) -> Path:
     """
     assert spec.model is not None
     model_type = sources.guess_model_type(spec.model, spec.model_path, spec.model_arch)
-    return run_folder(spec.pred, sources.run_name(spec.model), spec.config(model_type), model_type, spec.seed)
+    return folder_of(spec, sources.run_name(spec.model), spec.config(model_type), model_type)
+
+
+def folder_of(spec: RunSpec, name: str, config: SqueezeConfig | None, model_type: str) -> Path:
+    """A run's folder of predictions, of the model of that name and architecture."""
+    folder = run_folder(spec.pred, name, config, model_type, spec.seed)
+    return folder / "context" if spec.compress == "context" else folder

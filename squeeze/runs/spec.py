@@ -160,6 +160,13 @@ class RunSpec:
         whole(1),
         squeezed=True,
     )
+    compress: str = flag(
+        "prompt",
+        "what is cut: the whole prompt (default), or its context alone, before the question that follows on it is "
+        "read: a cache that serves several questions must survive that",
+        choices=("prompt", "context"),
+        squeezed=True,
+    )
     chat: bool = switch(
         "put the prompt into the tokenizer's own chat template, for instruct models; as in LongBench, not for "
         "the few-shot and code data sets (default: LongBench's own format for names with llama2, vicuna, ...)"
@@ -223,6 +230,8 @@ class RunSpec:
                 known.check(value, f"--{name}")
         if self.top_p < 1 and self.temperature == 0:
             raise InputError("--top_p is for sampling: give --temperature as well")
+        if self.fidelity and self.compress == "context":
+            raise InputError("--fidelity compares caches of whole prompts: leave --compress context out")
         if self.fidelity and self.temperature > 0:
             raise InputError("--fidelity compares greedy answers: leave --temperature out")
         self._check_benchmark()
@@ -230,6 +239,8 @@ class RunSpec:
     def _check_benchmark(self) -> None:
         """Raises InputError for flags that are another benchmark's."""
         benchmark = BENCHMARKS[self.pred]
+        if self.compress == "context" and not benchmark.has_context:
+            raise InputError(f"--compress context is not for --pred {self.pred}, whose prompts have no context apart")
         for name in dict.fromkeys(name for other in BENCHMARKS.values() for name in other.flags):
             if name not in benchmark.flags and getattr(self, name) != FLAGS[name].default:
                 takers = [other.name for other in BENCHMARKS.values() if name in other.flags]

@@ -33,7 +33,7 @@ counts = st.integers(1, MOST)
 VALUES = {
     **dict.fromkeys(("model", "model_path", "data_dir", "requests", "haystack"), paths),
     **dict.fromkeys(("ini_size", "KV_class3", "algorithm", "allocation", "pred", "datasets", "device"), texts),
-    **dict.fromkeys(("device_map", "dtype", "attn", "per", "lengths"), texts),
+    **dict.fromkeys(("device_map", "dtype", "attn", "per", "lengths", "compress"), texts),
     "model_arch": st.sampled_from(("Mistral", "llama", "no_change", "LLAMA", "gpt2")),
     **dict.fromkeys(("sample_num", "batch_size", "prefill_chunk"), counts),
     "start_size": st.integers(0, MOST),
@@ -72,7 +72,7 @@ def test_every_field_is_a_flag_and_what_no_flag_says_is_its_default():
     assert parsed == RunSpec().flags
     options = {option for action in pred_parser()._actions for option in action.option_strings}
     assert options == {"-h", "--help", "--start_token", *(f"--{name}" for name in FLAGS)}
-    assert list(vars(eval_parser().parse_args([]))) == ["compare", *CACHE, "pred", "datasets", "folder"]
+    assert list(vars(eval_parser().parse_args([]))) == ["compare", *CACHE, "compress", "pred", "datasets", "folder"]
 
 
 def test_a_description_cannot_be_changed():
@@ -82,7 +82,7 @@ def test_a_description_cannot_be_changed():
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_every_field_is_a_key_of_a_sweep_or_refused_there(tmp_path, name):
-    text = {"datasets": "samsum", "KV_class3": "0.1", "model": "B", "ini_size": "0.4", "seed": "7"}.get(name)
+    text = {"datasets": "samsum", "KV_class3": "0.1", "model": "B", "ini_size": "0.4", "seed": "7", "compress": "context"}.get(name)
     text = text or ("true" if FLAGS[name].read is None else "5" if name.endswith(("num", "size", "chunk")) else "1")
     path = tmp_path / "grid.yaml"
     path.write_text("{model: A, ini_size: 0.2, KV_class3: 0.05}")
@@ -152,8 +152,8 @@ def test_the_record_makes_no_other_run():
 
 #: SHA-256 of what the commands say of themselves. Whoever changes a flag's words on purpose changes it as well.
 HELP = {
-    pred_parser: "d1b2c944b18e0109badbf4fe926855854be9a148e9189e508bffec1f629035ce",
-    eval_parser: "59b2b7ab2568cd39acc8714f70dc19d348741325aa604dec4898650d7d296ee7",
+    pred_parser: "7b9ed85e797157939d63753faf573374e1a33f64603d43219d34aedf0623db85",
+    eval_parser: "1035f4ed432818ff0da02352255c6a81109c9fbad12c6a684888b0c7369248fe",
 }
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from squeeze.benchmarks.base import Benchmark, DataSet, Options, Workload
-from squeeze.benchmarks.encoding import tokenizing
+from squeeze.benchmarks.encoding import tokenizing, tokens_after
 from squeeze.benchmarks.longbench import layouts, prompts, scoring
-from squeeze.benchmarks.longbench.data import build_prompt, dataset_names, load_data
+from squeeze.benchmarks.longbench.data import after_context, build_prompt, dataset_names, load_data
 from squeeze.benchmarks.prediction_files import PredictionFiles
 from squeeze.benchmarks.records import PredictedSample
 from squeeze.ranks import ALONE, Ranks
@@ -30,6 +30,7 @@ class LongBench(Benchmark):
     title: str
     flags: ClassVar = ("datasets", "data_dir", "chat", "temperature", "top_p")
     sample: ClassVar = PredictedSample
+    has_context: ClassVar = True
 
     @property
     def scale(self) -> str:
@@ -69,19 +70,23 @@ class LongBench(Benchmark):
         settings = prompts.generation_settings(tokenizer, data.dataset)
         texts = [build_prompt(data.dataset, row) for row in data.rows[:total]]
         limit, name, chat = options.max_length, options.model_name, options.chat
-        return [
-            Prompt(prompts.encode_prompt(tokenizer, data.dataset, text, limit, name, chat), settings)
-            for text in tokenizing(texts, data.dataset, ranks)
-        ]
+        found = []
+        for row, text in zip(data.rows, tokenizing(texts, data.dataset, ranks), strict=False):
+            tokens = prompts.encode_prompt(tokenizer, data.dataset, text, limit, name, chat)
+            asked = tokens_after(tokenizer, tokens, after_context(data.dataset, row)) if options.context else 0
+            found.append(Prompt(tokens, settings, kind=asked, asked=asked))
+        return found
 
     def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
         from squeeze.generation.generate import generate
         from squeeze.generation.sampling import generator, sampler
 
-        options, settings = workload.options, workload.prompts[batch[0]].settings
+        options, first = workload.options, workload.prompts[batch[0]]
         generators = [generator(options.seed, index) for index in batch]
         processors = sampler(options.temperature, options.top_p, generators)
-        results = generate(workload.model, workload.tokens(batch), settings, workload.squeezed, processors)
+        results = generate(
+            workload.model, workload.tokens(batch), first.settings, workload.squeezed, processors, asked=first.asked
+        )
         samples = []
         for index, output, stats in zip(batch, *results, strict=True):
             row = workload.data.rows[index]

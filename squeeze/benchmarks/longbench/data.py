@@ -200,6 +200,11 @@ def check_lists(row: Row | Prediction, dataset: str, where: str) -> None:
         raise InputError(f"{where}: an answer does not name a paragraph, as in {PARAGRAPH[dataset]}1")
 
 
+def after_context(dataset: str, row: Row) -> str:
+    """The part of a row's prompt that follows on its context."""
+    return prompt_formats()[dataset].rpartition("{context}")[2].format(**row)
+
+
 def build_prompt(dataset: str, row: Row) -> str:
     """Fill a row into its data set's prompt."""
     return prompt_formats()[dataset].format(**row)

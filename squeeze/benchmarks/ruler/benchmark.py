@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tqdm import tqdm
 
 from squeeze.benchmarks.base import Benchmark, DataSet, Options, Workload
+from squeeze.benchmarks.encoding import tokens_after
 from squeeze.benchmarks.longbench import prompts
 from squeeze.benchmarks.prediction_files import PredictionFiles
 from squeeze.benchmarks.records import PredictedSample
@@ -72,6 +73,7 @@ class Ruler(Benchmark):
     locations: ClassVar = ("data_dir", "haystack")
     sample: ClassVar = PredictedSample
     sample_num: ClassVar = SAMPLES
+    has_context: ClassVar = True
 
     def asked(self, flags: Mapping[str, Any]) -> list[str]:
         """Every task that is asked for at every length.
@@ -141,16 +143,19 @@ class Ruler(Benchmark):
         for index in tqdm(range(total), desc=f"{data.dataset}: making", delay=2, leave=False, **shown):
             made = samples(index)
             tokens = render(made)
-            found.append(SamplePrompt(tokens, settings, answers=tuple(made.answers)))
+            asked = tokens_after(tokenizer, tokens, made.after) if options.context else 0
+            found.append(SamplePrompt(tokens, settings, kind=asked, asked=asked, answers=tuple(made.answers)))
         return found
 
     def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
         from squeeze.generation.generate import generate
         from squeeze.generation.sampling import generator, sampler
 
-        options, settings = workload.options, workload.prompts[batch[0]].settings
+        options, first = workload.options, workload.prompts[batch[0]]
         processors = sampler(options.temperature, options.top_p, [generator(options.seed, index) for index in batch])
-        results = generate(workload.model, workload.tokens(batch), settings, workload.squeezed, processors)
+        results = generate(
+            workload.model, workload.tokens(batch), first.settings, workload.squeezed, processors, asked=first.asked
+        )
         samples = []
         for index, output, stats in zip(batch, *results, strict=True):
             prompt: Any = workload.prompts[index]

@@ -24,7 +24,7 @@ def step(length: int) -> int:
 def make(task: Chain, size: int, rng: Random, example: str) -> Made:
     """A prompt with a chain among so many sentences, after the example with new names."""
     made = _alone(task, size, rng, LETTERS, str(rng.randint(10000, 99998)))
-    return Made(f"{renamed(example, rng)}\n{made.question}", made.prefix, made.answers)
+    return made._replace(question=f"{renamed(example, rng)}\n{made.question}")
 
 
 def example(task: Chain, count: Counter, rng: Random) -> str:
@@ -54,7 +54,7 @@ def _alone(task: Chain, size: int, rng: Random, letters: int, value: str) -> Mad
         lines.insert(place + later, chain[later])
     context = "\n".join(lines).replace(". \n", ".\n")
     asked = {"query": value, "num_v": task.hops + 1}
-    return Made(task.form.template.format(context=context, **asked), task.form.prefix.format(**asked), names)
+    return Made(*task.form.filled(context, **asked), task.form.prefix.format(**asked), names)
 
 
 def _names(count: int, letters: int, rng: Random) -> list[str]:

@@ -14,11 +14,13 @@ class Made(NamedTuple):
 
     Args:
         question: all but the answer's beginning.
+        after: the part of the question that follows on the context.
         prefix: the answer's beginning.
         answers: strings to be found in what a model writes.
     """
 
     question: str
+    after: str
     prefix: str
     answers: list[str]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from random import Random
 
 from squeeze.benchmarks.ruler import texts
@@ -38,15 +39,15 @@ def make(task: Needles, given: Texts, size: int, rng: Random) -> Made:
     rng.shuffle(needles)
     asked = rng.sample(range(len(keys)), task.queries)
     query = _listed([keys[index] for index in asked])
-    template, prefix, kind = task.form.template, task.form.prefix, str(task.value)
+    form, kind = task.form, str(task.value)
     if task.queries * task.values == 1:
         for old, new in SINGULAR:
-            template, prefix = template.replace(old, new), prefix.replace(old, new)
+            form = replace(form, template=form.template.replace(old, new), prefix=form.prefix.replace(old, new))
         kind = kind.removesuffix("s")
     context = _context(task, given, size, needles, rng)
-    question = template.format(type_needle_v=kind, context=context, query=query)
     answers = [value for index in asked for value in values[index]]
-    return Made(question, prefix.format(type_needle_v=kind, query=query), answers)
+    words = {"type_needle_v": kind, "query": query}
+    return Made(*form.filled(context, **words), form.prefix.format(**words), answers)
 
 
 def _context(task: Needles, given: Texts, size: int, needles: list[str], rng: Random) -> str:

@@ -96,4 +96,4 @@ def make(task: Questions, given: Collection, index: int, size: int, rng: Random)
         shown = (documents * -(-size // len(documents)))[:size]
     rng.shuffle(shown)
     context = "\n\n".join(f"Document {number}:\n{text}" for number, text in enumerate(shown, start=1))
-    return Made(task.form.template.format(context=context, query=asked.text), task.form.prefix, asked.answers)
+    return Made(*task.form.filled(context, query=asked.text), task.form.prefix, asked.answers)

@@ -29,6 +29,12 @@ class Form:
     prefix: str
     new_tokens: int
 
+    def filled(self, context: str, **asked: object) -> tuple[str, str]:
+        """The template with a context, and the part of it that follows on the context."""
+        before, after = self.template.split("{context}")
+        after = after.format(**asked)
+        return before.format(**asked) + context + after, after
+
 
 @dataclass(frozen=True)
 class Task:

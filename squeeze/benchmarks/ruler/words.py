@@ -25,10 +25,11 @@ def common(task: CommonWords, given: Texts, length: int, size: int, rng: Random)
     long = length >= 4096
     shown, solution = _list(task, given, *((40, 10, 3) if long else (20, 3, 1)), rng)
     context, answers = _list(task, given, size, *((30, 3) if long else (6, 1)), rng)
-    template, prefix = task.form.template, task.form.prefix
+    prefix = task.form.prefix
     solved = " ".join(f"{number}. {word}" for number, word in enumerate(solution, start=1))
-    example = f"{template.format(context=shown)}{prefix} {solved}"
-    return Made(f"{example}\n{template.format(context=context)}", prefix, answers)
+    example = f"{task.form.filled(shown)[0]}{prefix} {solved}"
+    question, after = task.form.filled(context)
+    return Made(f"{example}\n{question}", after, prefix, answers)
 
 
 def _list(task: CommonWords, given: Texts, size: int, often: int, seldom: int, rng: Random) -> tuple[str, list[str]]:
@@ -68,9 +69,7 @@ def frequent(task: FrequentWords, count: Counter, room: int, rng: Random, words:
         counts = (size * ranks**-task.alpha / zeta(task.alpha)).astype(int).tolist()
         text = [word for word, times in zip(vocabulary, counts, strict=True) for _ in range(times)]
         Random(order).shuffle(text)
-        return Made(
-            task.form.template.format(context=" ".join(text)), task.form.prefix, vocabulary[1 : 1 + task.asked]
-        )
+        return Made(*task.form.filled(" ".join(text)), task.form.prefix, vocabulary[1 : 1 + task.asked])
 
     step = max(room // 32, 1)
     if words is None:
