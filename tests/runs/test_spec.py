@@ -82,7 +82,14 @@ def test_a_description_cannot_be_changed():
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_every_field_is_a_key_of_a_sweep_or_refused_there(tmp_path, name):
-    text = {"datasets": "samsum", "KV_class3": "0.1", "model": "B", "ini_size": "0.4", "seed": "7", "compress": "context"}.get(name)
+    text = {
+        "datasets": "samsum",
+        "KV_class3": "0.1",
+        "model": "B",
+        "ini_size": "0.4",
+        "seed": "7",
+        "compress": "context",
+    }.get(name)
     text = text or ("true" if FLAGS[name].read is None else "5" if name.endswith(("num", "size", "chunk")) else "1")
     path = tmp_path / "grid.yaml"
     path.write_text("{model: A, ini_size: 0.2, KV_class3: 0.05}")
