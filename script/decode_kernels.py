@@ -3,7 +3,7 @@
     python script/decode_kernels.py
 
 One new token a sequence; heads of SmolLM2-135M and of Llama-3-8B; buffers of one length, or ragged. Microseconds, the
-median of 30. `squeeze.engine.layer.decode_kernel` chooses by what this showed.
+median of 30. `squeeze.engine.kernels.decode_kernel` chooses by what this showed.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ import torch
 
 from squeeze.cli.tables import table
 from squeeze.engine.attention import decode
-from squeeze.engine.layer import FLASH_DTYPES
+from squeeze.engine.kernels import FLASH_DTYPES
 from squeeze.evictors import make_evictor
 
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PretrainedConfig
 
 from squeeze.engine import attention
+from squeeze.engine.autocast import as_autocast, without_autocast
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.compiling import Compiled
 from squeeze.engine.expected import expected_attention
-from squeeze.engine.layer import SqueezeLayer, as_autocast
+from squeeze.engine.layer import SqueezeLayer
 from squeeze.evictors.base import Future
 
 #: The function's name in the AttentionInterface.
@@ -157,9 +158,3 @@ def _layer_of(module: torch.nn.Module) -> SqueezeLayer:
             "it a copy, such as copy.deepcopy(config)"
         )
     return cache.by_module[module]
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A block in which no dtype is changed: attention has float32 softmax and sums, and products into buffers."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -7,7 +7,6 @@ hands what it returns to its attention function (`squeeze.engine.interface`).
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,49 +16,12 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from squeeze.engine.adakv import shared
+from squeeze.engine.asked import kept_of, scores_of, slots_of
+from squeeze.engine.autocast import as_autocast
 from squeeze.engine.findings import AttentionLayer
+from squeeze.engine.kernels import decode_kernel
 from squeeze.engine.layout import Group, Layout
-from squeeze.errors import InputError
 from squeeze.evictors.base import Evictor, Tokens
-from squeeze.numbers import shown
-
-#: Dtypes that flash-attn's kernels take.
-FLASH_DTYPES = (torch.float16, torch.bfloat16)
-
-
-def decode_kernel(device: torch.device, dtype: torch.dtype, scored: bool) -> str:
-    """Kernel of decode steps: `grouped` matrix products, or a fused one, `flash` (flash-attn) or `sdpa` (PyTorch).
-
-    On CPUs, and on GPUs in float32, grouped products are faster, by measurement (docs/gpu.md). With `scored` attention
-    probabilities are wanted, which fused kernels do not give.
-    """
-    if device.type != "cuda" or dtype not in FLASH_DTYPES or scored:
-        return "grouped"
-    return "flash" if importlib.util.find_spec("flash_attn") is not None else "sdpa"
-
-
-def check_slots(evictor: Evictor, slots: torch.Tensor, shape: Sequence[int], budget: torch.Tensor) -> None:
-    """Raises InputError unless an evictor of the user's own gave slots of this shape, each below its budget.
-
-    Args:
-        budget: of each sequence, broadcast against the slots.
-    """
-    if evictor.built_in or torch.compiler.is_compiling():
-        return
-    right = isinstance(slots, torch.Tensor) and slots.dtype == torch.long and slots.shape == tuple(shape)
-    if not right or bool(((slots < 0) | (slots >= budget)).any()):
-        raise InputError(
-            f"slot of the evictor {evictor.name} must give an int64 tensor of shape {tuple(shape)}, each from 0 to "
-            f"its budget - 1, and gave {_described(slots)}"
-        )
-
-
-def _described(given: object) -> str:
-    """A value that an evictor gave, in a few words."""
-    if not isinstance(given, torch.Tensor):
-        return shown(given)
-    ends = f" from {given.min().item()} to {given.max().item()}" if given.numel() else ""
-    return f"{str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}{ends}"
 
 
 @dataclass(frozen=True)
@@ -265,7 +227,9 @@ class SqueezeLayer(CacheLayerMixin):
         for row, length in enumerate(lengths):
             for piece, budget in layout.pieces(row):
                 piece_scores = piece.part(of_rows[row]) if of_rows else self.scores
-                kept = self._keep(length, budget, piece_scores, piece.rows).to(device).expand(piece.rows, -1)
+                kept = (
+                    kept_of(self.evictor, length, budget, piece_scores, piece.rows).to(device).expand(piece.rows, -1)
+                )
                 count = kept.shape[1]
                 for buffer, prompt in ((keys, self.keys), (values, self.values)):
                     index = kept[..., None].expand(-1, -1, prompt.shape[3])
@@ -293,7 +257,7 @@ class SqueezeLayer(CacheLayerMixin):
             keys, values = (part[row, :, -length:] for part in (self.keys, self.values))
             observed = self._agreed(self.scores[row, :, -length:]) if self.scores.numel() else keys.new_zeros(heads, 0)
             tokens = Tokens(places[:-1].expand(heads, -1), numbers, keys, values, observed)
-            found.append(self._in_sight(self._scored(tokens), places[:-1], places[-1:]))
+            found.append(self._in_sight(scores_of(self.evictor, tokens), places[:-1], places[-1:]))
         return found
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor, seen: Sequence[int], lengths: Sequence[int]) -> None:
@@ -308,7 +272,7 @@ class SqueezeLayer(CacheLayerMixin):
         """
         for row, (before, length) in enumerate(zip(seen, lengths, strict=True)):
             for piece, budget in self.layout.pieces(row):
-                position = self._keep(before + length, budget, self.scores, piece.rows)[0]  # of each slot
+                position = kept_of(self.evictor, before + length, budget, self.scores, piece.rows)[0]  # of each slot
                 slots = (position >= before).nonzero()[:, 0]
                 index = position[slots] - before - length
                 piece.view(self.keys)[:, slots] = piece.part(keys[row])[:, index]
@@ -322,23 +286,9 @@ class SqueezeLayer(CacheLayerMixin):
 
         They are in the tokens' order; their positions, `(kept,)`, come third.
         """
-        positions, slots = self._keep(seen, budget, self.scores, piece.rows)[0].sort()
+        positions, slots = kept_of(self.evictor, seen, budget, self.scores, piece.rows)[0].sort()
         keys, values = (piece.view(part)[:, slots] for part in (self.keys, self.values))
         return keys, values, positions.to(self.keys.device)
-
-    def _keep(self, length: int, budget: int, scores: torch.Tensor, heads: int) -> torch.Tensor:
-        """Positions that the evictor keeps of a prompt, `(heads, kept)` or `(1, kept)`; InputError for others."""
-        kept, count = self.evictor.keep(length, budget, scores), min(length, budget)
-        if self.evictor.built_in:
-            return kept
-        shapes = [(rows, count) for rows in (heads, 1)]
-        right = isinstance(kept, torch.Tensor) and kept.dtype == torch.long and kept.shape in shapes
-        if not right or bool(((kept < 0) | (kept >= length)).any()):
-            raise InputError(
-                f"keep of the evictor {self.evictor.name} must give positions from 0 to {length - 1}, an int64 tensor "
-                f"of shape {shapes[0]} or {shapes[1]}, and gave {_described(kept)}"
-            )
-        return kept
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Place a new token per row, `(batch, kv_heads, 1, head_dim)`; where there is no room, evict another."""
@@ -359,7 +309,9 @@ class SqueezeLayer(CacheLayerMixin):
         if self.evictor.updates != "fixed":
             return self.scores.new_zeros(len(rows))
         keys, values = (part.index_select(0, rows).unsqueeze(1) for part in (self.keys, self.values))
-        return self._scored(Tokens(self.position, self.heads, keys, values, keys.new_zeros(len(rows), 0)))[:, 0]
+        return scores_of(self.evictor, Tokens(self.position, self.heads, keys, values, keys.new_zeros(len(rows), 0)))[
+            :, 0
+        ]
 
     def _slots(self, group: Group) -> torch.Tensor:
         """Slots that the evictor chooses for the new tokens of a group, each counted from its row's first: `(rows,)`.
@@ -374,11 +326,9 @@ class SqueezeLayer(CacheLayerMixin):
             keys, values, places = (group.view(part) for part in (self.keys, self.values, self.slot_positions))
             nothing = keys.new_zeros(group.rows, 0)
             tokens = Tokens(places.long(), group.part(self.heads), keys, values, nothing)
-            scores = self._scored(tokens).unsqueeze(1)
+            scores = scores_of(self.evictor, tokens).unsqueeze(1)
         scores = self._in_sight(scores, held, position.unsqueeze(2))
-        slots = self.evictor.slot(position, budget, held, scores)
-        check_slots(self.evictor, slots, (group.rows, 1), budget)
-        return slots[:, 0]
+        return slots_of(self.evictor, position, budget, held, scores)[:, 0]
 
     @property
     def apart(self) -> bool:
@@ -448,20 +398,6 @@ class SqueezeLayer(CacheLayerMixin):
             return attention
         return attention.mean(dim=-2, keepdim=True).expand_as(attention)
 
-    def _scored(self, tokens: Tokens) -> torch.Tensor:
-        """Scores that the evictor gives tokens, float32 `(rows, tokens)`; InputError for others."""
-        scores, evictor = self.evictor.score(tokens), self.evictor
-        if evictor.built_in or torch.compiler.is_compiling():
-            return scores
-        shape = tokens.positions.shape
-        right = isinstance(scores, torch.Tensor) and scores.is_floating_point() and scores.shape == shape
-        if not right or bool(scores.isnan().any()):
-            raise InputError(
-                f"score of the evictor {evictor.name} must give a floating-point tensor of shape {tuple(shape)}, none "
-                f"of it NaN, and gave {_described(scores)}"
-            )
-        return scores.float()
-
     def _head_numbers(self, heads: torch.Tensor) -> torch.Tensor:
         """Of heads of this layer, `(rows,)`, what `heads` says; no elements where the evictor scores no tokens."""
         return (heads + (self.facts.index << 16))[:, None] if self.evictor.scores_prompts else heads[:0]
@@ -504,17 +440,6 @@ class SqueezeLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # what transformers up to 5.15 calls it
-
-
-def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors in autocast's dtype, where it is on: in which the model's own attention would multiply them."""
-    dtype = autocast_dtype(tensors[0].device)
-    return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast; None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _owned(tensor: torch.Tensor) -> torch.Tensor:

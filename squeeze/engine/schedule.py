@@ -13,7 +13,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from squeeze.engine.layer import Seen, SqueezeLayer, check_slots
+from squeeze.engine.asked import slots_of
+from squeeze.engine.layer import Seen, SqueezeLayer
 from squeeze.engine.layout import Layout
 
 
@@ -103,8 +104,7 @@ class Schedule:
         rows = self.first_rows
         if not self.evictor.needs_scores:
             first = self.layers[0]
-            slots = self.evictor.slot(self.position, self.budgets, first.slot_positions, first.scores)
-            check_slots(self.evictor, slots, self.budgets.shape, self.budgets)
+            slots = slots_of(self.evictor, self.position, self.budgets, first.slot_positions, first.scores)
             rows = rows + slots[..., 0]
         for layer, *step in zip(self.layers, self.position, self.budgets, lengths, rows, strict=True):
             layer.position, layer.budget, layer.lengths, layer.rows = step

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from squeeze.compatibility import cache_argument
 from squeeze.devices import input_device
-from squeeze.engine.interface import without_autocast
+from squeeze.engine.autocast import without_autocast
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.errors import InputError
 from squeeze.evictors.h2o import H2O
