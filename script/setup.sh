@@ -30,8 +30,9 @@ stamp() { cat "${files[@]:0:$1}" | cksum; }
 if [ "$(cat ".venv/$requirements.installed" 2>/dev/null)" != "$(stamp ${#files[@]})" ]; then
     echo "Installing $requirements into .venv ..."
     # Modules are compiled when they are first imported, and most of them never are: a minute less. HELM wants a
-    # zstandard that has to be built, for which speed is worth nothing here: half a minute less.
-    CFLAGS="${CFLAGS:--O0}" .venv/bin/pip install --quiet --disable-pip-version-check --no-compile -r "$requirements"
+    # zstandard that has to be built, for which speed is worth nothing: half a minute less.
+    [ ${#files[@]} -gt 1 ] && export CFLAGS="${CFLAGS:--O0}"
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-compile -r "$requirements"
     for ((count = 1; count <= ${#files[@]}; count++)); do
         stamp "$count" > ".venv/${files[count - 1]}.installed"
     done

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 from squeeze.errors import InputError
 from squeeze.text import shortened
@@ -54,6 +56,12 @@ def shown(value: object) -> str:
         return shortened(str(value))
     except ValueError:
         return "one of thousands of digits"
+
+
+def number_within(name: str, value: object, words: str, fits: Callable[[Any], bool]) -> None:
+    """Raises InputError unless `value` is a number that fits; `words` say which do."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Fraction) or not fits(value):
+        raise InputError(f"{name} must be {words}, got {shown(value)}")
 
 
 def whole_number(name: str, value: object, least: int, words: str = "a whole number", most: int = MOST) -> None:

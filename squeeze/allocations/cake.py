@@ -10,7 +10,7 @@ import numpy as np
 from squeeze.allocations.base import Allocation, Budgets, PromptFacts
 from squeeze.allocations.totals import divide
 from squeeze.errors import InputError
-from squeeze.numbers import shown, whole_number
+from squeeze.numbers import number_within, whole_number
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Cake(Allocation):
         super().__post_init__()
         whole_number("window", self.window, 2, "a whole number of tokens")
         for name in ("tau1", "tau2"):
-            if not 0 < getattr(self, name) < np.inf:
-                raise InputError(f"{name} must be above 0, got {shown(getattr(self, name))}")
+            number_within(name, getattr(self, name), "above 0", lambda tau: 0 < tau < np.inf)
 
     @property
     def observed(self) -> int:  # type: ignore[override]

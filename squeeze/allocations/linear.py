@@ -7,8 +7,7 @@ from fractions import Fraction
 
 from squeeze.allocations.base import Allocation, Budgets, PromptFacts
 from squeeze.allocations.totals import divide
-from squeeze.errors import InputError
-from squeeze.numbers import shown
+from squeeze.numbers import number_within
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class Linear(Allocation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.last <= 1:
-            raise InputError(f"last must be from 0 to 1, got {shown(self.last)}")
+        number_within("last", self.last, "from 0 to 1", lambda last: 0 <= last <= 1)
 
     def allocate(self, facts: PromptFacts) -> Budgets:
         """Budgets of the total of uniform ones."""

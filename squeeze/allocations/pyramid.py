@@ -8,8 +8,7 @@ from fractions import Fraction
 
 from squeeze.allocations.base import Allocation, Budgets, PromptFacts
 from squeeze.allocations.linear import falling
-from squeeze.errors import InputError
-from squeeze.numbers import shown
+from squeeze.numbers import number_within
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,7 @@ class Pyramid(Allocation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.beta < math.inf:
-            raise InputError(f"beta must be 1 or more, got {shown(self.beta)}")
+        number_within("beta", self.beta, "1 or more", lambda beta: 1 <= beta < math.inf)
 
     def allocate(self, facts: PromptFacts) -> Budgets:
         """Budgets of the total of uniform ones."""

@@ -19,21 +19,26 @@ if TYPE_CHECKING:
 LONG_TEXT = 5_000_000
 
 
-def tokens_after(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor, after: str) -> int:
-    """How many of a prompt's last tokens, `(tokens,)`, begin with the text that follows on its context.
+def tokens_after(
+    tokenizer: PreTrainedTokenizerBase, text: str, after: str, tokens: torch.Tensor, special: bool
+) -> int:
+    """How many of a prompt's last tokens begin with what follows on its context; a token that the two share does.
 
-    A token that the two share belongs to what follows.
-
+    Args:
+        text: the prompt.
+        after: the text that follows on the context, blanks around it aside.
+        tokens: of the prompt, `(tokens,)`.
+        special: whether special tokens were added to them.
     Raises:
-        InputError: the text is not in them.
+        InputError: the text is not in the prompt.
     """
-    wanted = after.strip()
-    count = max(len(tokenizer(wanted, add_special_tokens=False).input_ids) - 2, 1)
-    while count < len(tokens):
-        if wanted in tokenizer.decode(tokens[-count:]):
-            return count
-        count += 1
-    raise InputError(f"the prompt's tokens do not have the text after its context: {shortened(wanted)}")
+    start = text.rfind(after.strip())
+    if start < 0:
+        raise InputError(f"a prompt does not have the text after its context, {shortened(after.strip())}")
+    before = tokenizer(text[:start], truncation=False, add_special_tokens=special).input_ids
+    pairs = enumerate(zip(before, tokens.tolist(), strict=False))
+    same = next((index for index, (one, other) in pairs if one != other), min(len(before), len(tokens)))
+    return min(max(len(tokens) - same, 1), len(tokens) - 1)
 
 
 def tokenizing(texts: Sequence[str], dataset: str, ranks: Ranks) -> Iterator[str]:

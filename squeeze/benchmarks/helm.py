@@ -53,7 +53,8 @@ class HelmRequests(Benchmark):
         return "ROUGE-1/2/L by HELM"
 
     def refusal(self, flag: str, takers: Sequence[str]) -> str:
-        return f"--{flag} is for LongBench: with --pred {self.name} the requests say what is run and how"
+        titles = "LongBench" if "Long" in takers else f"--pred {' or '.join(takers)}"
+        return f"--{flag} is for {titles}: with --pred {self.name} the requests say what is run and how"
 
     def read(self, dataset: str, *location: str | None) -> Requests:
         [file] = location

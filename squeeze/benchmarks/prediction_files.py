@@ -32,7 +32,9 @@ class PredictionFiles:
             raise InputError(
                 f"{self.name} has no {missing[0]}.jsonl: there are predictions of {', '.join(self.files)}"
             )
-        files = {dataset: self.files[dataset] for dataset in wanted or known if dataset in self.files}
+        files = {
+            dataset: self.files[dataset] for dataset in (known if wanted is None else wanted) if dataset in self.files
+        }
         return PredictionFiles(self.name, files, self.folder)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from squeeze.benchmarks import scores as sample_scores
 from squeeze.benchmarks.base import Benchmark
+from squeeze.benchmarks.longbench.benchmark import LONGBENCH, LongBench
 from squeeze.benchmarks.registry import BENCHMARKS, owner
 from squeeze.cli.tables import table
 from squeeze.errors import InputError
@@ -93,10 +94,11 @@ def compare(folders: list[Path], datasets: str | None) -> None:
     """
     if len(folders) < 2:
         raise InputError("--compare needs two folders of prediction files or more: the first is compared with")
-    benchmarks = {owner(folder).title: owner(folder) for folder in folders}
-    if len(benchmarks) > 1:
-        raise InputError(f"the runs are of different benchmarks: {', '.join(benchmarks)}")
-    [benchmark] = benchmarks.values()
+    # LongBench-E has LongBench's data sets, and other tools' files do not say which they are of.
+    owners = [LONGBENCH if isinstance(one, LongBench) else one for one in map(owner, folders)]
+    benchmark = owners[0]
+    if any(other is not benchmark for other in owners):
+        raise InputError(f"the runs are of different benchmarks: {', '.join(one.title for one in owners)}")
     if benchmark.scorer is not None:
         raise InputError(f"{benchmark.title} is scored by {benchmark.scored_by}: {benchmark.scorer}")
     runs = [benchmark.find(folder, datasets) for folder in folders]

@@ -35,23 +35,28 @@ def expected_attention(
         and for the tokens that are skipped, which take no share from the others.
     """
     scores = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
+    group = queries.shape[1] // keys.shape[1]
     for row, length in enumerate(lengths):
-        own, held = queries[row, :, -length:].float(), keys[row, :, -length:].float()
-        places = torch.arange(length + future.tokens, device=keys.device)[:, None]
-        if rotation is not None:
-            own = rotation(own, -places[:length])
-        skipped = min(future.skipped, length - 1)
-        own = own[:, skipped:]
-        mean = own.mean(dim=1, keepdim=True)
-        centred = own - mean
-        covariance = centred.transpose(1, 2) @ centred / own.shape[1]
+        places, skipped = (
+            torch.arange(length + future.tokens, device=keys.device)[:, None],
+            min(future.skipped, length - 1),
+        )
+        turn = None
         if rotation is not None:
             one = torch.eye(keys.shape[-1], device=keys.device)[:, None].expand(-1, future.tokens, -1)
             turn = rotation(one, places[length:]).mean(dim=1)
-            mean, covariance = mean @ turn, turn.T @ covariance @ turn
-        mean, covariance = (part.unflatten(0, (len(held), -1)) for part in (mean, covariance))
-        by_mean = (mean @ held[:, None].transpose(2, 3))[:, :, 0] * scale
-        spread = ((held[:, None] @ covariance) * held[:, None]).sum(dim=-1) * (scale * scale / 2)
-        logits = (by_mean + spread)[..., skipped:]
-        scores[row, :, skipped - length :] = logits.softmax(dim=-1).sum(dim=1)
+        for head in range(keys.shape[1]):  # one at a time: in float32 all of them together are as large as many layers
+            own = queries[row, head * group : (head + 1) * group, -length:].float()
+            held = keys[row, head, -length:].float()[skipped:]
+            if rotation is not None:
+                own = rotation(own, -places[:length])
+            own = own[:, skipped:]
+            mean = own.mean(dim=1)
+            centred = own - mean[:, None]
+            covariance = centred.transpose(1, 2) @ centred / own.shape[1]
+            if turn is not None:
+                mean, covariance = mean @ turn, turn.T @ covariance @ turn
+            spread = torch.stack([(held @ of_query * held).sum(dim=-1) for of_query in covariance])
+            logits = (mean @ held.T) * scale + spread * (scale * scale / 2)
+            scores[row, head, skipped - length :] = logits.softmax(dim=-1).sum(dim=0)
     return scores

@@ -110,6 +110,10 @@ class SqueezedModel:
         evictor = config.evictor
         config.check_scores(evictor)
         config.allocator.check(algorithm, evictor, sum(self.kv_heads) if config.per == "head" else len(self.layers))
+        if config.allocator.needs == "attention" and config.allocator.observed < 2:
+            raise InputError(
+                f"the allocation {config.allocator} needs attention: observed must say of how many queries, 2 or more"
+            )
         needed = {need: config.allocator.needs == need for need in ("similarities", "attention")}
         per_head = config.per != "layer"
         if isinstance(config.allocator, Explicit):

@@ -172,8 +172,7 @@ def work_on(
     """
     from squeeze.runs.batching import progress_bar, run_batches
 
-    # Those that prefill alike one after the other: only one prefill is kept.
-    jobs = sorted(jobs, key=lambda pair: "" if pair[0].config is None else str(pair[0].config.evictor.observed))
+    jobs = sorted(jobs, key=lambda pair: _prefills_alike(pair[0]))
     first = jobs[0][0]
     data, options = first.data[index], first.options
     total = max(samples.total for _, samples in jobs)
@@ -187,6 +186,14 @@ def work_on(
     with progress_bar(points, prompts, options.batch_size, process) if bar is None else nullcontext(bar) as own:
         batch_size = run_batches(points, prompts, options.batch_size, process, own)
     return Worked(batch_size, None if loaded.squeezed is None else loaded.squeezed.findings.described())
+
+
+def _prefills_alike(job: Job) -> tuple[str, int]:
+    """A key by which jobs that prefill alike stand one after the other, since only one prefill is kept: those first
+    whose allocation looks at attention, which the others need not."""
+    if job.config is None:
+        return "", 0
+    return str(job.config.evictor.observed), -job.config.allocator.observed
 
 
 def _point(job: Job, samples: Samples, measure: Measure[Any], workload: Workload) -> Point:

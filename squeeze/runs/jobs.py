@@ -56,9 +56,10 @@ class Job:
 
     @property
     def model_key(self) -> tuple[Any, ...]:
-        """Equal for jobs that can share a loaded model."""
+        """Equal for jobs that can share a loaded model and its prompts."""
         spec = self.spec
-        return self.model_folder, self.device, self.dtype, spec.attn, spec.allow_pickle, spec.device_map, spec.chat
+        loaded = self.model_folder, self.device, self.dtype, spec.attn, spec.allow_pickle, spec.device_map
+        return *loaded, spec.chat, spec.compress
 
     def settings_of(self, data: DataSet) -> dict[str, Any]:
         """The settings that change the results of one data set, for `Run.open`."""

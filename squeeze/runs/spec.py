@@ -111,7 +111,9 @@ class RunSpec:
     device: str | None = flag(
         None, "cpu, cuda, or one GPU such as cuda:0 (default: the first GPU if there is one, else the CPU)"
     )
-    sample_num: int | None = flag(None, "how many rows of each data set to run (default: all; of HELM: 300)", whole(1))
+    sample_num: int | None = flag(
+        None, "how many rows of each data set to run (default: all; of HELM: 300, of ruler: 500)", whole(1)
+    )
     device_map: str | None = flag(
         None,
         "in place of --device, for models larger than one GPU: auto, balanced or sequential (accelerate) spreads "

@@ -64,6 +64,7 @@ def test_a_line_falls_and_keeps_the_total(layers, length, new, size, last, minim
     ("make", "said"),
     [
         (lambda: Linear("0.2", last=1.5), "last must be from 0 to 1, got 1.5"),
+        (lambda: Linear("0.2", last="0.5"), "last must be from 0 to 1, got 0.5"),
         (lambda: Pyramid("0.2", beta=0.5), "beta must be 1 or more, got 0.5"),
     ],
 )

@@ -1,5 +1,6 @@
 """`--compress context`: what is cut before the question is read."""
 
+import copy
 import importlib
 import json
 from pathlib import Path
@@ -8,14 +9,17 @@ import pytest
 import torch
 from conftest import ROOT, random_model
 from tiny import save_rows, save_tiny
+from tokenizers import normalizers
 
 import pred
 from squeeze import H2O, Explicit, InputError, SlidingWindow, SnapKV, squeezed
 from squeeze.benchmarks.encoding import tokens_after
 from squeeze.benchmarks.longbench.data import after_context, build_prompt, generation_lengths
+from squeeze.benchmarks.longbench.prompts import encode_parts
 from squeeze.generation.generate import generate, greedy
 from squeeze.report import command as report
 from squeeze.storage.files import read_jsonl
+from squeeze.sweep import command as sweep
 
 evaluate = importlib.import_module("eval")
 FLAGS = ["--model", "tiny", "--device", "cpu", "--dtype", "float32"]
@@ -32,17 +36,42 @@ def place(tmp_path, monkeypatch):
 
 
 def test_of_every_data_set_the_question_is_found(tokenizer):
-    """No token of the context is read late, and none of what follows on it early."""
+    """No token of the context is read late, and none of what follows on it early; of long prompts what is left."""
     for dataset in generation_lengths():
         [(_, row), *_] = read_jsonl(ROOT / f"data/longbench/{dataset}.jsonl", dict)
         text, after = build_prompt(dataset, row), after_context(dataset, row)
-        tokens = tokenizer(text, return_tensors="pt").input_ids[0]
-        count = tokens_after(tokenizer, tokens, after)
+        tokens, count = encode_parts(tokenizer, dataset, text, after, 100_000, "M")
         assert after.strip() in tokenizer.decode(tokens[-count:])
-        assert after.strip() not in tokenizer.decode(tokens[1 - count :]) if count > 1 else True
         assert text.startswith(tokenizer.decode(tokens[: -count - 1]))
-    with pytest.raises(InputError, match="do not have the text after its context: not there at all"):
-        tokens_after(tokenizer, tokens, "not there at all")
+        tokens, count = encode_parts(tokenizer, dataset, text, after, 40, "M")
+        assert after.strip().endswith(tokenizer.decode(tokens[-min(count, 8) :]).strip()[-4:]) and 1 <= count <= 25
+    with pytest.raises(InputError, match="does not have the text after its context, not there at all"):
+        tokens_after(tokenizer, "a text", "not there at all", tokens, True)
+
+
+def test_a_tokenizer_that_normalizes_finds_it_as_well(tokenizer):
+    """NFC, as Qwen's: decoded text is not what was encoded."""
+    normalizing = copy.deepcopy(tokenizer)
+    normalizing.backend_tokenizer.normalizer = normalizers.NFC()
+    text, after = "The cafe\u0301 is open. ", "Is the cafe\u0301 open?"
+    tokens = normalizing(text + after, return_tensors="pt").input_ids[0]
+    count = tokens_after(normalizing, text + after, after, tokens, True)
+    assert normalizing.decode(tokens[-count:]).strip() == "Is the caf\u00e9 open?"
+
+
+def test_a_sweep_cuts_where_a_single_run_does(place):
+    """Also beside the full cache, whose prompts have no such end."""
+    pred.main([*FLAGS, "--pred", "Long", "--data_dir", "data", *SQUEEZE, "0.3", "--compress", "context"])
+    folder = Path("pred_Long/tiny/h2o/uniform/0.3/context")
+    alone = (folder / "samsum.jsonl").read_bytes()
+    Path("pred_Long").rename("alone")
+    Path("grid.yaml").write_text(
+        "{model: tiny, data_dir: data, device: cpu, dtype: float32, ini_size: 0.3, algorithm: h2o, "
+        "allocation: uniform, compress: context}"
+    )
+    sweep.sweep(["grid.yaml"])
+    assert (folder / "samsum.jsonl").read_bytes() == alone
+    assert Path("pred_Long/tiny/full/samsum.jsonl").exists()
 
 
 @pytest.mark.parametrize("evictor", [SlidingWindow(), H2O(), SnapKV(window=4)], ids=str)

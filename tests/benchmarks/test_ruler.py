@@ -143,6 +143,13 @@ def test_a_chain_is_followed_to_its_end():
     assert example.rstrip().split()[-5:] == re.findall(r"VAR ([A-Z]+) = ", example), "solved"
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_lengths_are_found_whatever_chance_brings(seed):
+    """A list of common words is long beside its parts, and two that were drawn differ: no line goes through them."""
+    made = samples("cwe", 8192, seed, count=lambda made: len(made.question + made.prefix) // 4)(0)
+    assert 0.9 * 8192 < len(made.question + made.prefix) // 4 + 120 <= 8192
+
+
 def test_coded_words_are_the_most_frequent():
     made = samples("fwe", 2048)(0)
     counts = Counter(re.search(r"coded words\. (.*)\n", made.question)[1].split())
@@ -257,16 +264,31 @@ def test_a_chat_prompt_ends_in_the_answers_beginning():
         (["--datasets", "qa_1"], r"squad\.json is not there: RULER's download_qa_dataset\.sh"),
         (["--datasets", "niah_single_2", "--haystack", "none.txt"], "--haystack none.txt is not there"),
         (["--datasets", "niah_single_2", "--haystack", "short.txt"], "is no haystack: it has 3 words"),
+        (["--datasets", "cwe", "--lengths", "900000", "--model", "long"], "needs more different words than the"),
+        (["--data_dir", "none"], "--data_dir none is no folder"),
+        (["--haystack", "short.txt"], "--haystack is for tasks with prose, and niah_single_1_4096 have none"),
         (["--requests", "r.jsonl"], "--requests is for --pred xsum or cnndm"),
     ],
 )
 def test_bad_input(place, flags, said):
     Path("short.txt").write_text("three short words")
+    if "long" in flags:
+        save_tiny(place / "long", max_position_embeddings=1_000_000)
     with pytest.raises(InputError, match=said):
         pred.main([*FLAGS, *flags])
 
 
+def test_files_that_are_not_there_are_not_scored(place):
+    pred.main([*FLAGS, "--datasets", "fwe", "--lengths", "1500"])
+    for wanted in ("cwe", "fwe,typo", "fwe_4096"):
+        with pytest.raises(InputError, match=r"has no predictions of .*: there are fwe_1500"):
+            evaluate.main(["--model", "tiny", "--pred", "ruler", "--datasets", wanted])
+    assert not Path("pred_ruler/tiny/full/result.json").exists()
+
+
 def test_flags_of_ruler_are_for_ruler(place):
+    with pytest.raises(InputError, match="--lengths is for --pred ruler: with --pred xsum the requests"):
+        pred.main(["--model", "tiny", "--pred", "xsum", "--lengths", "4096"])
     with pytest.raises(InputError, match="--lengths is for --pred ruler"):
         pred.main(["--model", "tiny", "--pred", "Long", "--lengths", "4096"])
 

@@ -115,7 +115,9 @@ def test_a_fork_needs_the_scores_of_its_evictor():
 
 
 def test_an_allocation_needs_what_there_is():
-    with pytest.raises(InputError, match=r"needs of Typo must be one of nothing, similarities, attention, loss_curves, got sim$"):
+    with pytest.raises(
+        InputError, match=r"needs of Typo must be one of nothing, similarities, attention, loss_curves, got sim$"
+    ):
 
         class Typo(Allocation):
             needs = "sim"

@@ -14,6 +14,10 @@ from squeeze.models_table.zoo import build
 WINDOW = 5
 
 
+class Blind(Uniform):
+    needs = "attention"
+
+
 def expected(model, layers, prompt):
     """Entropy and variance of each layer by the formulas of the paper, `(2, layers)`."""
     found = []
@@ -93,6 +97,8 @@ def test_a_prefill_is_shared_where_the_attention_was_looked_at():
     ("make", "said"),
     [
         (lambda: Cake("0.2", window=1), "window must be a whole number of tokens, 2 or more"),
+        (lambda: Cake("0.2", tau1="1"), "tau1 must be above 0, got 1"),
+        (lambda: squeezed(build("llama"), SlidingWindow(), Blind("0.2")).__enter__(), "observed must say of how many"),
         (lambda: Cake("0.2", tau2=0), "tau2 must be above 0, got 0"),
         (lambda: squeezed(build("falcon"), SlidingWindow(), Cake("0.2")).__enter__(), "computes attention by itself"),
         (

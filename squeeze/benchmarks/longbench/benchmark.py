@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from squeeze.benchmarks.base import Benchmark, DataSet, Options, Workload
-from squeeze.benchmarks.encoding import tokenizing, tokens_after
+from squeeze.benchmarks.encoding import tokenizing
 from squeeze.benchmarks.longbench import layouts, prompts, scoring
 from squeeze.benchmarks.longbench.data import after_context, build_prompt, dataset_names, load_data
 from squeeze.benchmarks.prediction_files import PredictionFiles
@@ -72,8 +72,8 @@ class LongBench(Benchmark):
         limit, name, chat = options.max_length, options.model_name, options.chat
         found = []
         for row, text in zip(data.rows, tokenizing(texts, data.dataset, ranks), strict=False):
-            tokens = prompts.encode_prompt(tokenizer, data.dataset, text, limit, name, chat)
-            asked = tokens_after(tokenizer, tokens, after_context(data.dataset, row)) if options.context else 0
+            after = after_context(data.dataset, row) if options.context else ""
+            tokens, asked = prompts.encode_parts(tokenizer, data.dataset, text, after, limit, name, chat)
             found.append(Prompt(tokens, settings, kind=asked, asked=asked))
         return found
 

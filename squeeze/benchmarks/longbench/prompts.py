@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from squeeze.benchmarks.encoding import tokens_after
 from squeeze.benchmarks.longbench.data import generation_lengths
 from squeeze.errors import InputError
 from squeeze.storage.files import read_object
@@ -186,11 +187,30 @@ def encode_prompt(
     Returns:
         Token ids, (tokens,).
     """
+    return encode_parts(tokenizer, dataset, prompt, "", max_length, model_name, chat)[0]
+
+
+def encode_parts(
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str,
+    prompt: str,
+    after: str,
+    max_length: int,
+    model_name: str,
+    chat: bool = False,
+) -> tuple[torch.Tensor, int]:
+    """A prompt's token ids, as `encode_prompt` gives them, and how many of them follow on its context.
+
+    Args:
+        after: the end of the prompt, which follows on the context; of one that is too long, as far as it stays.
+    """
     tokens = tokenizer(prompt, truncation=False).input_ids
     if len(tokens) > max_length:
         half = max_length // 2
         first = tokenizer.decode(tokens[:half], skip_special_tokens=True)
-        prompt = first + tokenizer.decode(tokens[-half:], skip_special_tokens=True)
+        last = tokenizer.decode(tokens[-half:], skip_special_tokens=True)
+        prompt = first + last
+        after = after if after.strip() in prompt else last
     special = True
     if dataset not in NO_CHAT:
         known = family(model_name)
@@ -199,7 +219,8 @@ def encode_prompt(
             special = False  # the template has written them
         elif known:
             prompt = known.chat.replace("{prompt}", prompt)
-    return tokenizer(prompt, truncation=False, add_special_tokens=special, return_tensors="pt").input_ids[0]
+    found = tokenizer(prompt, truncation=False, add_special_tokens=special, return_tensors="pt").input_ids[0]
+    return found, tokens_after(tokenizer, prompt, after, found, special) if after else 0
 
 
 def generation_settings(tokenizer: PreTrainedTokenizerBase, dataset: str) -> dict[str, Any]:

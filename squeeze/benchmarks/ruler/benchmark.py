@@ -35,7 +35,7 @@ from squeeze.benchmarks.ruler.tasks import (
 from squeeze.benchmarks.ruler.texts import Texts
 from squeeze.errors import InputError
 from squeeze.ranks import ALONE, Ranks
-from squeeze.text import shortened
+from squeeze.text import printable, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,10 +81,14 @@ class Ruler(Benchmark):
         `all` leaves out tasks whose files are not there.
         """
         texts, found = _texts(flags["data_dir"], flags["haystack"]), []
+        if texts.folder is not None and not texts.folder.is_dir():
+            raise InputError(f"--data_dir {printable(texts.folder)} is no folder")
         for length in _lengths(flags["lengths"] or DEFAULT_LENGTHS):
             for task in _tasks(flags["datasets"], texts):
                 prose = texts.prose_name if isinstance(task, Needles) and task.haystack == "essay" else ""
                 found.append(str(Asked(task, prose, length)))
+        if texts.haystack is not None and not any("-" in name for name in found):
+            raise InputError(f"--haystack is for tasks with prose, and {', '.join(found)} have none: leave it out")
         return found
 
     def read(self, dataset: str, *location: str | None) -> Recipe:
@@ -135,15 +139,24 @@ class Ruler(Benchmark):
 
         assert isinstance(data, Recipe)
         task, length = data.asked.task, data.asked.length
-        render = partial(rendered, tokenizer, options.chat)
-        samples = maker(data, options.seed, lambda made: len(render(made)), length - task.form.new_tokens)
+
+        def encoded(made: Made) -> Any:
+            text = rendered(tokenizer, options.chat, made)
+            # A chat template has written special tokens itself.
+            return tokenizer(
+                text, truncation=False, add_special_tokens=not options.chat, return_tensors="pt"
+            ).input_ids[0]
+
+        samples = maker(data, options.seed, lambda made: len(encoded(made)), length - task.form.new_tokens)
         settings = greedy(task.form.new_tokens)
         found: list[Prompt] = []
         shown: dict[str, Any] = {} if ranks.first else {"disable": True}
         for index in tqdm(range(total), desc=f"{data.dataset}: making", delay=2, leave=False, **shown):
             made = samples(index)
-            tokens = render(made)
-            asked = tokens_after(tokenizer, tokens, made.after) if options.context else 0
+            tokens, asked = encoded(made), 0
+            if options.context:
+                text = rendered(tokenizer, options.chat, made)
+                asked = tokens_after(tokenizer, text, made.after, tokens, not options.chat)
             found.append(SamplePrompt(tokens, settings, kind=asked, asked=asked, answers=tuple(made.answers)))
         return found
 
@@ -170,11 +183,11 @@ class Ruler(Benchmark):
             raise InputError(f"the folder {run} is not there")
         there = sorted({path.name.split(".")[0] for path in run.glob("*.jsonl")}, key=_order)
         wanted = None if datasets in (None, "all") else [text.strip() for text in str(datasets).split(",")]
-        names = []
-        for name in there:
-            asked = Asked.read(name)
-            if wanted is None or {name, asked.name, asked.task.name} & {*wanted}:
-                names.append(name)
+        spelled = {name: {name, Asked.read(name).name, Asked.read(name).task.name} for name in there}
+        for one in wanted or ():
+            if not any(one in names for names in spelled.values()):
+                raise InputError(f"{run} has no predictions of {shortened(one)}: there are {', '.join(there)}")
+        names = [name for name in there if wanted is None or spelled[name] & {*wanted}]
         return super().found(run, names, there)
 
     def sample_scores(self, dataset: str, rows: Sequence[Any]) -> list[float]:
@@ -197,14 +210,10 @@ def score(task: Task, prediction: str, answers: Sequence[str]) -> float:
     return float(any(found)) if isinstance(task, Questions) else fmean(found)
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, chat: bool, made: Made) -> Any:
-    """A prompt's token ids, `(tokens,)`; in the tokenizer's chat template where `chat` asks for it."""
-    text, special = made.question, True
-    if chat:
-        text, special = prompts.in_template(tokenizer, [{"role": "user", "content": text}]), False
-    return tokenizer(text + made.prefix, truncation=False, add_special_tokens=special, return_tensors="pt").input_ids[
-        0
-    ]
+def rendered(tokenizer: PreTrainedTokenizerBase, chat: bool, made: Made) -> str:
+    """A prompt's text; in the tokenizer's chat template where `chat` asks for it."""
+    asked = prompts.in_template(tokenizer, [{"role": "user", "content": made.question}]) if chat else made.question
+    return asked + made.prefix
 
 
 def maker(data: Recipe, seed: int, count: Counter, room: int) -> Callable[[int], Made]:
@@ -239,7 +248,13 @@ def maker(data: Recipe, seed: int, count: Counter, room: int) -> Callable[[int],
         assert isinstance(task, Chain)
         shown = chains.example(task, count, chance("example"))
         make, step = partial(chains.make, task, example=shown), chains.step(length)
-    size = largest(make, count, room, step, chance("size"), data.dataset)
+    most = words.most(texts) if isinstance(task, CommonWords) else None
+    size = largest(make, count, room, step, chance("size"), data.dataset, most)
+    if size == most:
+        raise InputError(
+            f"{data.dataset} needs more different words than the {most} that there are: give the folder of RULER's "
+            "english_words.json as --data_dir, or take shorter prompts"
+        )
     return lambda index: fitting(make, count, room, size, step, chance(index), data.dataset)
 
 

@@ -32,28 +32,31 @@ Maker = Callable[[int, Random], Made]
 Counter = Callable[[Made], int]
 
 
-def largest(make: Maker, count: Counter, room: int, step: int, rng: Random, name: str) -> int:
-    """The largest size whose prompt fits into a room of tokens, found as RULER does: by halves, each a new sample.
+def largest(make: Maker, count: Counter, room: int, step: int, rng: Random, name: str, most: int | None = None) -> int:
+    """The largest size whose prompt fits into a room of tokens: doubled, then found by halves, each a new sample.
 
     Args:
         step: the smallest size.
         name: of the task, for the error.
+        most: the largest size that can be made; None: any.
     Raises:
-        InputError: not even that fits.
+        InputError: not even the smallest fits.
     """
-    smallest, next_one = count(make(step, rng)), count(make(2 * step, rng))
+    smallest = count(make(step, rng))
     if smallest > room:
         raise InputError(f"{name}'s smallest prompt has {smallest} tokens, and there is room for {max(room, 0)}")
-    # Half more than a straight line through both says.
-    low, high = step, step + int(1.5 * step * (room - smallest) / max(next_one - smallest, 1))
-    found = step
-    while low <= high:
+    low, high = step, 2 * step
+    while (most is None or high <= most) and count(make(high, rng)) <= room:
+        low, high = high, 2 * high
+    if most is not None:
+        high = min(high, most + 1)
+    while high - low > 1:
         middle = (low + high) // 2
         if count(make(middle, rng)) <= room:
-            found, low = middle, middle + 1
+            low = middle
         else:
-            high = middle - 1
-    return found
+            high = middle
+    return low
 
 
 def fitting(make: Maker, count: Counter, room: int, size: int, step: int, rng: Random, name: str) -> Made:

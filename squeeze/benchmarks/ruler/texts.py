@@ -136,6 +136,8 @@ class Texts:
         for one in used:
             if one == "words":
                 found["wonderwords"] = version("wonderwords")
+                if self.more_words:
+                    found["more words"] = hashlib.sha256(" ".join(self.more_words).encode()).hexdigest()
                 continue
             path = self.prose_file if one == "prose" else self.questions(one)
             found[one] = "made up" if path is None else hashlib.sha256(read_bytes(path)).hexdigest()

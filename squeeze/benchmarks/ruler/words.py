@@ -32,16 +32,15 @@ def common(task: CommonWords, given: Texts, length: int, size: int, rng: Random)
     return Made(f"{example}\n{question}", after, prefix, answers)
 
 
+def most(given: Texts) -> int:
+    """The most different words that a list can have."""
+    return max(len(texts.single_words()), len(given.more_words))
+
+
 def _list(task: CommonWords, given: Texts, size: int, often: int, seldom: int, rng: Random) -> tuple[str, list[str]]:
     """A numbered list, and the words that are in it more often."""
     known = texts.single_words()
-    source = known if size <= len(known) else given.more_words
-    if size > len(source):
-        raise InputError(
-            f"{task.name} needs {size} different words at this length, and wonderwords has {len(known)}: give the "
-            "folder of RULER's english_words.json as --data_dir, or take shorter prompts"
-        )
-    chosen = rng.sample(source, size)
+    chosen = rng.sample(known if size <= len(known) else given.more_words, size)
     words = chosen[: task.common] * often + chosen[task.common :] * seldom
     rng.shuffle(words)
     return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1)), chosen[: task.common]
