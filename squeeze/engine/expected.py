@@ -37,11 +37,8 @@ def expected_attention(
     scores = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
     group = queries.shape[1] // keys.shape[1]
     for row, length in enumerate(lengths):
-        places, skipped = (
-            torch.arange(length + future.tokens, device=keys.device)[:, None],
-            min(future.skipped, length - 1),
-        )
-        turn = None
+        places = torch.arange(length + future.tokens, device=keys.device)[:, None]
+        skipped, turn = min(future.skipped, length - 1), None
         if rotation is not None:
             one = torch.eye(keys.shape[-1], device=keys.device)[:, None].expand(-1, future.tokens, -1)
             turn = rotation(one, places[length:]).mean(dim=1)

@@ -227,9 +227,8 @@ class SqueezeLayer(CacheLayerMixin):
         for row, length in enumerate(lengths):
             for piece, budget in layout.pieces(row):
                 piece_scores = piece.part(of_rows[row]) if of_rows else self.scores
-                kept = (
-                    kept_of(self.evictor, length, budget, piece_scores, piece.rows).to(device).expand(piece.rows, -1)
-                )
+                kept = kept_of(self.evictor, length, budget, piece_scores, piece.rows)
+                kept = kept.to(device).expand(piece.rows, -1)
                 count = kept.shape[1]
                 for buffer, prompt in ((keys, self.keys), (values, self.values)):
                     index = kept[..., None].expand(-1, -1, prompt.shape[3])
@@ -309,9 +308,8 @@ class SqueezeLayer(CacheLayerMixin):
         if self.evictor.updates != "fixed":
             return self.scores.new_zeros(len(rows))
         keys, values = (part.index_select(0, rows).unsqueeze(1) for part in (self.keys, self.values))
-        return scores_of(self.evictor, Tokens(self.position, self.heads, keys, values, keys.new_zeros(len(rows), 0)))[
-            :, 0
-        ]
+        tokens = Tokens(self.position, self.heads, keys, values, keys.new_zeros(len(rows), 0))
+        return scores_of(self.evictor, tokens)[:, 0]
 
     def _slots(self, group: Group) -> torch.Tensor:
         """Slots that the evictor chooses for the new tokens of a group, each counted from its row's first: `(rows,)`.
