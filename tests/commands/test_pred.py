@@ -162,11 +162,11 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(place, monkeypatch, ca
     expected = (folder / "samsum.jsonl").read_bytes()
     sizes, real = [], generation.generate
 
-    def small_memory(model, prompts, *rest):
+    def small_memory(model, prompts, *rest, **options):
         sizes.append(len(prompts))
         if len(prompts) > limit:
             raise error
-        return real(model, prompts, *rest)
+        return real(model, prompts, *rest, **options)
 
     monkeypatch.setattr(generation, "generate", small_memory)
     limit, error = 2, torch.OutOfMemoryError("CUDA out of memory")
