@@ -6,6 +6,7 @@
 
 `pairs` takes runs of pred.py --fidelity: for every method and size, the mean over tasks of the KL divergence from the
 full cache, and its difference from uniform budgets on the same samples with a 95% interval (bootstrap within tasks).
+`--figure FILE` draws them: KL over size, a panel for each method, a line for each allocation.
 
 `run` and `show` compare more than pred.py has. Every way gives budgets of the same total. The full cache answers
 greedily, up to 64 tokens; caches cut in all ways are fed that answer together, and the mean KL divergence of each from
@@ -28,8 +29,11 @@ from squeeze.threads import settings
 
 os.environ |= settings()
 
+import matplotlib
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from squeeze import SqueezeConfig, calibrate, devices, squeezed
@@ -45,6 +49,7 @@ from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.cli.tables import table
 from squeeze.engine.loss_curves import MULTIPLES, divergences, measure
 from squeeze.models import loading, sources
+from squeeze.report import figures
 from squeeze.runs import inventory
 from squeeze.runs.manifest import Manifest
 from squeeze.storage.files import read_json, read_jsonl
@@ -293,6 +298,41 @@ def pairs(args):
             lines.append(line | {task: f"{one:.4f}" for task, one in zip(tasks, means, strict=True)})
     columns = list(dict.fromkeys(name for line in lines for name in line))
     print(table(columns, [dict.fromkeys(columns, "-") | line for line in lines]))
+    if args.figure:
+        draw(lines, args.figure)
+
+
+def draw(lines, path):
+    """KL over size on logarithmic axes: a panel for each method, a line for each allocation."""
+    frame = pd.DataFrame(lines).assign(KL=lambda all_: all_["KL"].astype(float))
+    frame = frame.assign(size=[100 * float(one) for one in frame["ini_size"]])
+    methods = list(dict.fromkeys(frame["algorithm"]))
+    with matplotlib.rc_context(figures.STYLE):
+        columns = min(len(methods), 5)
+        shape = -(-len(methods) // columns), columns
+        figure = Figure(figsize=(2.4 * columns, 2.5 * shape[0] + 0.5), layout="constrained")
+        panels = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False).ravel()
+        for axes, method in zip(panels, methods, strict=False):
+            axes.set_title(method, loc="left")
+            for allocation, (color, marker, style) in figures.SERIES.items():
+                own = frame[(frame["algorithm"] == method) & (frame["allocation"] == allocation)].sort_values("size")
+                if len(own):
+                    drawn = {"color": color, "marker": marker, "linestyle": style, "label": allocation}
+                    axes.plot(own["size"], own["KL"], markersize=4, linewidth=1.2, **drawn)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            sizes = sorted(set(frame["size"]))
+            axes.set_xticks(sizes, labels=[f"{size:g}" for size in sizes])
+            axes.minorticks_off()
+        for axes in panels[len(methods) :]:
+            axes.set_axis_off()
+        figure.supxlabel("KV kept, % of the full cache", fontsize=9)
+        figure.supylabel("KL from the full cache, nats a token", fontsize=9)
+        handles = {
+            text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, handlelength=2.6)
+    path.write_bytes(figures.render(figure, path.suffix[1:], " ".join(sys.argv)))
 
 
 def over_tasks(differences):
@@ -330,6 +370,7 @@ def main():
     pairing = commands.add_parser("pairs")
     pairing.add_argument("runs", nargs="+", type=Path)
     pairing.add_argument("--against", default="uniform", help="what each allocation is compared with")
+    pairing.add_argument("--figure", type=Path, help="a .png or .svg to draw them in")
     pairing.set_defaults(do=pairs)
     args = parser.parse_args()
     args.do(args)

@@ -91,6 +91,17 @@ def make_helm(folder, scores=None, samples=3, **more):
     return folder
 
 
+def make_needles(folder, found=1.0, kl=None, depths=(0, 50, 100), **more):
+    """Write a run of the needle map: `found` is the share of its needles; `kl` makes it one of `--fidelity`."""
+    name = "niah-prose_1024"
+    more |= {"dataset": name, "samples": 2 * len(depths)}
+    make_run(folder, right=found, **more) if kl is None else make_fidelity(folder, kl, **more)
+    manifest = json.loads((folder / "run.json").read_text())
+    manifest["datasets"][name]["depths"] = list(depths)
+    write_manifest(folder, manifest["settings"], manifest["datasets"])
+    return folder
+
+
 def make_bench(path, batch_sizes=(1, 8), caches=("streaming full", "streaming squeezed")):
     """Write a file of `squeeze.bench`."""
     runs = []

@@ -216,7 +216,10 @@ class Fidelity(Measure[FidelityStats]):
         if self._answer is None or self._batch != batch:
             self._answer, self._compared = None, {}  # let go of the old one first
             stops = StopStrings(workload.tokenizer, first.stop, len(batch), start=0)
-            self._answer = answer(model, prompts, first.settings, stops)
+            settings = dict(first.settings)
+            if first.compared is not None:
+                settings["max_new_tokens"] = min(first.compared, settings["max_new_tokens"])
+            self._answer = answer(model, prompts, settings, stops)
             self._batch = batch
         if number not in self._compared:
             group = self._together(number, run) if workload.options.batch_size == 1 else [number]

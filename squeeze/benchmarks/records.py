@@ -15,7 +15,7 @@ from msgspec import Meta, convert
 from squeeze.errors import InputError
 from squeeze.generation.stats import Budgets, Classes, SampleStats
 from squeeze.storage.files import parse_jsonl
-from squeeze.storage.schema import Amount, Cosine, Count, Kind, Nats, Positive, Share
+from squeeze.storage.schema import Amount, Cosine, Count, Kind, Nats, Percent, Positive, Share
 
 
 class Prediction(TypedDict):
@@ -115,6 +115,12 @@ class PredictedSample(TypedDict):
     all_classes: list[str] | None
     length: Count
     stats: SampleStats
+
+
+class NeedleSample(PredictedSample):
+    """A sample of the needle map's."""
+
+    depth: Percent
 
 
 class AnsweredSample(TypedDict):

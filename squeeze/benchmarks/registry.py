@@ -8,9 +8,10 @@ from squeeze.benchmarks.base import Benchmark
 from squeeze.benchmarks.helm import HELM
 from squeeze.benchmarks.longbench.benchmark import LONGBENCH, LongBenchE
 from squeeze.benchmarks.ruler.benchmark import RULER
+from squeeze.benchmarks.ruler.needle_map import NEEDLE_MAP
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (LONGBENCH, LongBenchE("e", "LongBench-E"), RULER, *HELM)
+    benchmark.name: benchmark for benchmark in (LONGBENCH, LongBenchE("e", "LongBench-E"), RULER, NEEDLE_MAP, *HELM)
 }
 
 

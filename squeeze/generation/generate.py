@@ -183,6 +183,7 @@ class Prompt:
         stop: strings that end an answer.
         kind: prompts go into one batch only where this is equal.
         asked: tokens at the end that are read when the cache is cut already; see `generate`.
+        compared: tokens of the full cache's answer that a comparison with it looks at; None: all.
     """
 
     tokens: torch.Tensor
@@ -190,6 +191,7 @@ class Prompt:
     stop: tuple[str, ...] = ()
     kind: Any = None
     asked: int = 0
+    compared: int | None = None
 
 
 def greedy(max_new_tokens: int) -> dict[str, Any]:

@@ -22,6 +22,12 @@ KL = (
     "next-token distributions is what the squeezed cache costs, in nats a token. Bars are 95% bootstrap intervals "
     "over samples. On small models and few samples it tells configurations apart where scores are noise."
 )
+NEEDLES = (
+    "A number is hidden at each depth of prompts of each length, 0 being the beginning. On the left: how many of them "
+    "the model could say, in percent. On the right: the KL divergence from the full cache over the tokens of the "
+    "number that the full cache says, in nats a token, on one scale for all maps of a model; it shows damage before "
+    "an answer is lost."
+)
 SENSITIVITY = (
     "From right to left, class 3 gives up more of its budget: at 1 the budgets are uniform, at 0.5 class 3 keeps "
     "half of ini_size. A line is one ini_size, so all of its points keep the same KV in total (with the paper's "
@@ -58,7 +64,8 @@ def _ranged(value: float, low: Any, high: Any, digits: int = 2) -> str:
     return f"{value:.{digits}f}" + ("" if pd.isna(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
 
 
-def _sizes(run: Any) -> str:
+def sizes(run: Any) -> str:
+    """A run's `ini_size` and `KV_class3`."""
     return f"{run.ini_size:g} / " + ("-" if pd.isna(run.KV_class3) else f"{run.KV_class3:g}")
 
 
@@ -78,7 +85,7 @@ def score(panel: pd.DataFrame, full: Any | None) -> str:
         else "No run of the full cache on the same samples."
     ]
     words.append(
-        f"Highest: {best.allocation} at {100 * best.kept:.1f}% kept (ini_size / KV_class3 {_sizes(best)}), "
+        f"Highest: {best.allocation} at {100 * best.kept:.1f}% kept (ini_size / KV_class3 {sizes(best)}), "
         f"{_ranged(best.score, best.low, best.high)}."
     )
     uniform = panel[(panel["allocation"] == "uniform") & ((panel["kept"] - best.kept).abs() < 0.005)]
@@ -98,9 +105,37 @@ def kl(panel: pd.DataFrame) -> str:
     words = []
     for kept, group in panel.groupby(panel["kept"].round(2)):
         ordered = sorted(group.itertuples(), key=lambda run: (run.kl, run.folder))
-        closest = ", ".join(f"{run.allocation} ({_sizes(run)}) {run.kl:.4f}" for run in ordered[:4])
+        closest = ", ".join(f"{run.allocation} ({sizes(run)}) {run.kl:.4f}" for run in ordered[:4])
         words.append(f"At {100 * kept:.0f}%: {closest}{', …' if len(ordered) > 4 else ''}.")
     return " ".join(["Closest to the full cache first.", *words, f"{_samples(panel)}."])
+
+
+def needles(panel: pd.DataFrame) -> str:
+    """A needle map in words: what was found, and where the cache is furthest from the full one."""
+    words = []
+    found = panel[panel["needles"] > 0]
+    if len(found):
+        total = int(found["needles"].sum())
+        words.append(f"Found: {round(float((found['score'] * found['needles']).sum()) / 100)} of {total} needles.")
+        worst = found.loc[found["score"].idxmin()]
+        if worst["score"] < 100:
+            words.append(f"Fewest: {worst['score']:.0f}% {_place(worst)}.")
+    compared = panel[panel["compared"] > 0]
+    if len(compared):
+        furthest = compared.loc[compared["kl"].idxmax()]
+        words.append(
+            f"KL: {compared['kl'].mean():.4f} nats a token, mean of the cells; largest {_place(furthest)}, "
+            f"{furthest['kl']:.4f}."
+        )
+        whole = compared[compared["score"] == 100]
+        if len(whole):
+            most = whole.loc[whole["kl"].idxmax()]
+            words.append(f"Of the cells where every needle was found, {most['kl']:.4f} {_place(most)}.")
+    return " ".join(words)
+
+
+def _place(cell: Any) -> str:
+    return f"at {cell['depth']:g}% of {cell['length']} tokens"
 
 
 def sensitivity(panel: pd.DataFrame) -> str:
@@ -134,7 +169,7 @@ def budgets(layers: pd.DataFrame, run: Any) -> str:
     share = layers.groupby("prompt")["share"].mean().mean()
     varied = "the same" if classes.nunique() == 1 else f"{classes.nunique()} different sets of"
     return (
-        f"{run.algorithm}, {run.allocation}, ini_size / KV_class3 {_sizes(run)} ({run.folder}). Bars are means over "
+        f"{run.algorithm}, {run.allocation}, ini_size / KV_class3 {sizes(run)} ({run.folder}). Bars are means over "
         f"{classes.size} prompts, coloured by the layer's most frequent class; a thin line shows the range where it "
         "moves. "
         f"The prompts have {varied} classes. Mean over layers: {100 * share:.1f}% of the prompt."
@@ -197,7 +232,7 @@ def bench(group: pd.DataFrame, value: str, title: str, first: Any) -> str:
 
 def best(run: Any) -> str:
     """A cell of the table of cheapest runs."""
-    return f"{100 * run.kept:.1f}%: {run.allocation} {_sizes(run)}, {run.score:.2f}"
+    return f"{100 * run.kept:.1f}%: {run.allocation} {sizes(run)}, {run.score:.2f}"
 
 
 def run_cells(row: dict[Any, Any]) -> dict[str, tuple[Any, ...]]:

@@ -10,8 +10,9 @@ import pandas as pd
 from squeeze.allocations.calibration import Calibration
 from squeeze.errors import InputError
 from squeeze.numbers import parse_fraction
-from squeeze.report import captions, figures, layer_figures, results
+from squeeze.report import captions, figures, layer_figures, needles, results
 from squeeze.report.layers import chosen, curves_of, parse_layers
+from squeeze.report.needle_figure import needle_map
 from squeeze.report.page_parts import Cell, Names, Plot, Section, Sections, Table, heading, label_of, panel_name
 from squeeze.report.results import GROUP, Results
 from squeeze.text import fitted
@@ -25,6 +26,7 @@ def make(tables: Results) -> Sections:
         cheapest(tables),
         scores(tables, names),
         fidelity(tables, names),
+        needle_maps(tables, names, problems),
         sensitivity(tables, names),
         layers(tables, names, problems),
         bench(tables, names),
@@ -86,6 +88,24 @@ def fidelity(tables: Results, names: Names) -> Section | None:
         figure = figures.by_kept(panel, "kl", title, "KL from the full cache, nats a token", log=log)
         name = panel_name(names, "kl", first, first.algorithm)
         made.plots.append(Plot(name, figure, captions.kl(panel)))
+    return made
+
+
+def needle_maps(tables: Results, names: Names, problems: list[str]) -> Section | None:
+    """What was found at each depth and length, and the distance there: a panel for each configuration."""
+    cells = needles.cells(tables, problems)
+    if cells.empty:
+        return None
+    made = Section("needles", "Needle maps", captions.NEEDLES, cells)
+    for _, group in cells.groupby(["model", "haystack"], sort=False):
+        for _, panel in group.groupby("folder", sort=False):
+            run = panel.iloc[0]
+            sizes = [] if pd.isna(run.ini_size) else [captions.sizes(run)]
+            words = [run.algorithm, run.allocation, *sizes] if sizes else ["full cache"]
+            title = " · ".join(fitted(word, 60) for word in (run.haystack, *words))
+            figure = needle_map(panel, f"{title}\n{fitted(run.model, 120)}", group["kl"])
+            name = names("needles", run.model, run.haystack, *words)
+            made.plots.append(Plot(name, figure, captions.needles(panel), wide=panel["kl"].notna().any()))
     return made
 
 

@@ -10,7 +10,7 @@ from msgspec import Meta
 from squeeze.allocations import ALLOCATIONS
 from squeeze.benchmarks.requests import MadeBy
 from squeeze.evictors import EVICTORS
-from squeeze.storage.schema import Amount, Count, Nats, Positive, Share, check
+from squeeze.storage.schema import Amount, Count, Nats, Percent, Positive, Share, check
 
 Size = Annotated[float, Meta(ge=1e-9, le=1)]
 #: Fraction of the full cache: the least budget of a layer can be more than a short prompt.
@@ -127,6 +127,16 @@ class ProbedDataset(TypedDict):
 
 class ProbedRun(TypedDict):
     datasets: dict[str, ProbedDataset]
+
+
+class MappedDataset(TypedDict):
+    depths: Annotated[list[Percent], Meta(min_length=1)]
+
+
+class MappedRun(TypedDict):
+    """A run of the needle map."""
+
+    datasets: dict[str, MappedDataset]
 
 
 class Origin(TypedDict):

@@ -99,20 +99,31 @@ class RunSpec:
         whole(0, MOST_SEED),
         axis=2,
     )
-    pred: str = flag("Long", "the benchmark: Long (LongBench), e (LongBench-E), ruler, xsum or cnndm (HELM)")
+    pred: str = flag(
+        "Long", "the benchmark: Long (LongBench), e (LongBench-E), ruler, niah (a needle map), xsum or cnndm (HELM)"
+    )
     datasets: str | None = flag(
         None,
         "data sets, separated by commas, or all (default: samsum, of ruler niah_single_1; of eval.py: those that are "
         "there)",
     )
     lengths: str | None = flag(
-        None, "of ruler: tokens of a prompt with its answer, one or several separated by commas (default: 4096)"
+        None,
+        "of ruler and niah: tokens of a prompt with its answer, one or several separated by commas (default: 4096)",
+    )
+    depths: str | None = flag(
+        None,
+        "of niah: where the needle lies, in percent of the prose, one or several separated by commas (default: "
+        "0,25,50,75,100)",
     )
     device: str | None = flag(
         None, "cpu, cuda, or one GPU such as cuda:0 (default: the first GPU if there is one, else the CPU)"
     )
     sample_num: int | None = flag(
-        None, "how many rows of each data set to run (default: all; of HELM: 300, of ruler: 500)", whole(1)
+        None,
+        "how many rows of each data set to run (default: all; of HELM: 300, of ruler: 500); of niah: needles at each "
+        "depth (default: 5)",
+        whole(1),
     )
     device_map: str | None = flag(
         None,
@@ -123,14 +134,14 @@ class RunSpec:
     batch_size: int = flag(1, "prompts to run together, alike in length (default: 1)", whole(1))
     data_dir: str | None = flag(
         None,
-        "folder with <dataset>.jsonl files in LongBench's format (default: LongBench from the Hub); of ruler: with "
-        "the files that RULER downloads (default: none of them)",
+        "folder with <dataset>.jsonl files in LongBench's format (default: LongBench from the Hub); of ruler and "
+        "niah: with the files that RULER downloads (default: none of them)",
         path_text,
     )
     haystack: str | None = flag(
         None,
-        "of ruler: a file of prose that needles lie in (default: PaulGrahamEssays.json in --data_dir, or made-up "
-        "sentences)",
+        "of ruler and niah: a file of prose that needles lie in (default: PaulGrahamEssays.json in --data_dir, or "
+        "made-up sentences)",
         path_text,
     )
     requests: str | None = flag(

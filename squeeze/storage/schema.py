@@ -28,6 +28,7 @@ PositiveAmount = Annotated[float, Meta(ge=1e-9, le=1e15)]
 #: KL divergence in nats a token; rounding can take it a little below 0.
 Nats = Annotated[float, Meta(ge=-1, le=1e6)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+Percent = Annotated[float, Meta(ge=0, le=100)]
 Cosine = Annotated[float, Meta(ge=-1.01, le=1.01)]
 
 #: How deep lists and objects may lie in each other: far below the limit at which Python's own writer of JSON gives up.

@@ -31,7 +31,7 @@ OWN = ("help", *(name for name in FLAGS if name not in KEYS))
 AXES = tuple(sorted((name for name in KEYS if KEYS[name].axis), key=lambda name: KEYS[name].axis))
 
 #: Flags whose several values are parts of one run.
-LISTS = ("datasets", "lengths")
+LISTS = ("datasets", "lengths", "depths")
 
 #: Of a sweep's file, and of its grid: what is larger was not meant, and would take hours to read or to look at.
 MOST_BYTES, MOST_POINTS = 1_000_000, 100_000

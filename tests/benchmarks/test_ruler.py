@@ -287,9 +287,9 @@ def test_files_that_are_not_there_are_not_scored(place):
 
 
 def test_flags_of_ruler_are_for_ruler(place):
-    with pytest.raises(InputError, match="--lengths is for --pred ruler: with --pred xsum the requests"):
+    with pytest.raises(InputError, match="--lengths is for --pred ruler or niah: with --pred xsum the requests"):
         pred.main(["--model", "tiny", "--pred", "xsum", "--lengths", "4096"])
-    with pytest.raises(InputError, match="--lengths is for --pred ruler"):
+    with pytest.raises(InputError, match="--lengths is for --pred ruler or niah"):
         pred.main(["--model", "tiny", "--pred", "Long", "--lengths", "4096"])
 
 

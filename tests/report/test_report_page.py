@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from made_runs import make_bench, make_grid, make_helm
+from made_runs import make_bench, make_grid, make_helm, make_needles
 
 from squeeze.report import command as report
 
@@ -23,6 +23,9 @@ def address(tmp_path_factory):
     make_grid(place / "pred_Long/M", ratios=(0.5,), allocations=("squeeze", "squeeze-log"))
     make_helm(place / "pred_xsum/M/full", (30.0, 9.5, 22.0))
     make_helm(place / "pred_xsum/M/0.4/25", (29.0, 9.3, 21.0), ini_size=0.4, KV_class3=0.25)
+    make_needles(place / "pred_niah/M/full")
+    make_needles(place / "pred_niah/M/0.4/20", found=0.98, ini_size=0.4, KV_class3=0.2)
+    make_needles(place / "pred_niah/M/0.4/20/fidelity", kl=0.02, ini_size=0.4, KV_class3=0.2)
     make_bench(place / "bench.json")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -56,6 +59,11 @@ def test_the_page_draws_and_sorts_and_loads_nothing(address, browser, width):
     assert max(page.evaluate(boxes)) <= width
     page.evaluate("window.scrollTo(1000, 0)")
     assert page.evaluate("window.scrollX") == 0
+
+    shown = page.evaluate("[...document.images].map(one => [one.alt, one.clientWidth])")
+    maps = [text for text, width in shown if "needles." in text and width > 200]
+    assert len(maps) == 2 and any("Found: 6 of 6 needles." in text for text in maps)
+    assert any("KL: 0.0200" in text for text in maps)
 
     table = page.locator("#runs ~ .table-box table.dataTable")
     column = table.locator("thead th").all_inner_texts().index("ini_size")

@@ -33,7 +33,7 @@ counts = st.integers(1, MOST)
 VALUES = {
     **dict.fromkeys(("model", "model_path", "data_dir", "requests", "haystack"), paths),
     **dict.fromkeys(("ini_size", "KV_class3", "algorithm", "allocation", "pred", "datasets", "device"), texts),
-    **dict.fromkeys(("device_map", "dtype", "attn", "per", "lengths", "compress"), texts),
+    **dict.fromkeys(("device_map", "dtype", "attn", "per", "lengths", "depths", "compress"), texts),
     "model_arch": st.sampled_from(("Mistral", "llama", "no_change", "LLAMA", "gpt2")),
     **dict.fromkeys(("sample_num", "batch_size", "prefill_chunk"), counts),
     "start_size": st.integers(0, MOST),
@@ -159,8 +159,8 @@ def test_the_record_makes_no_other_run():
 
 #: SHA-256 of what the commands say of themselves. Whoever changes a flag's words on purpose changes it as well.
 HELP = {
-    pred_parser: "874c87f05a53d78e001c6def81c570177305ae20e939bbb8da11866962d4598b",
-    eval_parser: "1035f4ed432818ff0da02352255c6a81109c9fbad12c6a684888b0c7369248fe",
+    pred_parser: "8fe6e5a42532e5fb6ceff4756b067a79507e331d5248da2f90402ed141db0185",
+    eval_parser: "290b646b29fde151394b862451a9f899a86fcbe3ac090498014c352793326a87",
 }
 
 

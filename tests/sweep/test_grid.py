@@ -153,7 +153,7 @@ def test_the_command_line_can_change_the_file(tmp_path):
         ("{model: [], ini_size: 0.2}", "the grid is empty, model has no value"),
         (
             "{model: A, ini_size: 0.2, batch_size: [1, 2]}",
-            "batch_size must be one value; lists are for datasets, lengths, model",
+            "batch_size must be one value; lists are for datasets, lengths, depths, model",
         ),
         ("{model: A, ini_size: {a: 1}}", "ini_size must be a value or a list of values"),
         ("{model: A, ini_size: [[0.1]]}", "ini_size must be a value or a list of values"),

@@ -23,6 +23,7 @@ from squeeze.benchmarks.records import PredictedSample
 from squeeze.benchmarks.ruler import chains, niah, questions, words
 from squeeze.benchmarks.ruler.made import Counter, Made, Maker, fitting, largest
 from squeeze.benchmarks.ruler.tasks import (
+    KNOWN,
     TASKS,
     Asked,
     Chain,
@@ -59,10 +60,12 @@ class Recipe(DataSet):
     Args:
         asked: the task and the length.
         texts: what its prompts are made of.
+        depths: of the needle, in percent, one after another from sample to sample; none: by chance.
     """
 
     asked: Asked
     texts: Texts
+    depths: tuple[float, ...] = ()
 
 
 class Ruler(Benchmark):
@@ -70,8 +73,8 @@ class Ruler(Benchmark):
 
     name, title = "ruler", "RULER"
     flags: ClassVar = ("datasets", "lengths", "data_dir", "haystack", "chat", "temperature", "top_p")
-    locations: ClassVar = ("data_dir", "haystack")
-    sample: ClassVar = PredictedSample
+    locations: ClassVar[tuple[str, ...]] = ("data_dir", "haystack")
+    sample: ClassVar[type[Any]] = PredictedSample
     sample_num: ClassVar = SAMPLES
     has_context: ClassVar = True
 
@@ -80,10 +83,8 @@ class Ruler(Benchmark):
 
         `all` leaves out tasks whose files are not there.
         """
-        texts, found = _texts(flags["data_dir"], flags["haystack"]), []
-        if texts.folder is not None and not texts.folder.is_dir():
-            raise InputError(f"--data_dir {printable(texts.folder)} is no folder")
-        for length in _lengths(flags["lengths"] or DEFAULT_LENGTHS):
+        texts, found = texts_of(flags["data_dir"], flags["haystack"]), []
+        for length in parse_lengths(flags["lengths"] or DEFAULT_LENGTHS):
             for task in _tasks(flags["datasets"], texts):
                 prose = texts.prose_name if isinstance(task, Needles) and task.haystack == "essay" else ""
                 found.append(str(Asked(task, prose, length)))
@@ -92,7 +93,10 @@ class Ruler(Benchmark):
         return found
 
     def read(self, dataset: str, *location: str | None) -> Recipe:
-        asked, texts = Asked.read(dataset), _texts(*location)
+        return self.recipe(Asked.read(dataset), texts_of(*location))
+
+    def recipe(self, asked: Asked, texts: Texts, depths: tuple[float, ...] = ()) -> Recipe:
+        """A task at a length, known by all that decides on its samples."""
         task = asked.task
         used = [task.file] if isinstance(task, Questions) else []
         if isinstance(task, Needles):
@@ -100,8 +104,10 @@ class Ruler(Benchmark):
         elif isinstance(task, CommonWords):
             used.append("words")
         content = {"version": VERSION, "task": asked.name, "length": asked.length, "texts": texts.identity(*used)}
+        content |= {"depths": depths} if depths else {}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return Recipe(dataset, range(MOST_SAMPLES), f"made: {json.dumps(content)}", digest, asked, texts)
+        origin = f"made: {json.dumps(content)}"
+        return Recipe(str(asked), range(MOST_SAMPLES), origin, digest, asked, texts, depths)
 
     def note(self, datasets: Sequence[str], model_name: str, folder: Path, chat: bool) -> str | None:
         if any("-prose_" in dataset for dataset in datasets):
@@ -241,6 +247,8 @@ def maker(data: Recipe, seed: int, count: Counter, room: int) -> Callable[[int],
         return lambda index: fitting(about(index), count, room, size, step, chance(index), data.dataset)
     make: Maker
     if isinstance(task, Needles):
+        if data.depths:
+            return _at_depths(data, partial(niah.make, task, texts), count, room, chance)
         make, step = partial(niah.make, task, texts), niah.step(task, length)
     elif isinstance(task, CommonWords):
         make, step = partial(words.common, task, texts, length), words.STEP
@@ -258,16 +266,35 @@ def maker(data: Recipe, seed: int, count: Counter, room: int) -> Callable[[int],
     return lambda index: fitting(make, count, room, size, step, chance(index), data.dataset)
 
 
-def _texts(folder: str | None, haystack: str | None) -> Texts:
+def _at_depths(
+    data: Recipe, make: Callable[..., Made], count: Counter, room: int, chance: Callable[[object], Random]
+) -> Callable[[int], Made]:
+    """Makes samples whose needle lies at each depth in turn, each time in the same prose."""
+    deepest = partial(make, depth=max(data.depths))
+    size = largest(deepest, count, room, niah.LEAST_PROSE, chance("size"), data.dataset)
+
+    def sample(index: int) -> Made:
+        number, place = divmod(index, len(data.depths))
+        at_depth = partial(make, depth=data.depths[place])
+        return fitting(at_depth, count, room, size, niah.LEAST_PROSE, chance(number), data.dataset)
+
+    return sample
+
+
+def texts_of(folder: str | None, haystack: str | None) -> Texts:
+    """What prompts are made of, as `--data_dir` and `--haystack` say; InputError where the first is no folder."""
+    if folder and not Path(folder).is_dir():
+        raise InputError(f"--data_dir {printable(folder)} is no folder")
     return Texts(Path(folder) if folder else None, Path(haystack) if haystack else None)
 
 
 def _order(dataset: str) -> tuple[int, int, str]:
     asked = Asked.read(dataset)
-    return asked.length, list(TASKS).index(asked.task.name), asked.prose
+    return asked.length, list(KNOWN).index(asked.task.name), asked.prose
 
 
-def _lengths(text: str) -> list[int]:
+def parse_lengths(text: str) -> list[int]:
+    """Lengths in tokens, in their order; InputError where one is none."""
     lengths = []
     for part in text.split(","):
         if not (part.strip().isascii() and part.strip().isdecimal() and 0 < int(part[:12]) < 10**9):

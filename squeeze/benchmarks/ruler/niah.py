@@ -16,6 +16,9 @@ NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 #: Places in prose, in percent.
 DEPTHS = [round(100 * step / 39) for step in range(40)]
 
+#: Words of the shortest haystack whose needle lies at a depth that was asked for.
+LEAST_PROSE = 25
+
 #: What the words of a prompt become where a single value is asked for, in this order.
 SINGULAR = (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer"))
 
@@ -27,8 +30,12 @@ def step(task: Needles, length: int) -> int:
     return 25 if length >= 4096 else 5
 
 
-def make(task: Needles, given: Texts, size: int, rng: Random) -> Made:
-    """A prompt with needles among so many words of prose, or other sentences."""
+def make(task: Needles, given: Texts, size: int, rng: Random, depth: float | None = None) -> Made:
+    """A prompt with needles among so many words of prose, or other sentences.
+
+    Args:
+        depth: where the needle lies in prose, in percent of its sentences; None: by chance.
+    """
     keys = [_word(task.key, rng) for _ in range(task.keys)]
     values = [[_word(task.value, rng) for _ in range(task.values)] for _ in keys]
     needles = [
@@ -44,17 +51,18 @@ def make(task: Needles, given: Texts, size: int, rng: Random) -> Made:
         for old, new in SINGULAR:
             form = replace(form, template=form.template.replace(old, new), prefix=form.prefix.replace(old, new))
         kind = kind.removesuffix("s")
-    context = _context(task, given, size, needles, rng)
+    context = _context(task, given, size, needles, rng, depth)
     answers = [value for index in asked for value in values[index]]
     words = {"type_needle_v": kind, "query": query}
     return Made(*form.filled(context, **words), form.prefix.format(**words), answers)
 
 
-def _context(task: Needles, given: Texts, size: int, needles: list[str], rng: Random) -> str:
+def _context(task: Needles, given: Texts, size: int, needles: list[str], rng: Random, depth: float | None) -> str:
     if task.haystack == "essay":
         words = given.prose * -(-size // len(given.prose))
         parts = sentences(" ".join(words[:size]))
-        places = sorted(int(len(parts) * depth / 100) for depth in rng.sample(DEPTHS, len(needles)))
+        depths = rng.sample(DEPTHS, len(needles)) if depth is None else [depth] * len(needles)
+        places = sorted(int(len(parts) * one / 100) for one in depths)
         pieces, last = [], 0
         for place, needle in zip(places, needles, strict=True):
             pieces += [" ".join(parts[last:place]), needle]

@@ -6,7 +6,7 @@ Templates, answer prefixes, numbers of new tokens and sizes are those of RULER's
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from squeeze.errors import InputError
@@ -151,6 +151,12 @@ TASKS: dict[str, Task] = {
     )
 }
 
+#: The needle of the map: one number in prose. Its answer is that number, so that RULER's 128 tokens would be idle.
+MAPPED = Needles("niah", replace(NIAH, new_tokens=32))
+
+#: Tasks by name, the map's included.
+KNOWN = TASKS | {MAPPED.name: MAPPED}
+
 #: What the prose of RULER's own download is called; with other prose a task has another name.
 ESSAYS = "PaulGrahamEssays.json"
 
@@ -181,6 +187,6 @@ class Asked:
         """A data set by its name; InputError for one that is none."""
         name, _, length = text.rpartition("_")
         task, _, prose = name.partition("-")
-        if task not in TASKS or not length.isdecimal() or not length.isascii() or len(length) > 9:
+        if task not in KNOWN or not length.isdecimal() or not length.isascii() or len(length) > 9:
             raise InputError(f"unknown data set {shortened(text)}: RULER's are called as vt_4096, a task and a length")
-        return cls(TASKS[task], prose, int(length))
+        return cls(KNOWN[task], prose, int(length))
