@@ -18,6 +18,8 @@ CLASS_3 = 3
 def classify(similarities: np.ndarray, log_scale: bool = False) -> list[int]:
     """Sort layers into three classes by KMeans: class 1 has the lowest similarities, class 3 the highest.
 
+    KMeans starts from the best classes that there are, and stays there: no other start finds better ones.
+
     Args:
         similarities: `(layers,)` mean cosine similarity of each layer.
         log_scale: cluster `-log(max(1 - similarity, 1e-7))` instead (`squeeze-log`): it keeps the order and spreads
@@ -36,11 +38,33 @@ def classify(similarities: np.ndarray, log_scale: bool = False) -> list[int]:
         values = -np.log(np.maximum(1 - values, 1e-7))
     centres, labels = values, np.arange(len(values))
     if len(np.unique(values)) >= 3:
-        kmeans = KMeans(n_clusters=3, n_init=10, random_state=0).fit(values[:, None])
+        kmeans = KMeans(n_clusters=3, n_init=1, init=best_centres(values)[:, None]).fit(values[:, None])
         centres, labels = kmeans.cluster_centers_[:, 0], kmeans.labels_
     ordered = np.unique(centres[labels]).tolist()  # the centres that have a layer, lowest first
     names = {1: [CLASS_3], 2: [1, CLASS_3], 3: [1, 2, CLASS_3]}[len(ordered)]
     return [names[ordered.index(centres[label])] for label in labels]
+
+
+def best_centres(values: np.ndarray) -> np.ndarray:
+    """Means of the three classes whose values are nearest to them by squares: `(3,)`, ascending.
+
+    Classes of numbers are stretches of them in order, so that all pairs of borders are all there is to try.
+
+    Args:
+        values: three different ones or more.
+    """
+    ordered, counts = np.unique(values, return_counts=True)
+    # Squares about the middle of all values lose no digits to a mean far from 0.
+    middle = values.mean()
+    weights, sums, squares = (
+        np.concatenate([[0.0], np.cumsum(counts * (ordered - middle) ** power)]) for power in (0, 1, 2)
+    )
+    first, second = np.triu_indices(len(ordered) - 1, 1)
+    edges = np.stack([np.zeros_like(first), first + 1, second + 1, np.full_like(first, len(ordered))])
+    weight, total, square = (np.diff(part[edges], axis=0) for part in (weights, sums, squares))
+    means = total / weight
+    best = (square - total * means).sum(axis=0).argmin()
+    return means[:, best] + middle
 
 
 def formula(

@@ -1,6 +1,7 @@
 """Allocation: conserving to the token, faithful to the formula, for any similarities, sizes, lengths and caps."""
 
 from fractions import Fraction
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from layers import alike
 from sklearn.cluster import KMeans
 
 from squeeze import Paper, Squeeze, SqueezeLog
-from squeeze.allocations.classes import classify, formula
+from squeeze.allocations.classes import best_centres, classify, formula
 
 ALLOCATIONS = {"squeeze": Squeeze, "squeeze-log": SqueezeLog, "paper": Paper}
 
@@ -131,6 +132,19 @@ def test_classes_are_scikit_learns_and_ordered_by_centre():
         assert classify(SMOLLM2, log_scale) == expected
     plain, log = classify(SMOLLM2), classify(SMOLLM2, log_scale=True)
     assert plain.count(3) > log.count(3), "the log scale spreads the layers that crowd near 1"
+
+
+@given(st.lists(st.integers(0, 40), min_size=3, max_size=9).filter(lambda found: len(set(found)) > 2))
+def test_the_classes_are_the_best_that_there_are(numbers):
+    values = np.array(sorted(numbers)) / 41 + 0.02
+    splits = [np.split(values, borders) for borders in combinations(range(1, len(values)), 2)]
+    costs = [sum(((part - part.mean()) ** 2).sum() for part in split) for split in splits]
+    found = best_centres(values)
+    assert ((values[:, None] - found) ** 2).min(axis=1).sum() == pytest.approx(min(costs), abs=1e-12)
+    assert list(found) == sorted(found)
+    classes = classify(values)
+    assert classes == sorted(classes) and set(classes) == {1, 2, 3}
+    assert [values[np.array(classes) == one].mean() for one in (1, 2, 3)] == pytest.approx(found)
 
 
 def test_few_distinct_values():

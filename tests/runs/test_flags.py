@@ -91,7 +91,7 @@ def test_chunks_are_a_setting_of_the_run_that_has_them():
         ([*SIZES, "--start_size", "four"], "--start_size"),
         (
             ["--pred", "Short"],
-            "--pred must be Long (LongBench) or e (LongBench-E) or ruler (RULER) or xsum (HELM's XSum)",
+            "--pred must be Long (LongBench) or e (LongBench-E) or ruler (RULER) or niah (Needle map) or xsum",
         ),
         (
             ["--pred", "xsum", "--temperature", "1"],
