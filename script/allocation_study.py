@@ -3,6 +3,7 @@
     python script/allocation_study.py run --data_dir DIR --datasets lcc,samsum --requests FILE --out study.jsonl
     python script/allocation_study.py show study.jsonl
     python script/allocation_study.py pairs pred_Long pred_xsum
+    python script/allocation_study.py blends --model NAME --algorithm streaming --size 0.1 --data_dir DIR --datasets trec
 
 `pairs` takes runs of pred.py --fidelity: for every method and size, the mean over tasks of the KL divergence from the
 full cache, and its difference from uniform budgets on the same samples with a 95% interval (bootstrap within tasks).
@@ -12,6 +13,9 @@ full cache, and its difference from uniform budgets on the same samples with a 9
 greedily, up to 64 tokens; caches cut in all ways are fed that answer together, and the mean KL divergence of each from
 the full one is a line of the file. What is there is not run again. Needs the samples that python -m squeeze.calibrate
 leaves in calibration/MODEL; --curves names other such folders.
+
+`blends` takes the curves in config/calibration of any model, and compares budgets at one size: `calibrated`, those of
+one share's curves alone, half way to uniform, and of another method's curves.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import os
 import statistics
 import sys
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -335,6 +340,51 @@ def draw(lines, path):
     path.write_bytes(figures.render(figure, path.suffix[1:], " ".join(sys.argv)))
 
 
+@torch.inference_mode()
+def blends(args):
+    """The KL divergence of budgets that are made of a model's curves in other ways, on prompts."""
+    source = sources.resolve(args.model, None)
+    device = devices.pick_device(args.device, 0)
+    model, tokenizer = loading.load(
+        sources.fetch(source, False), device, devices.pick_dtype("float32", device), "auto"
+    )
+    own, other = (
+        calibration.read_calibration(calibration.curves_file(source.name, one)) for one in (args.algorithm, args.other)
+    )
+    other = replace(other, algorithm=own.algorithm, start_size=own.start_size, parameters=own.parameters)
+    share = own.first(Fraction(args.size))
+    found = {
+        "calibrated": own,
+        f"curves at {args.size} alone": replace(own, losses=own.losses[:, [share]], shares=own.shares[share:][:1]),
+        "curves at the largest size alone": replace(own, losses=own.losses[:, -1:], shares=own.shares[-1:]),
+        # Curves without slopes are uniform budgets.
+        "half way to uniform": replace(own, losses=np.concatenate([own.losses, np.zeros_like(own.losses)])),
+        f"curves of {args.other}": other,
+        "curves of both": replace(own, losses=np.concatenate([own.losses, other.losses])),
+    }
+    configs = [SqueezeConfig(args.algorithm, args.size, allocation="uniform")]
+    configs += [
+        SqueezeConfig(args.algorithm, args.size, None, "calibrated", calibration=one) for one in found.values()
+    ]
+    benchmark, lines = BENCHMARKS["Long"], []
+    with squeezed(model, configs[0]) as engine:
+        engine.share_prefills = True
+        for dataset in args.datasets.split(","):
+            data = benchmark.read(dataset, args.data_dir)
+            options = Options(max_length=args.max_length, model_name=source.name)
+            prompts = benchmark.encode(tokenizer, data, min(args.last, len(data.rows)), options)
+            kl = []
+            for prompt in tqdm(prompts, desc=dataset, unit="prompt"):
+                answer = fidelity.answer(model, [prompt.tokens], prompt.settings)
+                most = prompt.settings["max_new_tokens"]
+                measured = fidelity.compare(model, [prompt.tokens], answer, engine, configs, most)
+                kl.append([one["kl"] for [one] in measured])
+            means = np.mean([one for one in kl if None not in one], axis=0)
+            line = {"data set": dataset, "prompts": str(len(kl))}
+            lines.append(line | {way: f"{one:.4f}" for way, one in zip(["uniform", *found], means, strict=True)})
+    print(table(list(lines[0]), lines))
+
+
 def over_tasks(differences):
     """Mean of the tasks' means, and its 95% bootstrap interval over the samples within each task."""
     rng = np.random.default_rng(0)
@@ -372,6 +422,17 @@ def main():
     pairing.add_argument("--against", default="uniform", help="what each allocation is compared with")
     pairing.add_argument("--figure", type=Path, help="a .png or .svg to draw them in")
     pairing.set_defaults(do=pairs)
+    blending = commands.add_parser("blends")
+    blending.add_argument("--model", required=True)
+    blending.add_argument("--algorithm", required=True)
+    blending.add_argument("--other", default="h2o", help="another method, whose curves are tried")
+    blending.add_argument("--size", required=True)
+    blending.add_argument("--data_dir", required=True)
+    blending.add_argument("--datasets", required=True)
+    blending.add_argument("--last", type=int, default=4, help="rows before this one")
+    blending.add_argument("--max_length", type=int, default=2000, help="tokens of a prompt")
+    blending.add_argument("--device", default="cpu")
+    blending.set_defaults(do=blends)
     args = parser.parse_args()
     args.do(args)
 

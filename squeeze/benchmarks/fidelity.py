@@ -90,11 +90,12 @@ def compare(
     run: SqueezedModel,
     configs: Sequence[SqueezeConfig],
     max_new_tokens: int,
+    asked: int = 0,
 ) -> list[list[dict[str, Any]]]:
     """Feed the full cache's answer to squeezed ones.
 
-    The first token is left out: it follows from the prefill, which is the same with both. Several configurations go on
-    after the prefill that they share as one batch, or as several where memory is short.
+    The first token is left out where the whole prompt is cut: it follows from the prefill, which is the same with both.
+    Several configurations go on after the prefill that they share as one batch, or as several where memory is short.
 
     Args:
         prompts: token ids of each, (tokens,); a single one where there are several configurations.
@@ -102,6 +103,7 @@ def compare(
         run: what `squeezed` gave, its prefills shared where there are several configurations.
         configs: with the same evictor.
         max_new_tokens: that the budgets count on.
+        asked: tokens at the end of each prompt that squeezed caches read when what precedes them is cut.
     Returns:
         For each configuration and prompt `kl`, the mean over tokens of KL(full || squeezed) in nats, `agreement`, the
         share of tokens where both have the same largest logit (both None where nothing was compared), `tokens`,
@@ -109,15 +111,14 @@ def compare(
     Raises:
         torch.OutOfMemoryError: a single configuration does not fit into memory.
     """
+    given = model, prompts, full, run
     if len(configs) == 1:
-        return _compare(model, prompts, full, run, configs, max_new_tokens)
-    distances = unless_out_of_memory(lambda: _compare(model, prompts, full, run, configs, max_new_tokens))
+        return _compare(*given, configs, max_new_tokens, asked)
+    distances = unless_out_of_memory(lambda: _compare(*given, configs, max_new_tokens, asked))
     if distances is not None:
         return distances
     half = len(configs) // 2
-    first, second = (
-        compare(model, prompts, full, run, part, max_new_tokens) for part in (configs[:half], configs[half:])
-    )
+    first, second = (compare(*given, part, max_new_tokens, asked) for part in (configs[:half], configs[half:]))
     return first + second
 
 
@@ -128,26 +129,29 @@ def _compare(
     run: SqueezedModel,
     configs: Sequence[SqueezeConfig],
     max_new_tokens: int,
+    asked: int,
 ) -> list[list[dict[str, Any]]]:
     inputs, mask = pad_left(model, prompts)
+    cut = inputs.shape[1] - asked
     held, budgets = [], []
     for config in configs:
         run.use(config)
-        cache = run.cache(max_new_tokens)
-        next(_steps(model, inputs, mask, cache))
+        cache = run.cache(asked + max_new_tokens)
+        next(_steps(model, inputs[:, :cut], mask[:, :cut], cache))
         held += [{"kv_bytes": run.kv_bytes / len(prompts), "notes": notes} for notes in run.notes]
         budgets += np.asarray(run.budgets).tolist()
     if len(configs) > 1:
         assert run.kept_prefill is not None, "configurations that are compared together share their prefills"
-        cache = run.fork(run.kept_prefill, budgets, max_new_tokens)
+        cache = run.fork(run.kept_prefill, budgets, asked + max_new_tokens)
     divergences: list[list[float]] = [[] for _ in held]
     agreements: list[list[bool]] = [[] for _ in held]
     tokens = full.tokens.repeat(len(configs), 1)
-    mask = torch.cat([mask.repeat(len(configs), 1), torch.ones_like(tokens[:, :1])], dim=1)
-    steps = _steps(model, tokens[:, :1], mask, cache)
-    for step in range(1, len(full.logprobs)):
+    fed = inputs[:, cut:].repeat(len(configs), 1) if asked else tokens[:, :1]
+    mask = torch.cat([mask[:, :cut].repeat(len(configs), 1), torch.ones_like(fed)], dim=1)
+    steps, first = _steps(model, fed, mask, cache), 0 if asked else 1
+    for step in range(first, len(full.logprobs)):
         expected = full.logprobs[step]
-        logprobs = next(steps) if step == 1 else steps.send(tokens[:, step - 1 : step])
+        logprobs = next(steps) if step == first else steps.send(tokens[:, step - 1 : step])
         logprobs = logprobs.unflatten(0, (len(configs), -1))
         kl = (expected.exp() * (expected - logprobs)).sum(dim=-1).flatten()
         same = (expected.argmax(dim=-1) == logprobs.argmax(dim=-1)).flatten()
@@ -224,11 +228,13 @@ class Fidelity(Measure[FidelityStats]):
         if number not in self._compared:
             group = self._together(number, run) if workload.options.batch_size == 1 else [number]
             configs = [self._configs[member] for member in group]
-            distances = compare(model, prompts, self._answer, run, configs, first.settings["max_new_tokens"])
+            most = first.settings["max_new_tokens"]
+            distances = compare(model, prompts, self._answer, run, configs, most, first.asked)
             self._compared |= zip(group, distances, strict=True)
         samples = []
         for index, prompt, measured in zip(batch, prompts, self._compared[number], strict=True):
-            stats = FidelityStats(full_kv_bytes=full_cache_bytes(run.layers, len(prompt), model.dtype), **measured)
+            whole = full_cache_bytes(run.layers, len(prompt) - first.asked, model.dtype)
+            stats = FidelityStats(full_kv_bytes=whole, **measured)
             distance = {name: measured[name] for name in ("kl", "agreement", "tokens")}
             samples.append({"index": index, **distance, "stats": stats})
         return samples

@@ -243,8 +243,6 @@ class RunSpec:
                 known.check(value, f"--{name}")
         if self.top_p < 1 and self.temperature == 0:
             raise InputError("--top_p is for sampling: give --temperature as well")
-        if self.fidelity and self.compress == "context":
-            raise InputError("--fidelity compares caches of whole prompts: leave --compress context out")
         if self.fidelity and self.temperature > 0:
             raise InputError("--fidelity compares greedy answers: leave --temperature out")
         self._check_benchmark()

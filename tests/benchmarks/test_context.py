@@ -134,7 +134,6 @@ def test_ruler_asks_after_the_cut(place):
             ["--pred", "xsum", *SQUEEZE, "0.3"],
             "--compress context is not for --pred xsum, whose prompts have no context",
         ),
-        ([*SQUEEZE, "0.3", "--fidelity"], "--fidelity compares caches of whole prompts: leave --compress context out"),
         ([], "--compress is for a squeezed cache, but the full cache was asked for"),
         ([*SQUEEZE, "0.3", "--compress", "question"], "--compress must be one of prompt, context, got question"),
     ],

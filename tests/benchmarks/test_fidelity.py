@@ -22,20 +22,24 @@ PROMPTS = [torch.arange(3, 40), torch.arange(20, 90), torch.arange(5, 70)]
 SETTINGS = {"max_new_tokens": 9, "eos_token_id": [198]}
 
 
-def measured(model, prompts, settings, run):
+def measured(model, prompts, settings, run, asked=0):
     """What is found on a batch."""
     full = fidelity.answer(model, prompts, settings)
-    [found] = fidelity.compare(model, prompts, full, run, [run.config], settings["max_new_tokens"])
+    [found] = fidelity.compare(model, prompts, full, run, [run.config], settings["max_new_tokens"], asked)
     return [{key: one[key] for key in ("kl", "agreement", "tokens")} for one in found]
 
 
-def slow(model, prompt, run, steps):
+def slow(model, prompt, run, steps, asked=0):
     """One prompt: the full model runs over the whole text again for every token, the squeezed one step by step."""
-    text, cache, kl, same = prompt[None], run.cache(steps), [], []
-    cut = model(text, past_key_values=cache, use_cache=True).logits[0, -1]
+    text, cache, kl, same = prompt[None], run.cache(asked + steps), [], []
+    context = len(prompt) - asked
+    cut = model(text[:, :context], past_key_values=cache, use_cache=True).logits[0, -1]
+    for place in range(context, len(prompt)):
+        position, token = torch.tensor([[place]]), text[:, place : place + 1]
+        cut = model(token, position_ids=position, past_key_values=cache, use_cache=True).logits[0, -1]
     for step in range(steps):
         full = model(text, use_cache=False).logits[0, -1]
-        if step:
+        if step or asked:
             p, q = full.double().softmax(dim=0), cut.double().softmax(dim=0)
             kl.append(sum(a * (a / b).log() for a, b in zip(p, q, strict=True)).item())
             same.append((full.argmax() == cut.argmax()).item())
@@ -60,6 +64,25 @@ def test_a_batch_is_compared_as_a_slow_loop_does(algorithm):
             assert one["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-3, abs=1e-5)
             assert one["kl"] > 1e-3
             assert one["agreement"] == sum(same) / len(same)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("algorithm", ["streaming", "h2o", "snapkv(window=8)"])
+def test_a_question_after_a_cut_context_is_compared_as_a_slow_loop_does(algorithm):
+    """From the answer's first token on, which the question has changed already."""
+    model, asked = random_model("llama"), 7
+    with squeezed(model, SqueezeConfig(algorithm=algorithm, ini_size="0.4", kv_class3="0.2")) as run:
+        found = measured(model, PROMPTS, SETTINGS, run, asked)
+        for one, prompt in zip(found, PROMPTS, strict=True):
+            kl, same = slow(model, prompt, run, SETTINGS["max_new_tokens"], asked)
+            assert one["tokens"] == len(kl) > 4
+            assert one["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-3, abs=1e-5)
+            assert one["kl"] > 1e-3 and one["agreement"] == sum(same) / len(same)
+        some = [SqueezeConfig(algorithm, size, "0.2") for size in ("0.4", "0.6", "0.9")]
+        full = fidelity.answer(model, PROMPTS[2:], SETTINGS)
+        run.share_prefills = True
+        together = fidelity.compare(model, PROMPTS[2:], full, run, some, SETTINGS["max_new_tokens"], asked)
+        assert together[0][0]["kl"] == pytest.approx(found[2]["kl"], rel=1e-5, abs=1e-5)
 
 
 @pytest.fixture
