@@ -3,7 +3,7 @@
     python script/allocation_study.py run --data_dir DIR --datasets lcc,samsum --requests FILE --out study.jsonl
     python script/allocation_study.py show study.jsonl
     python script/allocation_study.py pairs pred_Long pred_xsum
-    python script/allocation_study.py blends --model NAME --algorithm streaming --size 0.1 --data_dir DIR --datasets trec
+    python script/allocation_study.py blends --model NAME --algorithm h2o --size 0.1 --data_dir DIR --datasets trec
 
 `pairs` takes runs of pred.py --fidelity: for every method and size, the mean over tasks of the KL divergence from the
 full cache, and its difference from uniform budgets on the same samples with a 95% interval (bootstrap within tasks).

@@ -94,8 +94,9 @@ def compare(
 ) -> list[list[dict[str, Any]]]:
     """Feed the full cache's answer to squeezed ones.
 
-    The first token is left out where the whole prompt is cut: it follows from the prefill, which is the same with both.
-    Several configurations go on after the prefill that they share as one batch, or as several where memory is short.
+    The first token is left out where the whole prompt is cut: it follows from the prefill, which is the same with
+    both. Several configurations go on after the prefill that they share as one batch, or as several where memory is
+    short.
 
     Args:
         prompts: token ids of each, (tokens,); a single one where there are several configurations.
