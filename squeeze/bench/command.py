@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from squeeze.allocations import ALLOCATIONS
 from squeeze.bench.files import bandwidth, full_speeds, speed
 from squeeze.bench.processes import run, turns
+from squeeze.bench.throughput import PRESETS, fits, lines, memory_of, named, shape
 from squeeze.benchmarks.longbench.data import build_prompt, load_data
 from squeeze.cli.arguments import Parser, as_path, path_text, real, whole
 from squeeze.cli.tables import table
@@ -27,7 +29,7 @@ from squeeze.models import sources
 from squeeze.numbers import parse_fraction
 from squeeze.runs.resolve import with_curves
 from squeeze.storage.files import write_json, write_whole, writing
-from squeeze.storage.paths import shipped
+from squeeze.storage.paths import config_file, shipped
 from squeeze.text import say
 
 EXAMPLES = """examples
@@ -40,6 +42,8 @@ EXAMPLES = """examples
     python -m squeeze.bench --batch_size 8 --dtype float32 --peers --in_turns
   what budgets of KV heads cost beside those of layers, by the embedded model's loss curves:
     python -m squeeze.bench --algorithm h2o --allocation calibrated --per layer head --caches squeezed --in_turns
+  tokens a second where memory is used up, at the paper's sizes, on a model of Mistral-7B's shape with made-up weights:
+    python -m squeeze.bench --throughput --preset mistral-7b --device cuda --dtype float16 --caches squeezed
 """
 COLUMNS = (
     *("engine", "cache", "dtype", "batch", "prompt", "prefill s", "importance", "step ms", "late/early", "tokens/s"),
@@ -53,6 +57,8 @@ peak MB: most memory held after loading"""
 #: Decode steps of a turn.
 TURN_STEPS = 4
 CACHES = ("full", "uniform", "squeezed", "compiled")
+#: Tokens of made-up prompts for a model with random weights, which has no tokenizer.
+MADE_UP = 20_000
 
 
 def parser() -> Parser:
@@ -119,7 +125,27 @@ def parser() -> Parser:
     made.add_argument(
         "--memory_gb",
         type=real("a number above 0", without_least=True),
-        help="say which batch would fit into so much, by the peaks measured",
+        help="say which batch would fit into so much, by the peaks measured; with --throughput the limit (default "
+        "there: all that the device has)",
+    )
+    made.add_argument(
+        "--throughput",
+        action="store_true",
+        help="run each cache, and transformers' full one, with one batch size after the other until one does not fit "
+        "into memory: tokens a second at the largest, with and without the prefill",
+    )
+    made.add_argument(
+        "--random_weights",
+        type=as_path,
+        metavar="CONFIG",
+        help="in place of --model: a model of this config.json's shape with made-up weights, on which speed does not "
+        "depend",
+    )
+    made.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        help="sizes of --throughput, the paper's for mistral-7b and llama-2-7b; without --model also the shape, with "
+        "random weights",
     )
     made.add_argument(
         "--data_dir",
@@ -178,10 +204,14 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int], identity: d
         **{"prompt_length": args.prompt_length, "new_tokens": args.new_tokens, "attn": "sdpa"},
         "turn_steps": TURN_STEPS if args.in_turns else args.new_tokens,
     }
+    if args.random_weights is not None:
+        common["random_weights"] = True
+    if args.throughput:
+        common["memory"] = memory_of(args.device, args.memory_gb)
     layers = count_layers(folder)
     everything = {"budgets": [args.prompt_length + args.new_tokens] * layers}
     variants = []
-    for batch_size in args.batch_size:
+    for batch_size in sorted(args.batch_size) if args.throughput else args.batch_size:
         for dtype in args.dtype:
             base = common | {"batch_size": batch_size, "dtype": dtype}
             for algorithm in args.algorithm:
@@ -199,6 +229,8 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int], identity: d
                         variants.append(base | {"engine": "squeeze", "cache": label, "config": config})
             if args.peers:
                 variants += peers(base, args)
+            elif args.throughput:
+                variants.append(base | {"engine": "transformers", "cache": "DynamicCache full"})
     return variants
 
 
@@ -308,8 +340,52 @@ def plot(records: Sequence[dict[str, Any]]) -> bytes:
     return image.getvalue()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, with those that a preset gives where they are not given.
+
+    Raises:
+        InputError: they do not go together.
+    """
     args = parser().parse_args(argv)
+    if args.preset is not None:
+        changed = parser()
+        changed.set_defaults(**PRESETS[args.preset])
+        if args.model == parser().get_default("model"):
+            changed.set_defaults(random_weights=config_file(f"shapes/{args.preset}.json"))
+        args = changed.parse_args(argv)
+        if not args.throughput:
+            raise InputError("--preset is for --throughput")
+    if args.random_weights is not None and args.allocation == "calibrated":
+        raise InputError("--random_weights has no loss curves: take another --allocation than calibrated")
+    if args.throughput and args.in_turns:
+        raise InputError("--throughput fills the memory with one cache at a time: leave --in_turns out")
+    return args
+
+
+def model_of(args: argparse.Namespace) -> tuple[Path, list[int], dict[str, Any]]:
+    """The model's folder, tokens of a text that prompts are cut from, and what tells the model from others.
+
+    Raises:
+        InputError: the model or the text is not there.
+    """
+    if args.random_weights is not None:
+        from squeeze.models.folder_config import model_config
+
+        folder = shape(args.random_weights, args.out)
+        vocabulary, chance = model_config(folder).get_text_config().vocab_size, Random(0)
+        return folder, [chance.randrange(vocabulary) for _ in range(MADE_UP)], {}
+    source = sources.resolve(args.model, args.model_path)
+    folder = sources.fetch(source)
+    data = load_data("samsum", args.data_dir)
+
+    from squeeze.models.loading import load_tokenizer
+
+    text = "\n\n".join(build_prompt("samsum", sample) for sample in data.rows[:8])
+    return folder, load_tokenizer(folder)(text).input_ids, sources.identity(source, folder)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = read_flags(argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -319,38 +395,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         if program is None:
             raise InputError(f"--peer_python {args.peer_python} is no program that can be run")
         args.peer_python = os.path.abspath(program)  # links as they are: they tell Python its environment
-    source = sources.resolve(args.model, args.model_path)
-    folder = sources.fetch(source)
-    data = load_data("samsum", args.data_dir)
+    folder, tokens, identity = model_of(args)
 
     from squeeze.devices import pick_device, pick_dtype
-    from squeeze.models.loading import load_tokenizer
 
     for dtype in args.dtype:
         pick_dtype(dtype, pick_device(args.device))
-    text = "\n\n".join(build_prompt("samsum", sample) for sample in data.rows[:8])
-    tokens = load_tokenizer(folder)(text).input_ids
-    todo = specs(args, folder, tokens, sources.identity(source, folder))
+    todo = specs(args, folder, tokens, identity)
     records: list[dict[str, Any]] = []
     shared: dict[str, Any] = {}
     together = groupby(todo, key=lambda spec: spec["batch_size"] if args.in_turns else id(spec))  # id: each alone
     with tqdm(total=sum(map(turns, todo)), unit="turn") as bar:
-        for _, group in together:
-            for record in run(list(group), shared, bar):
+        full_up: set[str] = set()  # caches of which a smaller batch did not fit already
+        for _, grouped in together:
+            group = [spec for spec in grouped if named(spec) not in full_up]
+            for record in run(group, shared, bar):
                 records.append(record)
+                if args.throughput and not fits(record, record["spec"]["memory"]):
+                    full_up.add(named(record["spec"]))
                 with writing(args.out / "bench.json"):
                     write_json(args.out / "bench.json", {"machine": platform.platform(), "runs": records})
                 bar.write(table(COLUMNS, [row(record, bandwidth(records))]).splitlines()[-1])
-    copies, full = bandwidth(records), full_speeds(records)
-    print(table(COLUMNS, [row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]))
-    print(LEGEND)
-    print(f"limit: weights and KV read once, at the {copies / 1e9:.1f} GB/s of a copy (median of all processes)")
+    if args.throughput:
+        print("\n".join(lines(records, todo[0]["memory"])))
+    else:
+        copies, full = bandwidth(records), full_speeds(records)
+        print(table(COLUMNS, [row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]))
+        print(LEGEND)
+        print(f"limit: weights and KV read once, at the {copies / 1e9:.1f} GB/s of a copy (median of all processes)")
     for record in records:
         if "error" in record["result"]:
             say(f"{record['spec']['engine']} {record['spec']['cache']}: {record['result']['error']}")
-    if args.memory_gb:
+    if args.memory_gb and not args.throughput:
         for name, batch in fitting(records, 1e9 * args.memory_gb).items():
             print(f"{name}: batches of up to {batch} fit into {args.memory_gb:g} GB")
     with writing(args.out / "bench.png"):
-        write_whole(args.out / "bench.png", plot(records))
+        # A line ends where memory does.
+        shown = [record for record in records if not args.throughput or fits(record, record["spec"]["memory"])]
+        write_whole(args.out / "bench.png", plot(shown))
     say(f"{args.out / 'bench.json'} {args.out / 'bench.png'}")

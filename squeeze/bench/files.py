@@ -38,6 +38,7 @@ class Measured(TypedDict):
 
     step_seconds: Quartiles
     prefill_seconds: Quartiles
+    whole_seconds: NotRequired[Quartiles]
     importance_seconds: NotRequired[Median]
     late_over_early: NotRequired[Amount]
     kv_bytes: Amount
@@ -78,6 +79,12 @@ def bandwidth(records: Sequence[Any]) -> float:
 def speed(record: Any) -> float:
     """Tokens decoded per second."""
     return record["spec"]["batch_size"] / record["result"]["step_seconds"]["median"]
+
+
+def whole_speed(record: Any) -> float:
+    """Tokens per second of whole generations, prefills included."""
+    spec = record["spec"]
+    return spec["batch_size"] * spec["new_tokens"] / record["result"]["whole_seconds"]["median"]
 
 
 def full_speeds(records: Sequence[Any]) -> dict[int, float]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StoppingCriteria
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
 #: Gives way to other configurations; takes the results so far.
@@ -124,21 +124,20 @@ def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
     Args:
         spec: `engine` (`squeeze`, `transformers`, `kvpress`), `model` (a folder), `device`, `dtype`, `attn`, `tokens`
             (of the text that prompts are cut from), `batch_size`, `prompt_length`, `new_tokens`, `rounds`,
-            `turn_steps`, and for `squeeze` the fields of `SqueezeConfig` as `config`, with the file of loss curves as
-            `calibration`; for the others `budgets` in tokens (none: the full cache), and `algorithm` for kvpress.
+            `turn_steps`, perhaps `random_weights` and `memory` (bytes that a GPU may give), and for `squeeze` the
+            fields of `SqueezeConfig` as `config`, with the file of loss curves as `calibration`; for the others
+            `budgets` in tokens (none: the full cache), and `algorithm` for kvpress.
         turn: called with the results so far before each prefill, and after it and every `turn_steps` decode steps;
             may wait, which is no part of any time measured, and may change the spec's `budgets` before a prefill.
     Returns:
-        medians and quartiles of `prefill_seconds` (a prefill each round), `step_seconds` (of all decode steps) and,
-        for `squeeze`, `importance_seconds` (of the prefills, clustering included), `kv_bytes` after prefill, `budgets`
-        where they were measured, `late_over_early` (steps, with 64 or more), `weight_bytes`, `copy_bandwidth` (bytes
-        a second) and `peak_bytes` of this process once the model is loaded (RSS, or tensors on a GPU).
+        medians and quartiles of `prefill_seconds` (a prefill each round), `step_seconds` (of all decode steps),
+        `whole_seconds` (of a round's prefill and steps together) and, for `squeeze`, `importance_seconds` (of the
+        prefills, clustering included), `kv_bytes` after prefill, `budgets` where they were measured, `late_over_early`
+        (steps, with 64 or more), `weight_bytes`, `copy_bandwidth` (bytes a second) and `peak_bytes` of this process
+        once the model is loaded (RSS, or tensors on a GPU).
     """
     device = torch.device(spec["device"])
-    model = AutoModelForCausalLM.from_pretrained(
-        spec["model"], dtype=getattr(torch, spec["dtype"]), attn_implementation=spec["attn"]
-    )
-    model.to(device).eval()
+    model = load(spec, device).eval()
     # Nothing of how the model's author wanted to generate; this file knows nothing of the project's own loading.
     model.generation_config, model.config.use_cache = GenerationConfig(), True
     ids = prompts(spec).to(device)
@@ -147,7 +146,7 @@ def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
         from squeeze.models.packing import pack
 
         pack(model)  # as `squeeze.models.loading.load` does
-    prefill, importance, steps = [], [], []
+    prefill, importance, steps, wholes = [], [], [], []
     with torch.inference_mode():
         generate(model, ids[:1, :64], spec | {"budgets": None, "new_tokens": 4}, lambda known: None)  # warm-up
         reset_peak_memory(device)
@@ -157,8 +156,9 @@ def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
             prefill.append(seconds[0])
             importance.append(measured.pop("importance_seconds", 0.0))
             steps += seconds[1:]
+            wholes.append(sum(seconds))
             result |= measured
-    result |= {"prefill_seconds": spread(prefill), "step_seconds": spread(steps)}
+    result |= {"prefill_seconds": spread(prefill), "step_seconds": spread(steps), "whole_seconds": spread(wholes)}
     if spec["engine"] == "squeeze":
         result["importance_seconds"] = spread(importance)
     each = len(steps) // spec["rounds"]
@@ -169,6 +169,19 @@ def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
     result["peak_bytes"] = peak_memory(device)
     result["copy_bandwidth"] = copy_bandwidth(device)  # last, for its buffers are no part of the peak
     return result
+
+
+def load(spec: dict[str, Any], device: torch.device):
+    """The model on its device; with `random_weights` only its configuration is read."""
+    given: dict[str, Any] = {"dtype": getattr(torch, spec["dtype"]), "attn_implementation": spec["attn"]}
+    if device.type == "cuda" and "memory" in spec:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(spec["memory"] / total, 1.0), device)
+    if not spec.get("random_weights"):
+        return AutoModelForCausalLM.from_pretrained(spec["model"], **given).to(device)
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec["model"]), **given)
 
 
 def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tuple[list[float], dict[str, Any]]:
