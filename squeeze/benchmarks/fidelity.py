@@ -30,6 +30,9 @@ from squeeze.models.cached_layers import full_cache_bytes
 #: Configurations that are compared in one batch, by the kind of device; fewer where memory is short.
 AT_ONCE = {"cpu": 8, "cuda": 64}
 
+#: Tokens of an answer that squeezed caches are fed in one pass.
+AHEAD = 16
+
 
 @dataclass
 class Answer:
@@ -64,7 +67,7 @@ def answer(
     full = Answer(torch.empty(len(prompts), 0, dtype=torch.long, device=ends.device), [], [])
     running = torch.ones(len(prompts), dtype=torch.bool, device=ends.device)
     steps = _steps(model, *pad_left(model, prompts), DynamicCache(config=model.config))
-    logprobs = next(steps)
+    [logprobs] = next(steps)
     for step in range(settings["max_new_tokens"]):
         full.logprobs.append(logprobs)
         full.running.append(running)
@@ -78,7 +81,7 @@ def answer(
             running = running & ~stops(full.tokens, None)
         if not running.any() or step + 1 == settings["max_new_tokens"]:
             break
-        logprobs = steps.send(tokens)
+        [logprobs] = steps.send(tokens)
     return full
 
 
@@ -150,10 +153,11 @@ def _compare(
     fed = inputs[:, cut:].repeat(len(configs), 1) if asked else tokens[:, :1]
     mask = torch.cat([mask[:, :cut].repeat(len(configs), 1), torch.ones_like(fed)], dim=1)
     steps, first = _steps(model, fed, mask, cache), 0 if asked else 1
+    found = next(steps)
     for step in range(first, len(full.logprobs)):
-        expected = full.logprobs[step]
-        logprobs = next(steps) if step == first else steps.send(tokens[:, step - 1 : step])
-        logprobs = logprobs.unflatten(0, (len(configs), -1))
+        if not found:
+            found = steps.send(tokens[:, step - 1 : min(step - 1 + AHEAD, len(full.logprobs) - 1)])
+        expected, logprobs = full.logprobs[step], found.pop(0).unflatten(0, (len(configs), -1))
         kl = (expected.exp() * (expected - logprobs)).sum(dim=-1).flatten()
         same = (expected.argmax(dim=-1) == logprobs.argmax(dim=-1)).flatten()
         for row in full.running[step].repeat(len(configs)).nonzero().flatten().tolist():
@@ -168,14 +172,14 @@ def _compare(
 
 def _steps(
     model: PreTrainedModel, inputs: torch.Tensor, mask: torch.Tensor, cache: Cache
-) -> Generator[torch.Tensor, torch.Tensor, None]:
-    """Log-probabilities of the token after some, `(batch, vocabulary)`, and after each that is sent in.
+) -> Generator[list[torch.Tensor], torch.Tensor, None]:
+    """Log-probabilities of the token after some, `(batch, vocabulary)`, and after each one of those that are sent in.
 
     Args:
         inputs: token ids that `cache` does not hold yet, `(batch, tokens)`.
         mask: of all tokens so far, these included, `(batch, all)`.
     """
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+    positions, wanted = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -inputs.shape[1] :], 1
     while True:
         output = model(
             inputs,
@@ -183,11 +187,12 @@ def _steps(
             position_ids=positions,
             **{cache_argument(): cache},
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=wanted,
         )
-        inputs = yield output.logits[:, -1].float().log_softmax(dim=-1)
+        inputs = yield list(output.logits.float().log_softmax(dim=-1).unbind(dim=1))
+        wanted = inputs.shape[1]
         mask = torch.cat([mask, torch.ones_like(inputs)], dim=1)
-        positions = positions[:, -1:] + 1
+        positions = positions[:, -1:] + 1 + torch.arange(wanted, device=positions.device)
 
 
 class Fidelity(Measure[FidelityStats]):

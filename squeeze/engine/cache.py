@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from squeeze.engine import states
 from squeeze.engine.findings import Findings
-from squeeze.engine.layer import SqueezeLayer
+from squeeze.engine.layer import Seen, SqueezeLayer, Step
 from squeeze.engine.schedule import Rows, Schedule
 from squeeze.evictors import Evictor
 
@@ -126,19 +126,52 @@ class SqueezeCache(Cache):
         Raises:
             ValueError: an earlier step failed, it is not one token for each sequence, or the cache was made for fewer.
         """
-        if self.broken:
-            raise ValueError("a step on this cache has failed in the middle: read the prompt again with a new cache")
         if tokens != 1:
             raise ValueError(f"after prefill a squeezed cache takes one token at a time, got {tokens}")
-        if batch != len(self.prompt_lengths):
-            raise ValueError(f"the cache holds {len(self.prompt_lengths)} sequences, got a batch of {batch}")
-        if self.steps >= self.max_new_tokens:
-            raise ValueError(f"the cache was made for {self.max_new_tokens} new tokens, and they are used up")
-        self._schedule_step()
+        self._check_step(batch)
+        for layer, step, seen in self._next_step():
+            layer.begin(step, seen)
         self.broken = True  # until the last layer has run
         yield
         self.steps += 1
         self.broken = False
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether a pass may bring several tokens, which each layer takes in one by one, as single steps would.
+
+        Not where something else than this cache remembers tokens, or makes keys of what is cached.
+        """
+        facts = [layer.facts for layer in self.squeezed]
+        plain = all(one.interface and one.as_cached and len(one.users) == 1 for one in facts)
+        alone = len(self.layers) == len(facts) and not any(one.hybrid or one.regrouped for one in facts)
+        late = any(schedule.sinks_come_late for schedule in self.schedules)
+        return plain and alone and not late and not self.whole_buffers
+
+    @contextmanager
+    def several(self, batch: int, tokens: int) -> Iterator[None]:
+        """A pass that brings several tokens of each sequence, inside the block; see `step`."""
+        self._check_step(batch)
+        before = self.steps
+        for layer in self.squeezed:
+            layer.following = []
+        for _ in range(tokens):
+            for layer, step, seen in self._next_step():
+                layer.following.append((step, seen))
+            self.steps += 1
+        self.steps, self.broken = before, True
+        yield
+        for layer in self.squeezed:
+            layer.following = []
+        self.steps, self.broken = before + tokens, False
+
+    def _check_step(self, batch: int) -> None:
+        if self.broken:
+            raise ValueError("a step on this cache has failed in the middle: read the prompt again with a new cache")
+        if batch != len(self.prompt_lengths):
+            raise ValueError(f"the cache holds {len(self.prompt_lengths)} sequences, got a batch of {batch}")
+        if self.steps >= self.max_new_tokens:
+            raise ValueError(f"the cache was made for {self.max_new_tokens} new tokens, and they are used up")
 
     def copy(self) -> SqueezeCache:
         """A cache that goes on by itself from here, such as for one of several questions on a text.
@@ -158,14 +191,14 @@ class SqueezeCache(Cache):
         other.schedules = [schedule.of([made[layer] for layer in schedule.layers]) for schedule in self.schedules]
         return other
 
-    def _schedule_step(self) -> None:
-        """Lengths are worked out on the host as well, so that a decode step never waits for its device."""
+    def _next_step(self) -> Iterator[tuple[SqueezeLayer, Step, list[Seen]]]:
+        """What each layer does in the next step. Lengths are worked out on the host, too: no step waits for them."""
         seen = np.array(self.prompt_lengths) + self.steps + 1
         evicting, groups = self.rows.held(seen, self.whole_buffers)
-        for layer, own in zip(self.squeezed, groups, strict=True):
-            layer.seen = own
+        attended = dict(zip(self.squeezed, groups, strict=True))
         for schedule in self.schedules:
-            schedule.advance(evicting)
+            for layer, step in zip(schedule.layers, schedule.advance(evicting), strict=True):
+                yield layer, step, attended[layer]
 
     @property
     def kv_bytes(self) -> int:

