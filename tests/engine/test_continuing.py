@@ -47,21 +47,41 @@ def test_pieces_give_what_single_tokens_give_and_the_reference(evictor):
         assert (pieces[row] - expected).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "jamba", "falcon", "gpt2", "deepseek_v3"])
+def test_pieces_where_heads_have_budgets_of_their_own():
+    """And where a prompt is shorter than the sinks, which then come while it is gone on with."""
+    model = random_model("llama")
+    for evictor, lengths in ((H2O(), LENGTHS), (StreamingLLM(sinks=6), (9, 3))):
+        batch = Batch.of(model, lengths, STEPS)
+        with (
+            squeezed(model, evictor, Explicit([[8, 20], [33, 9], [12, 12], [40, 25], [10, 30]])) as run,
+            torch.no_grad(),
+        ):
+            single, pieces = (fed(model, run, batch, sizes) for sizes in ([1] * STEPS, [7, 1, 16]))
+        torch.testing.assert_close(pieces, single, atol=1e-4, rtol=0)
+
+
+#: Kinds of models, and whether a pass may bring them several tokens.
+KINDS = {"llama": True, "gemma3_text": True, "gpt2": True, "jamba": False, "falcon": False, "deepseek_v3": False}
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_pieces_on_models_of_other_kinds(name):
-    """Windows, states beside attention, attention of their own, learned positions, latent attention."""
+    """Windows, learned positions, states beside attention, attention of their own, latent attention."""
     model = build(name)
     lengths = (LENGTHS[0], LENGTHS[0])
     batch = Batch.of(model, lengths, STEPS)
     with squeezed(model, H2O() if name != "deepseek_v3" else SlidingWindow(), Uniform("0.4")) as run, torch.no_grad():
         found = []
         for sizes in ([1] * STEPS, [7, 1, 16]):
-            cache, parts, done = run.cache(STEPS), [], 0
+            cache, parts, done, calls = run.cache(STEPS), [], 0, []
+            hook = run.layers[0].block.register_forward_hook(lambda *given, calls=calls: calls.append(given))
             for size in (0, *sizes):
                 tokens = batch.answer[:, done : done + size] if size else batch.ids
                 parts.append(model(tokens, **{cache_argument(): cache}).logits[:, -max(size, 1) :])
                 done += size
+            hook.remove()
             found.append(torch.cat(parts, dim=1).log_softmax(-1))
+            assert len(calls) == 1 + (len(sizes) if KINDS[name] else STEPS)
     torch.testing.assert_close(*found, atol=1e-4, rtol=0)
 
 
