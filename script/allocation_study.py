@@ -301,10 +301,26 @@ def pairs(args):
             line |= {"closer on": f"{sum(one < 0 for task in differences for one in task)}"}
             line |= {"samples": str(sum(map(len, differences)))}
             lines.append(line | {task: f"{one:.4f}" for task, one in zip(tasks, means, strict=True)})
-    columns = list(dict.fromkeys(name for line in lines for name in line))
-    print(table(columns, [dict.fromkeys(columns, "-") | line for line in lines]))
+    shown = side_by_side(lines, args.against) if args.wide else lines
+    columns = list(dict.fromkeys(name for line in shown for name in line))
+    print(table(columns, [dict.fromkeys(columns, "-") | line for line in shown]))
     if args.figure:
         draw(lines, args.figure)
+
+
+def side_by_side(lines, against):
+    """A line for each method and size, with the difference of each allocation, bold where its interval is below 0."""
+    made = {}
+    for line in lines:
+        cells = made.setdefault((line["algorithm"], line["ini_size"]), {})
+        cells |= {"algorithm": line["algorithm"], "ini_size": line["ini_size"]}
+        if line["allocation"] == against:
+            cells[against] = line["KL"]
+        else:
+            difference = line[f"less {against}"]
+            below = float(difference.split(", ")[1].rstrip("]")) < 0
+            cells[line["allocation"]] = f"**{difference}**" if below else difference
+    return list(made.values())
 
 
 def draw(lines, path):
@@ -420,6 +436,7 @@ def main():
     pairing = commands.add_parser("pairs")
     pairing.add_argument("runs", nargs="+", type=Path)
     pairing.add_argument("--against", default="uniform", help="what each allocation is compared with")
+    pairing.add_argument("--wide", action="store_true", help="a line for each method and size")
     pairing.add_argument("--figure", type=Path, help="a .png or .svg to draw them in")
     pairing.set_defaults(do=pairs)
     blending = commands.add_parser("blends")
