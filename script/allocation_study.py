@@ -39,6 +39,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 from tqdm import tqdm
 
 from squeeze import SqueezeConfig, calibrate, devices, squeezed
@@ -344,10 +345,12 @@ def draw(lines, path):
             axes.set_yscale("log")
             sizes = sorted(set(frame["size"]))
             axes.set_xticks(sizes, labels=[f"{size:g}" for size in sizes])
+            axes.set_xlabel("KV kept, %")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.minorticks_off()
         for axes in panels[len(methods) :]:
             axes.set_axis_off()
-        figure.supxlabel("KV kept, % of the full cache", fontsize=9)
         figure.supylabel("KL from the full cache, nats a token", fontsize=9)
         handles = {
             text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
