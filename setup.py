@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 SHIPPED = {
     "squeeze.shipped.config": "config",
     "squeeze.shipped.config.calibration": "config/calibration",
+    "squeeze.shipped.config.shapes": "config/shapes",
     "squeeze.shipped.data.longbench": "data/longbench",
 }
 

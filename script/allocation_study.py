@@ -19,6 +19,7 @@ one share's curves alone, half way to uniform, and of another method's curves.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -336,7 +337,9 @@ def draw(lines, path):
         panels = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, method in zip(panels, methods, strict=False):
             axes.set_title(method, loc="left")
-            for allocation, (color, marker, style) in figures.SERIES.items():
+            others = sorted(set(frame["allocation"]) - set(figures.SERIES))
+            series = figures.SERIES | dict(zip(others, itertools.cycle(figures.OTHERS), strict=False))
+            for allocation, (color, marker, style) in series.items():
                 own = frame[(frame["algorithm"] == method) & (frame["allocation"] == allocation)].sort_values("size")
                 if len(own):
                     drawn = {"color": color, "marker": marker, "linestyle": style, "label": allocation}
@@ -345,7 +348,7 @@ def draw(lines, path):
             axes.set_yscale("log")
             sizes = sorted(set(frame["size"]))
             axes.set_xticks(sizes, labels=[f"{size:g}" for size in sizes])
-            axes.set_xlabel("KV kept, %")
+            axes.set_xlabel("ini_size, %")
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.minorticks_off()
@@ -370,12 +373,14 @@ def blends(args):
     own, other = (
         calibration.read_calibration(calibration.curves_file(source.name, one)) for one in (args.algorithm, args.other)
     )
+    if args.other == args.algorithm:
+        sys.exit(f"error: --other must be another method than {args.algorithm}")
     other = replace(other, algorithm=own.algorithm, start_size=own.start_size, parameters=own.parameters)
     share = own.first(Fraction(args.size))
     found = {
         "calibrated": own,
         f"curves at {args.size} alone": replace(own, losses=own.losses[:, [share]], shares=own.shares[share:][:1]),
-        "curves at the largest size alone": replace(own, losses=own.losses[:, -1:], shares=own.shares[-1:]),
+        f"curves at {float(own.shares[-1]):g} alone": replace(own, losses=own.losses[:, -1:], shares=own.shares[-1:]),
         # Curves without slopes are uniform budgets.
         "half way to uniform": replace(own, losses=np.concatenate([own.losses, np.zeros_like(own.losses)])),
         f"curves of {args.other}": other,
@@ -399,7 +404,7 @@ def blends(args):
                 measured = fidelity.compare(model, [prompt.tokens], answer, engine, configs, most)
                 kl.append([one["kl"] for [one] in measured])
             means = np.mean([one for one in kl if None not in one], axis=0)
-            line = {"data set": dataset, "prompts": str(len(kl))}
+            line = {"data set": dataset, "prompts": str(sum(None not in one for one in kl))}
             lines.append(line | {way: f"{one:.4f}" for way, one in zip(["uniform", *found], means, strict=True)})
     print(table(list(lines[0]), lines))
 

@@ -57,6 +57,8 @@ peak MB: most memory held after loading"""
 #: Decode steps of a turn.
 TURN_STEPS = 4
 CACHES = ("full", "uniform", "squeezed", "compiled")
+#: The model where none is asked for.
+EMBEDDED = "SmolLM2-135M"
 #: Tokens of made-up prompts for a model with random weights, which has no tokenizer.
 MADE_UP = 20_000
 
@@ -68,9 +70,7 @@ def parser() -> Parser:
         description="Measure prefill, decode and memory of full, uniform and squeezed KV caches.",
         epilog=EXAMPLES,
     )
-    made.add_argument(
-        "--model", type=path_text, default="SmolLM2-135M", help="as in pred.py (default: the embedded model)"
-    )
+    made.add_argument("--model", type=path_text, help="as in pred.py (default: the embedded model)")
     made.add_argument("--model_path", type=path_text, help="where --model lies, as in pred.py")
     made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     made.add_argument("--batch_size", type=whole(1), nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
@@ -144,8 +144,7 @@ def parser() -> Parser:
     made.add_argument(
         "--preset",
         choices=sorted(PRESETS),
-        help="sizes of --throughput, the paper's for mistral-7b and llama-2-7b; without --model also the shape, with "
-        "random weights",
+        help="sizes of --throughput, for mistral-7b the paper's; without --model also the shape, with random weights",
     )
     made.add_argument(
         "--data_dir",
@@ -185,7 +184,7 @@ def squeezed_caches(args: argparse.Namespace, algorithm: str, identity: dict[str
         fields = {"algorithm": algorithm, "allocation": args.allocation, "per": per, "ini_size": args.ini_size}
         if has_class3(args.allocation):
             fields["kv_class3"] = args.KV_class3
-        config = with_curves(SqueezeConfig(**fields), sources.run_name(args.model), identity)
+        config = with_curves(SqueezeConfig(**fields), sources.run_name(args.model or EMBEDDED), identity)
         assert config is not None
         if config.calibration is not None:
             fields["calibration"] = os.path.abspath(config.calibration.source)  # workers run elsewhere
@@ -323,7 +322,7 @@ def plot(records: Sequence[dict[str, Any]]) -> bytes:
     for record in records:
         spec, result = record["spec"], record["result"]
         if "error" not in result:
-            name = f"{spec['engine']}: {spec['cache']}, {spec['dtype']}"
+            name = named(spec)
             series.setdefault(name, []).append((spec["batch_size"], speed(record), result["peak_bytes"] / 1e9))
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for index, (name, points) in enumerate(series.items()):
@@ -347,18 +346,23 @@ def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         InputError: they do not go together.
     """
     args = parser().parse_args(argv)
+    own = args.model is not None or args.model_path is not None
+    if args.random_weights is not None and own:
+        raise InputError("--random_weights takes the place of the model: leave --model and --model_path out")
     if args.preset is not None:
-        changed = parser()
-        changed.set_defaults(**PRESETS[args.preset])
-        if args.model == parser().get_default("model"):
-            changed.set_defaults(random_weights=config_file(f"shapes/{args.preset}.json"))
-        args = changed.parse_args(argv)
         if not args.throughput:
             raise InputError("--preset is for --throughput")
+        changed = parser()
+        changed.set_defaults(**PRESETS[args.preset])
+        if not own:
+            changed.set_defaults(random_weights=config_file(f"shapes/{args.preset}.json"))
+        args = changed.parse_args(argv)
     if args.random_weights is not None and args.allocation == "calibrated":
-        raise InputError("--random_weights has no loss curves: take another --allocation than calibrated")
+        raise InputError("random weights have no loss curves: take another --allocation than calibrated")
     if args.throughput and args.in_turns:
         raise InputError("--throughput fills the memory with one cache at a time: leave --in_turns out")
+    if args.random_weights is None:
+        args.model = args.model or EMBEDDED
     return args
 
 
@@ -399,8 +403,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from squeeze.devices import pick_device, pick_dtype
 
+    device = pick_device(args.device)
+    args.device = str(device)  # a GPU with its number
     for dtype in args.dtype:
-        pick_dtype(dtype, pick_device(args.device))
+        pick_dtype(dtype, device)
     todo = specs(args, folder, tokens, identity)
     records: list[dict[str, Any]] = []
     shared: dict[str, Any] = {}
@@ -408,17 +414,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tqdm(total=sum(map(turns, todo)), unit="turn") as bar:
         full_up: set[str] = set()  # caches of which a smaller batch did not fit already
         for _, grouped in together:
-            group = [spec for spec in grouped if named(spec) not in full_up]
+            asked = list(grouped)
+            group = [spec for spec in asked if named(spec) not in full_up]
+            bar.update(sum(turns(spec) for spec in asked if spec not in group))
             for record in run(group, shared, bar):
                 records.append(record)
-                if args.throughput and not fits(record, record["spec"]["memory"]):
+                if args.throughput and fits(record, record["spec"]["memory"]) is False:
                     full_up.add(named(record["spec"]))
                 with writing(args.out / "bench.json"):
                     write_json(args.out / "bench.json", {"machine": platform.platform(), "runs": records})
                 bar.write(table(COLUMNS, [row(record, bandwidth(records))]).splitlines()[-1])
-    if args.throughput:
-        print("\n".join(lines(records, todo[0]["memory"])))
-    else:
+    if not args.throughput:
         copies, full = bandwidth(records), full_speeds(records)
         print(table(COLUMNS, [row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]))
         print(LEGEND)
@@ -426,7 +432,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for record in records:
         if "error" in record["result"]:
             say(f"{record['spec']['engine']} {record['spec']['cache']}: {record['result']['error']}")
-    if args.memory_gb and not args.throughput:
+    if args.throughput:
+        print("\n".join(lines(records, todo[0]["memory"])))
+    elif args.memory_gb:
         for name, batch in fitting(records, 1e9 * args.memory_gb).items():
             print(f"{name}: batches of up to {batch} fit into {args.memory_gb:g} GB")
     with writing(args.out / "bench.png"):

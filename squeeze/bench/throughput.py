@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,13 @@ from squeeze.errors import InputError
 from squeeze.storage.files import writing
 from squeeze.text import printable
 
-#: Sizes of the paper: tokens of a prompt and after it, and batches.
+#: In what a process says that had too little memory, or was killed for it.
+NO_MEMORY = re.compile("^(OutOfMemoryError|MemoryError|ended with code)|can't allocate memory")
+
+#: Sizes of the paper's measurements of Mistral-7B: tokens of a prompt and after it, and batches.
 PAPER = {"prompt_length": 512, "new_tokens": 1024, "batch_size": [1, 32, 64, 128, 224]}
 
-#: Sizes by the name of a shape in `config/shapes`; those of the paper's models, and of a long prompt.
+#: Sizes by the name of a shape in `config/shapes`.
 PRESETS: dict[str, dict[str, Any]] = {
     "mistral-7b": PAPER,
     "llama-2-7b": PAPER,
@@ -42,9 +46,15 @@ def memory_of(device: str, limit_gb: float | None) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def fits(record: dict[str, Any], memory: float) -> bool:
-    """Whether a configuration ran, and needed no more than `memory` bytes."""
-    return "error" not in record["result"] and record["result"]["peak_bytes"] <= memory
+def fits(record: dict[str, Any], memory: float) -> bool | None:
+    """Whether a configuration needed no more than `memory` bytes; None where it failed for another reason.
+
+    A process that ended without a word was killed, and memory is why the system does that.
+    """
+    result = record["result"]
+    if "error" in result:
+        return False if NO_MEMORY.search(result["error"]) else None
+    return bool(result["peak_bytes"] <= memory)
 
 
 def shape(given: Path, out: Path) -> Path:
@@ -58,7 +68,10 @@ def shape(given: Path, out: Path) -> Path:
     path = given / "config.json" if given.is_dir() else given
     if not path.is_file():
         raise InputError(f"--random_weights {printable(given)}: there is no {path.name}")
-    folder = out / "shapes" / (given.name if given.is_dir() else given.stem)
+    named = path.absolute()
+    folder = out.absolute() / "shapes" / (named.parent.name if named.name == "config.json" else named.stem)
+    if folder / "config.json" == named:  # made by an earlier run
+        return folder
     with writing(folder / "config.json"):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / "config.json")
@@ -85,6 +98,9 @@ def lines(records: Sequence[dict[str, Any]], memory: float) -> list[str]:
     """
     best = largest(records, memory)
     if not best:
+        reasons = [record["result"]["error"] for record in records if fits(record, memory) is None]
+        if reasons:
+            raise InputError(f"nothing could be measured: {reasons[0]}")
         raise InputError(
             f"no batch fits into {memory / 1e9:.3g} GB: take a smaller --batch_size or --prompt_length, or more memory"
         )
@@ -92,19 +108,20 @@ def lines(records: Sequence[dict[str, Any]], memory: float) -> list[str]:
     for record in records:
         spec, ran = record["spec"], "error" not in record["result"]
         row = {"engine": spec["engine"], "cache": spec["cache"], "dtype": spec["dtype"]}
-        row |= {"batch": str(spec["batch_size"]), "fits": "yes" if fits(record, memory) else "no"}
+        fitted = {True: "yes", False: "no", None: "failed"}[fits(record, memory)]
+        row |= {"batch": str(spec["batch_size"]), "fits": fitted}
         if ran:
             row |= {"tokens/s": f"{speed(record):.1f}", "with prefill": f"{whole_speed(record):.1f}"}
             row |= {"peak GB": f"{record['result']['peak_bytes'] / 1e9:.2f}"}
         rows.append(dict.fromkeys(COLUMNS, "-") | row)
     said = [table(COLUMNS, rows)]
-    full = [record for record in best.values() if is_full(record["spec"])]
-    baseline = max(map(speed, full), default=None)
+    full = {record["spec"]["dtype"]: speed(record) for record in best.values() if is_full(record["spec"])}
     for name, record in best.items():
         batch = record["spec"]["batch_size"]
         sentence = f"{name}: {speed(record):.1f} tokens/s at batch {batch}, the largest that fits"
-        if baseline is not None and not is_full(record["spec"]):
-            sentence += f": {speed(record) / baseline:.2f} times the full cache at its largest"
+        if not is_full(record["spec"]) and record["spec"]["dtype"] in full:
+            ratio = speed(record) / full[record["spec"]["dtype"]]
+            sentence += f": {ratio:.2f} times the full cache at its largest"
         said.append(sentence)
     return said
 

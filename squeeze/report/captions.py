@@ -23,10 +23,10 @@ KL = (
     "over samples. On small models and few samples it tells configurations apart where scores are noise."
 )
 NEEDLES = (
-    "A number is hidden at each depth of prompts of each length, 0 being the beginning. On the left: how many of them "
-    "the model could say, in percent. On the right: the KL divergence from the full cache over the tokens of the "
-    "number that the full cache says, in nats a token, on one scale for all maps of a model; it shows damage before "
-    "an answer is lost."
+    "A number is hidden at each depth of prompts of each length, 0 being the beginning. Needles found: how many of "
+    "them the model could say, in percent. KL: the divergence from the full cache over the first tokens of its "
+    "answer, as many as a number has, in nats a token, on one scale for all maps of a model in the same prose; it "
+    "shows damage before an answer is lost."
 )
 SENSITIVITY = (
     "From right to left, class 3 gives up more of its budget: at 1 the budgets are uniform, at 0.5 class 3 keeps "

@@ -12,8 +12,9 @@ from squeeze.benchmarks.ruler.needle_map import NEEDLE_MAP
 from squeeze.benchmarks.ruler.tasks import Asked
 from squeeze.errors import InputError
 from squeeze.report.results import Results
-from squeeze.runs.manifest import MappedRun
+from squeeze.runs.manifest import Manifest, Mapped
 from squeeze.storage.files import read_json, read_jsonl
+from squeeze.storage.schema import check
 
 #: What makes a configuration, which has a map of its own.
 CONFIGURATION = ["model", "haystack", "algorithm", "allocation", "ini_size", "KV_class3", "seed", "folder"]
@@ -48,7 +49,8 @@ def cells(tables: Results, problems: list[str]) -> pd.DataFrame:
 
 def _samples(run: dict[Any, Any], fidelity: bool) -> list[dict[str, Any]]:
     folder, asked = Path(run["folder"]), Asked.read(run["dataset"])
-    depths = read_json(folder / "run.json", MappedRun)["datasets"][run["dataset"]]["depths"]
+    path, manifest = folder / "run.json", read_json(folder / "run.json", Manifest)
+    depths = check(manifest["datasets"][run["dataset"]], Mapped, f"{path}: datasets.{run['dataset']}")["depths"]
     path = folder / f"{run['dataset']}.jsonl"
     if fidelity:
         values = [row["kl"] for _, row in read_jsonl(path, Compared)]

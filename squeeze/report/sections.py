@@ -100,8 +100,8 @@ def needle_maps(tables: Results, names: Names, problems: list[str]) -> Section |
     for _, group in cells.groupby(["model", "haystack"], sort=False):
         for _, panel in group.groupby("folder", sort=False):
             run = panel.iloc[0]
-            sizes = [] if pd.isna(run.ini_size) else [captions.sizes(run)]
-            words = [run.algorithm, run.allocation, *sizes] if sizes else ["full cache"]
+            words = ["full cache"] if pd.isna(run.ini_size) else [run.algorithm, run.allocation, captions.sizes(run)]
+            words += [] if run.seed == 42 else [f"seed {run.seed}"]
             title = " · ".join(fitted(word, 60) for word in (run.haystack, *words))
             figure = needle_map(panel, f"{title}\n{fitted(run.model, 120)}", group["kl"])
             name = names("needles", run.model, run.haystack, *words)

@@ -129,14 +129,10 @@ class ProbedRun(TypedDict):
     datasets: dict[str, ProbedDataset]
 
 
-class MappedDataset(TypedDict):
+class Mapped(TypedDict):
+    """A finished data set of the needle map."""
+
     depths: Annotated[list[Percent], Meta(min_length=1)]
-
-
-class MappedRun(TypedDict):
-    """A run of the needle map."""
-
-    datasets: dict[str, MappedDataset]
 
 
 class Origin(TypedDict):

@@ -75,8 +75,35 @@ def test_a_cache_that_is_full_is_given_no_larger_batch(shape, tmp_path, monkeypa
     assert (tmp_path / "out/bench.png").exists()
 
 
+@pytest.mark.slow
+def test_it_runs_in_processes_of_its_own_from_any_folder(shape, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--throughput", "--random_weights", "small.json", "--batch_size", "1", "--prompt_length", "60"]
+    bench.main([*flags, "--new_tokens", "3", "--rounds", "1", "--dtype", "float32", "--caches", "squeezed"])
+    shown = capsys.readouterr().out
+    assert shown.count("at batch 1, the largest that fits") == 2
+    runs = json.loads(Path("bench/bench.json").read_text())["runs"]
+    assert [Path(run["spec"]["model"]).name for run in runs] == ["small", "small"]
+
+
+def test_what_failed_for_another_reason_is_said_and_is_not_too_large():
+    broken = {"spec": whole(1, 1, 1)["spec"], "result": {"error": "OSError: no such model"}}
+    assert throughput.fits(broken, 8e9) is None
+    for error in ("OutOfMemoryError: CUDA", "ended with code -9, perhaps", "RuntimeError: [..] can't allocate memory"):
+        assert throughput.fits(broken | {"result": {"error": error}}, 8e9) is False
+    with pytest.raises(InputError, match="nothing could be measured: OSError: no such model"):
+        throughput.lines([broken], 8e9)
+
+
+def test_dtypes_are_compared_with_their_own_full_cache():
+    records = [whole(1, 1e9, 0.2), whole(1, 1e9, 0.1, dtype="bfloat16")]
+    records += [whole(1, 1e9, 0.2, **FULL), whole(1, 1e9, 0.1, **FULL, dtype="bfloat16")]
+    assert sum("1.00 times the full cache" in line for line in throughput.lines(records, 8e9)) == 2
+
+
 def test_a_model_of_a_shape_needs_no_weights(shape, tmp_path):
     folder = throughput.shape(shape, tmp_path)
+    assert throughput.shape(folder, tmp_path) == folder and folder.is_absolute()
     assert folder.name == "small" and [path.name for path in folder.iterdir()] == ["config.json"]
     spec = {"engine": "squeeze", "model": str(folder), "device": "cpu", "dtype": "bfloat16", "attn": "sdpa"}
     spec |= {"tokens": list(range(90)), "batch_size": 2, "prompt_length": 70, "new_tokens": 4, "rounds": 1}
@@ -109,7 +136,12 @@ def test_a_preset_has_a_shape_and_gives_way_to_what_is_said(name):
     [
         (["--random_weights", "none.json"], "--random_weights none.json: there is no none.json"),
         (["--random_weights", "bad.json"], "bad.*model_type"),
-        (["--random_weights", "small.json", "--allocation", "calibrated"], "--random_weights has no loss curves"),
+        (["--random_weights", "small.json", "--allocation", "calibrated"], "random weights have no loss curves"),
+        (
+            ["--throughput", "--preset", "mistral-7b", "--allocation", "calibrated"],
+            "random weights have no loss curves",
+        ),
+        (["--random_weights", "small.json", "--model", "M"], "--random_weights takes the place of the model"),
         (["--preset", "mistral-7b"], "--preset is for --throughput"),
         (["--throughput", "--in_turns"], "--throughput fills the memory with one cache at a time"),
     ],

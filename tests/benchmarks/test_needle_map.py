@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from tiny import save_tiny, tiny_tokenizer
 
 import pred
@@ -17,6 +18,7 @@ from squeeze.benchmarks.ruler.benchmark import maker
 from squeeze.benchmarks.ruler.niah import SINGULAR
 from squeeze.benchmarks.ruler.tasks import NIAH
 from squeeze.report import command as report
+from squeeze.sweep import command as sweep
 
 evaluate = importlib.import_module("eval")
 MAP = BENCHMARKS["niah"]
@@ -51,6 +53,25 @@ def test_a_needle_lies_at_its_depth_in_the_same_prose():
             assert one.answers == made[first].answers and needle.endswith(f" is: {one.answers[0]}.")
             texts.append(" ".join(context.replace(needle, "").split()))
         assert len(set(texts)) == 1, "only the place of the needle differs"
+
+
+@pytest.mark.parametrize("length", [600, 1024])
+def test_the_samples_of_a_round_are_equally_long(length, tokenizer):
+    """Also where a tokenizer makes more of one place than of another."""
+    data = MAP.read(f"niah-prose_{length}", None, None, "0,25,50,75,100")
+
+    def count(made):
+        return len(tokenizer(made.question + made.prefix).input_ids)
+
+    make = maker(data, 42, count, length - 32)
+    for number in range(12):
+        made = [make(5 * number + place) for place in range(5)]
+        assert max(map(count, made)) <= length - 32
+        assert len({len(one.question.split()) for one in made}) == 1, number
+
+
+def test_the_needles_of_rounds_differ():
+    made = [samples()(index) for index in range(10)]
     assert made[0].answers != made[5].answers
     assert all(0 <= 1024 - 32 - words(one) < 30 for one in made), "as long as asked"
 
@@ -107,6 +128,29 @@ def test_it_is_run_scored_and_drawn(place, capsys):
     page = Path("report/index.html").read_text()
     assert "Fewest: 0% at 40% of 1200 tokens." in page and "1 broken" not in page
     assert len(list(Path("report").glob("needles-*.svg"))) == 2
+
+
+def test_a_map_does_not_need_every_length(place, monkeypatch):
+    """A length that is under way, or was cut off, leaves the others' maps as they are."""
+    pred.main([*FLAGS, *WANTED])
+    run = Path("pred_niah/tiny/full/run.json")
+    manifest = json.loads(run.read_text())
+    manifest["datasets"]["niah-prose_900"] = {"settings": {}, "starts": []}
+    run.write_text(json.dumps(manifest))
+    assert report.main(["pred_niah", "--out", "report"]) == 0
+    assert set(pd.read_csv("report/needles.csv")["length"]) == {600, 1200}
+
+
+def test_other_depths_are_another_run(place):
+    pred.main([*FLAGS, "--lengths", "600", "--depths", "0,100"])
+    with pytest.raises(InputError, match=r"holds niah-prose_600 with .*depths \[0.0, 100.0\] \(now \[50.0\]\)"):
+        pred.main([*FLAGS, "--lengths", "600", "--depths", "50"])
+
+
+def test_the_shipped_map_can_be_made(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert sweep.main(["config/needle_map.yaml", "--dry_run"]) == 0
+    assert "pred_niah/SmolLM2-135M/snapkv/calibrated/0.2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -66,6 +67,10 @@ class Recipe(DataSet):
     asked: Asked
     texts: Texts
     depths: tuple[float, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | ({"depths": list(self.depths)} if self.depths else {})
 
 
 class Ruler(Benchmark):
@@ -269,16 +274,21 @@ def maker(data: Recipe, seed: int, count: Counter, room: int) -> Callable[[int],
 def _at_depths(
     data: Recipe, make: Callable[..., Made], count: Counter, room: int, chance: Callable[[object], Random]
 ) -> Callable[[int], Made]:
-    """Makes samples whose needle lies at each depth in turn, each time in the same prose."""
-    deepest = partial(make, depth=max(data.depths))
-    size = largest(deepest, count, room, niah.LEAST_PROSE, chance("size"), data.dataset)
+    """Makes samples whose needle lies at each depth in turn; those of a round have the same prose, of one length."""
 
-    def sample(index: int) -> Made:
-        number, place = divmod(index, len(data.depths))
-        at_depth = partial(make, depth=data.depths[place])
-        return fitting(at_depth, count, room, size, niah.LEAST_PROSE, chance(number), data.dataset)
+    def at_each(size: int, rng: Random) -> list[Made]:
+        return [make(size, copy(rng), depth=depth) for depth in data.depths]
 
-    return sample
+    def longest(made: list[Made]) -> int:
+        return max(map(count, made))
+
+    size = largest(at_each, longest, room, niah.LEAST_PROSE, chance("size"), data.dataset)
+
+    @lru_cache(maxsize=2)
+    def fitted(number: int) -> list[Made]:
+        return fitting(at_each, longest, room, size, niah.LEAST_PROSE, chance(number), data.dataset)
+
+    return lambda index: fitted(index // len(data.depths))[index % len(data.depths)]
 
 
 def texts_of(folder: str | None, haystack: str | None) -> Texts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from squeeze.errors import InputError
 
@@ -31,8 +31,19 @@ Maker = Callable[[int, Random], Made]
 #: Tokens of a prompt.
 Counter = Callable[[Made], int]
 
+#: A sample, or several that must have one size.
+Some = TypeVar("Some")
 
-def largest(make: Maker, count: Counter, room: int, step: int, rng: Random, name: str, most: int | None = None) -> int:
+
+def largest(
+    make: Callable[[int, Random], Some],
+    count: Callable[[Some], int],
+    room: int,
+    step: int,
+    rng: Random,
+    name: str,
+    most: int | None = None,
+) -> int:
     """The largest size whose prompt fits into a room of tokens: doubled, then found by halves, each a new sample.
 
     Args:
@@ -59,7 +70,15 @@ def largest(make: Maker, count: Counter, room: int, step: int, rng: Random, name
     return low
 
 
-def fitting(make: Maker, count: Counter, room: int, size: int, step: int, rng: Random, name: str) -> Made:
+def fitting(
+    make: Callable[[int, Random], Some],
+    count: Callable[[Some], int],
+    room: int,
+    size: int,
+    step: int,
+    rng: Random,
+    name: str,
+) -> Some:
     """A sample of a size, or of one that is smaller by some steps, which fits."""
     while True:
         made = make(size, rng)

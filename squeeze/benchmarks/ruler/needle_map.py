@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from squeeze.benchmarks.base import DataSet, Options, Workload
@@ -56,9 +57,10 @@ class NeedleMap(Ruler):
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, data: DataSet, total: int, options: Options, ranks: Ranks = ALONE
     ) -> list[Prompt]:
-        found: list[Any] = super().encode(tokenizer, data, total, options, ranks)
-        numbers = [tokenizer(f" {prompt.answers[0]}", add_special_tokens=False).input_ids for prompt in found]
-        return [replace(prompt, compared=max(map(len, numbers))) for prompt in found]
+        chance = Random("numbers")
+        numbers = [f" {chance.randint(10**6, 10**7 - 1)}" for _ in range(100)]
+        longest = max(map(len, tokenizer(numbers, add_special_tokens=False).input_ids))
+        return [replace(prompt, compared=longest) for prompt in super().encode(tokenizer, data, total, options, ranks)]
 
     def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
         assert isinstance(workload.data, Recipe)
