@@ -44,11 +44,18 @@ def above_zero(scores: torch.Tensor) -> torch.Tensor:
     return scores.clamp(min=torch.finfo(scores.dtype).tiny)
 
 
-def slot_of_oldest(
+def slot_beside_chosen(
     position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
 ) -> torch.Tensor:
-    """The next free slot, or that of the oldest token with a score of 0, those below 0 before others."""
-    classes = scores.sign()
-    lowest = classes.masked_fill(held < 0, torch.inf).amin(dim=-1, keepdim=True)
-    oldest = held.masked_fill((held < 0) | (classes > lowest), torch.iinfo(held.dtype).max).argmin(dim=-1)
-    return oldest.where(position >= budget, position)
+    """Slot for the token at `position` where tokens of the prompt were chosen by scores, and others are recent.
+
+    A free slot; else that of the oldest token below 0. Else the lowest score above 0 leaves, as long as recent tokens,
+    whose score is 0, hold less than half of the budget; and then the oldest of them. Infinite scores never leave.
+    """
+    hidden, recent = (held >= 0) & (scores < 0), (held >= 0) & (scores == 0)
+    chosen = scores.masked_fill((held < 0) | hidden | recent, torch.inf)
+    out_of_sight = hidden.any(dim=-1, keepdim=True)
+    oldest = held.masked_fill(~hidden.where(out_of_sight, recent), torch.iinfo(held.dtype).max).argmin(dim=-1)
+    enough = (recent.sum(dim=-1) >= budget // 2) | chosen.amin(dim=-1).isinf()
+    leaving = oldest.where(out_of_sight[..., 0] | enough, chosen.argmin(dim=-1))
+    return leaving.where(position >= budget, position)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from squeeze.evictors.base import Evictor, Future, Tokens
-from squeeze.evictors.choice import above_zero, keep_best
+from squeeze.evictors.choice import above_zero, keep_best, slot_beside_chosen
 from squeeze.numbers import whole_number
 
 
@@ -15,14 +15,13 @@ from squeeze.numbers import whole_number
 class ExpectedAttention(Evictor):
     """Expected attention times the length of the value (section 3), per KV head; attention itself is not looked at.
 
-    What is generated has no such score. Here its last `recent` tokens stay: until there are as many, the lowest score
-    of the prompt leaves for a new token, and then the oldest token that was generated. What the layer's own window has
-    left behind goes first.
+    What is generated has no such score. Here the lowest score of the prompt leaves for a new token, until what is
+    generated fills half of the budget, and then the oldest of that. What the layer's own window has left behind goes
+    first.
 
     Args:
         future: tokens after the prompt whose attention is expected.
         first: tokens at the start that stay, and whose queries are not taken for usual ones.
-        recent: tokens of what is generated that stay.
     """
 
     name = "expected_attention"
@@ -31,10 +30,9 @@ class ExpectedAttention(Evictor):
     needs_keys = True
     future: int = 512
     first: int = 4
-    recent: int = 32
 
     def __post_init__(self) -> None:
-        for name, least in (("future", 1), ("first", 0), ("recent", 1)):
+        for name, least in (("future", 1), ("first", 0)):
             whole_number(name, getattr(self, name), least, "a whole number of tokens")
 
     @property
@@ -60,9 +58,4 @@ class ExpectedAttention(Evictor):
         self, position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
     ) -> torch.Tensor:
         """Slot for the token at `position`: a free one, or that of a token of the prompt or of what is generated."""
-        generated = (held >= 0) & (scores == 0)
-        others = scores.masked_fill((held < 0) | generated, torch.inf)
-        oldest = held.masked_fill(~generated, torch.iinfo(held.dtype).max).argmin(dim=-1)
-        full = generated.sum(dim=-1) >= (budget - self.first).clamp(max=self.recent)
-        leaving = oldest.where(full & (others.amin(dim=-1) >= 0), others.argmin(dim=-1))
-        return leaving.where(position >= budget, position)
+        return slot_beside_chosen(position, budget, held, scores)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from squeeze.evictors.base import Evictor, Tokens
-from squeeze.evictors.choice import keep_best, slot_of_oldest
+from squeeze.evictors.choice import keep_best, slot_beside_chosen
 from squeeze.numbers import whole_number
 
 
@@ -19,8 +19,9 @@ class LagKV(Evictor):
     range that each channel has in the next part; how much they vary over channels then ranks it within its own part.
     The last whole part, which has none after it, and what comes after it are recent and stay.
 
-    The paper goes on with parts of what is generated. Here the oldest recent token leaves for a new one, and what was
-    chosen of the prompt stays; what the layer's own window has left behind goes first.
+    The paper goes on with parts of what is generated. Here the lowest rank of the prompt leaves for a new token, until
+    recent ones fill half of the budget, and then the oldest of these. What the layer's own window has left behind goes
+    first.
 
     Args:
         lag: tokens of a part.
@@ -44,8 +45,8 @@ class LagKV(Evictor):
         return self.first + 1
 
     def score(self, tokens: Tokens) -> torch.Tensor:
-        """3 for the first tokens, from 1 to 2 for those that have a part after theirs, 0 for recent ones."""
-        scores = torch.where(tokens.positions < self.first, 3.0, 0.0)
+        """Infinite for the first tokens, 1 to 2 for those that have a part after theirs, 0 for recent ones."""
+        scores = torch.where(tokens.positions < self.first, torch.inf, 0.0)
         end = self._ranked(scores.shape[1])
         if end > self.first:
             parts = [part[:, self.first : end + self.lag].float() for part in (tokens.keys, tokens.values)]
@@ -68,8 +69,8 @@ class LagKV(Evictor):
     def slot(
         self, position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
     ) -> torch.Tensor:
-        """Slot for the token at `position`: a free one, or that of the oldest recent token."""
-        return slot_of_oldest(position, budget, held, scores)
+        """Slot for the token at `position`: a free one, or that of a token of low rank, or of an old one."""
+        return slot_beside_chosen(position, budget, held, scores)
 
 
 def _variation(states: torch.Tensor) -> torch.Tensor:

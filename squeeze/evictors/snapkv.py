@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool1d
 
 from squeeze.errors import InputError
 from squeeze.evictors.base import Evictor, Tokens
-from squeeze.evictors.choice import above_zero, keep_best, slot_of_oldest
+from squeeze.evictors.choice import above_zero, keep_best, slot_beside_chosen
 from squeeze.numbers import whole_number
 
 
@@ -17,9 +17,9 @@ from squeeze.numbers import whole_number
 class SnapKV(Evictor):
     """Observation window and pooled votes (section 4), per KV head.
 
-    The paper leaves what is generated alone. Here it never goes beyond the budget: what the votes have chosen of the
-    prompt stays, and of the window and what is generated the oldest token leaves for a new one. What the layer's own
-    window has left behind goes first.
+    The paper leaves what is generated alone. Here it never goes beyond the budget: for a new token that of the prompt
+    leaves which has the fewest votes, until the window and what is generated fill half of the budget, and then the
+    oldest of these. What the layer's own window has left behind goes first.
 
     Args:
         window: last tokens of the prompt, whose queries vote and which stay themselves.
@@ -64,5 +64,5 @@ class SnapKV(Evictor):
     def slot(
         self, position: torch.Tensor, budget: torch.Tensor, held: torch.Tensor, scores: torch.Tensor
     ) -> torch.Tensor:
-        """Slot for the token at `position`: a free one, or that of the oldest token that was not voted for."""
-        return slot_of_oldest(position, budget, held, scores)
+        """Slot for the token at `position`: a free one, or that of a token with few votes, or of an old one."""
+        return slot_beside_chosen(position, budget, held, scores)

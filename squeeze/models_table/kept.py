@@ -69,6 +69,17 @@ class Kept:
             return position // self.chunk * self.chunk
         return 0 if self.window is None else max(position - self.window + 1, 0)
 
+    def beside_chosen(self, head: int, positions: list[int], first: int, end: int) -> list[int]:
+        """Of positions of which one leaves for the last one, those that may, where `first` to `end` were chosen.
+
+        What is out of sight; else what was chosen, unless later tokens fill half of the budget; else these.
+        """
+        if hidden := [one for one in positions if one < self.first_seen(positions[-1])]:
+            return hidden
+        chosen = [one for one in positions if first <= one < end]
+        later = [one for one in positions[:-1] if one >= end]
+        return later if len(later) >= self.budgets[head] // 2 or not chosen else chosen
+
     def prefill(self, tokens: int) -> None:
         """Keep what a prompt of so many tokens leaves."""
         self.held = [self._without(head, list(range(tokens)), self.budgets[head]) for head in range(self.kv_heads)]
@@ -120,7 +131,7 @@ class HeavyHitters(Kept):
 
 
 class Votes(Kept):
-    """SnapKV: before the window, what its queries gave least attention leaves; afterwards the oldest of a window."""
+    """SnapKV: before the window, what its queries gave least attention leaves; then the oldest of later ones."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -139,18 +150,17 @@ class Votes(Kept):
             self.votes[:, position] = torch.stack(near).mean(dim=0)
 
     def candidates(self, head: int, positions: list[int]) -> list[int]:
-        generated = positions[-1] >= self.votes.shape[1]
-        return positions if generated else positions[: max(len(positions) - self.evictor.window, 0)]
+        if positions[-1] < self.votes.shape[1]:
+            return positions[: max(len(positions) - self.evictor.window, 0)]
+        return self.beside_chosen(head, positions, 0, self.votes.shape[1] - self.evictor.window)
 
     def worth(self, head: int, positions: list[int]) -> list[float]:
         voted = self.votes.shape[1] - self.evictor.window  # tokens that can be
-        if not self.held:
-            return [self.votes[head, one].item() if one < voted else 0.0 for one in positions]
-        return [float("inf") if one < voted else float(one) for one in positions]
+        return [self.votes[head, one].item() if one < voted else float(one) for one in positions]
 
 
 class Expected(Kept):
-    """Expected Attention: of the prompt what queries to come would give least leaves, until the window is full."""
+    """Expected Attention: of the prompt what queries to come would give least leaves; then the oldest generated."""
 
     def prefill(self, tokens: int) -> None:
         self.prompt, self.scores = tokens, [self._scores(head, tokens) for head in range(self.kv_heads)]
@@ -175,14 +185,7 @@ class Expected(Kept):
         return torch.eye(self.keys.shape[-1]) if move is None else move
 
     def candidates(self, head: int, positions: list[int]) -> list[int]:
-        first, new = self.first_seen(positions[-1]), positions[-1]
-        if not self.held:
-            return positions
-        if hidden := [one for one in positions if one < first]:
-            return hidden
-        generated = [one for one in positions if self.prompt <= one < new]
-        full = len(generated) >= min(self.evictor.recent, self.budgets[head] - self.evictor.first)
-        return generated if full else [one for one in positions if one < self.prompt]
+        return self.beside_chosen(head, positions, self.evictor.first, self.prompt) if self.held else positions
 
     def worth(self, head: int, positions: list[int]) -> list[float]:
         of_prompt = [float("inf")] * self.evictor.first + self.scores[head][self.evictor.first :]
@@ -219,7 +222,7 @@ class Different(Kept):
 
 
 class Lags(Kept):
-    """LagKV: of a prompt's parts, what varies least beside the next part leaves; then the oldest recent token."""
+    """LagKV: of a prompt's parts, what varies least beside the next part leaves; then the oldest of later ones."""
 
     def prefill(self, tokens: int) -> None:
         lag, first = self.evictor.lag, self.evictor.first
@@ -241,11 +244,13 @@ class Lags(Kept):
                 ranks.append((int((varying < varying[token]).sum()), start + token))
         return ranks
 
+    def candidates(self, head: int, positions: list[int]) -> list[int]:
+        first = self.evictor.first
+        return self.beside_chosen(head, positions, first, max(self.end, first)) if self.held else positions
+
     def worth(self, head: int, positions: list[int]) -> list[float]:
         """Those that are ranked by their ranks, recent ones above them by their age, the first above all."""
         first, last = self.evictor.first, positions[-1]
-        if self.held:
-            return [float("inf") if one < max(self.end, first) else float(one) for one in positions]
         in_order = sorted(self.ranks[head][first:])
         place = {position: float(index) for index, (_, position) in enumerate(in_order)}
         recent = {position: len(place) + 1.0 + position for position in range(self.end, last + 1)}

@@ -34,7 +34,7 @@ from squeeze.models_table.zoo import build
 
 #: With parameters small enough for short prompts.
 METHODS = (
-    *(SnapKV(window=4, kernel=3), TOVA(), ExpectedAttention(future=7, first=2, recent=5), KNorm(), KeyDiff()),
+    *(SnapKV(window=4, kernel=3), TOVA(), ExpectedAttention(future=7, first=2), KNorm(), KeyDiff()),
     *(LagKV(lag=6, first=3), Random(seed=1)),
 )
 IDS = [str(method) for method in METHODS]
