@@ -153,7 +153,7 @@ def _compare(
     fed = inputs[:, cut:].repeat(len(configs), 1) if asked else tokens[:, :1]
     mask = torch.cat([mask[:, :cut].repeat(len(configs), 1), torch.ones_like(fed)], dim=1)
     steps, first = _steps(model, fed, mask, cache), 0 if asked else 1
-    found = next(steps)
+    found = next(steps) if first < len(full.logprobs) else []
     for step in range(first, len(full.logprobs)):
         if not found:
             found = steps.send(tokens[:, step - 1 : min(step - 1 + AHEAD, len(full.logprobs) - 1)])
