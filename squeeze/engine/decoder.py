@@ -116,7 +116,8 @@ def _prefill(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, 
 def _continue(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, Any]) -> ModelOutput | tuple:
     """The decoder's output over several tokens that follow on a cut prompt, as if they were generated one by one.
 
-    Most models read them in one pass, in which each layer takes them in one by one.
+    Most models read them in one pass, in which each layer takes them in one by one. Where angles depend on the length
+    of a sequence, a pass has those of its end, and each token has a pass of its own.
 
     Raises:
         ValueError: some of them are padding, or the cache was made for fewer.
@@ -133,7 +134,7 @@ def _continue(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str,
         )
     if "position_ids" in run.decoder_arguments and given.get("position_ids") is None:
         given["position_ids"] = torch.arange(seen, seen + tokens, device=inputs.device).expand(batch, -1)
-    if cache.takes_several:
+    if cache.takes_several and not run.ropes:
         with cache.several(batch, tokens):
             return forward(**given)
     return_dict = given.pop("return_dict", run.model.config.return_dict)

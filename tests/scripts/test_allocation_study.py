@@ -44,12 +44,20 @@ def test_pairs_are_differences_on_the_same_samples(tmp_path, monkeypatch, capsys
         squeezed = make_fidelity(Path(place, "0.2/10/fidelity"), 1, dataset=task, ini_size=0.2, KV_class3=0.1)
         write_lines(uniform / f"{task}.jsonl", [{"kl": one} for one in kl])
         write_lines(squeezed / f"{task}.jsonl", [{"kl": one and one / 2} for one in kl])
-    study.pairs(argparse.Namespace(runs=[Path("a"), Path("b")], against="uniform"))
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "squeeze" in line]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
     mean = (0.15 + (0.25 + 0.25 + 0.05) / 3) / 2  # half of uniform's, in every sample
-    assert cells[3] == f"{mean:.4f}"
-    assert cells[4].startswith(f"{-mean:+.4f} [-") and cells[5:7] == ["5", "5"]
+    given = {"runs": [Path("a"), Path("b")], "against": "uniform"}
+
+    study.pairs(argparse.Namespace(**given, wide=False, figure=None))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    [found] = [row for row in cells if "squeeze" in row]
+    assert found[3] == f"{mean:.4f}"
+    assert found[4].startswith(f"{-mean:+.4f} [-") and found[5:7] == ["5", "5"]
+
+    study.pairs(argparse.Namespace(**given, wide=True, figure=tmp_path / "kl.png"))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert cells[0][2:] == ["uniform", "squeeze"] and len(cells) == 3
+    assert cells[2][2] == f"{2 * mean:.4f}" and cells[2][3].startswith(f"**{-mean:+.4f} [-")
+    assert (tmp_path / "kl.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_ways_are_compared_with_uniform_on_the_prompts_that_have_both(tmp_path, capsys):
