@@ -392,7 +392,7 @@ def blends(args):
     ]
     benchmark, lines = BENCHMARKS["Long"], []
     with squeezed(model, configs[0]) as engine:
-        engine.share_prefills = True
+        engine.use(*configs)
         for dataset in args.datasets.split(","):
             data = benchmark.read(dataset, args.data_dir)
             options = Options(max_length=args.max_length, model_name=source.name)
@@ -401,8 +401,8 @@ def blends(args):
             for prompt in tqdm(prompts, desc=dataset, unit="prompt"):
                 answer = fidelity.answer(model, [prompt.tokens], prompt.settings)
                 most = prompt.settings["max_new_tokens"]
-                measured = fidelity.compare(model, [prompt.tokens], answer, engine, configs, most)
-                kl.append([one["kl"] for [one] in measured])
+                measured = fidelity.compare(model, [prompt.tokens] * len(configs), answer, engine, most)
+                kl.append([one["kl"] for one in measured])
             means = np.mean([one for one in kl if None not in one], axis=0)
             line = {"data set": dataset, "prompts": str(sum(None not in one for one in kl))}
             lines.append(line | {way: f"{one:.4f}" for way, one in zip(["uniform", *found], means, strict=True)})

@@ -6,9 +6,8 @@ A new benchmark is a file with a subclass of `Benchmark` and a line in `squeeze.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -117,11 +116,14 @@ class Measure(ABC, Generic[Stats]):
     sample: ClassVar[type[Any]]
 
     @abstractmethod
-    def work(self, workload: Workload) -> Callable[[list[int]], list[dict[str, Any]]]:
-        """Work on one configuration's batches: indices of prompts that are equal in `kind` → a `sample` for each.
+    def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
+        """Work on some prompts together.
 
-        Called for all configurations that share the prompts, each while the squeezed model is in it, before a batch of
-        any is run.
+        Args:
+            batch: indices of prompts that are equal in `kind`; or one of them again and again, for a squeezed model in
+                several configurations (`SqueezedModel.use`), each of which has its own place in the batch.
+        Returns:
+            A `sample` for each.
         """
 
     @abstractmethod
@@ -227,13 +229,6 @@ class Benchmark(Measure[SampleStats]):
         Raises:
             InputError: one of them cannot be run.
         """
-
-    @abstractmethod
-    def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
-        """Answer some prompts together; a `sample` for each."""
-
-    def work(self, workload: Workload) -> Callable[[list[int]], list[dict[str, Any]]]:
-        return partial(self.run_batch, workload)
 
     def summarize(self, stats: Sequence[SampleStats]) -> dict[str, Any]:
         return sample_stats.summarize(stats)

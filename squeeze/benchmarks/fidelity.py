@@ -6,13 +6,11 @@ a small model or few samples this tells configurations apart where a score of an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -20,15 +18,10 @@ from squeeze.benchmarks.base import Measure, Workload
 from squeeze.benchmarks.records import ComparedSample, FidelityStats
 from squeeze.benchmarks.scores import interval
 from squeeze.compatibility import cache_argument
-from squeeze.config import SqueezeConfig
-from squeeze.devices import unless_out_of_memory
 from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.generation.generate import pad_left, stop_tokens
 from squeeze.generation.stopping import StopStrings
 from squeeze.models.cached_layers import full_cache_bytes
-
-#: Configurations that are compared in one batch, by the kind of device; fewer where memory is short.
-AT_ONCE = {"cpu": 8, "cuda": 64}
 
 #: Tokens of an answer that squeezed caches are fed in one pass.
 AHEAD = 16
@@ -91,83 +84,52 @@ def compare(
     prompts: Sequence[torch.Tensor],
     full: Answer,
     run: SqueezedModel,
-    configs: Sequence[SqueezeConfig],
     max_new_tokens: int,
     asked: int = 0,
-) -> list[list[dict[str, Any]]]:
+) -> list[dict[str, Any]]:
     """Feed the full cache's answer to squeezed ones.
 
     The first token is left out where the whole prompt is cut: it follows from the prefill, which is the same with
-    both. Several configurations go on after the prefill that they share as one batch, or as several where memory is
-    short.
+    both.
 
     Args:
-        prompts: token ids of each, (tokens,); a single one where there are several configurations.
-        full: the answer to them.
-        run: what `squeezed` gave, its prefills shared where there are several configurations.
-        configs: with the same evictor.
+        prompts: token ids of each, (tokens,); of a model that is squeezed in several configurations each has its own.
+        full: the answer to them; of one prompt, where all are the same one.
+        run: what `squeezed` gave.
         max_new_tokens: that the budgets count on.
         asked: tokens at the end of each prompt that squeezed caches read when what precedes them is cut.
     Returns:
-        For each configuration and prompt `kl`, the mean over tokens of KL(full || squeezed) in nats, `agreement`, the
-        share of tokens where both have the same largest logit (both None where nothing was compared), `tokens`,
-        the `kv_bytes` held after the prefill, a share of the batch's, and `notes` on its budgets.
-    Raises:
-        torch.OutOfMemoryError: a single configuration does not fit into memory.
+        For each prompt `kl`, the mean over tokens of KL(full || squeezed) in nats, `agreement`, the share of tokens
+        where both have the same largest logit (both None where nothing was compared), `tokens`, the `kv_bytes` held
+        after the prefill, and `notes` on its budgets.
     """
-    given = model, prompts, full, run
-    if len(configs) == 1:
-        return _compare(*given, configs, max_new_tokens, asked)
-    distances = unless_out_of_memory(lambda: _compare(*given, configs, max_new_tokens, asked))
-    if distances is not None:
-        return distances
-    half = len(configs) // 2
-    first, second = (compare(*given, part, max_new_tokens, asked) for part in (configs[:half], configs[half:]))
-    return first + second
-
-
-def _compare(
-    model: PreTrainedModel,
-    prompts: Sequence[torch.Tensor],
-    full: Answer,
-    run: SqueezedModel,
-    configs: Sequence[SqueezeConfig],
-    max_new_tokens: int,
-    asked: int,
-) -> list[list[dict[str, Any]]]:
     inputs, mask = pad_left(model, prompts)
-    cut = inputs.shape[1] - asked
-    held, budgets = [], []
-    for config in configs:
-        run.use(config)
-        cache = run.cache(asked + max_new_tokens)
-        next(_steps(model, inputs[:, :cut], mask[:, :cut], cache))
-        held += [{"kv_bytes": run.kv_bytes / len(prompts), "notes": notes} for notes in run.notes]
-        budgets += np.asarray(run.budgets).tolist()
-    if len(configs) > 1:
-        assert run.kept_prefill is not None, "configurations that are compared together share their prefills"
-        cache = run.fork(run.kept_prefill, budgets, asked + max_new_tokens)
-    divergences: list[list[float]] = [[] for _ in held]
-    agreements: list[list[bool]] = [[] for _ in held]
-    tokens = full.tokens.repeat(len(configs), 1)
-    fed = inputs[:, cut:].repeat(len(configs), 1) if asked else tokens[:, :1]
-    mask = torch.cat([mask[:, :cut].repeat(len(configs), 1), torch.ones_like(fed)], dim=1)
-    steps, first = _steps(model, fed, mask, cache), 0 if asked else 1
+    cut, rows = inputs.shape[1] - asked, len(prompts)
+    cache = run.cache(asked + max_new_tokens)
+    next(_steps(model, inputs[:, :cut], mask[:, :cut], cache))
+    divergences: list[list[float]] = [[] for _ in prompts]
+    agreements: list[list[bool]] = [[] for _ in prompts]
+    tokens = full.tokens.expand(rows, -1)
+    fed = inputs[:, cut:] if asked else tokens[:, :1]
+    steps, first = _steps(model, fed, torch.cat([mask[:, :cut], torch.ones_like(fed)], dim=1), cache), int(not asked)
     found = next(steps) if first < len(full.logprobs) else []
     for step in range(first, len(full.logprobs)):
         if not found:
             found = steps.send(tokens[:, step - 1 : min(step - 1 + AHEAD, len(full.logprobs) - 1)])
-        expected, logprobs = full.logprobs[step], found.pop(0).unflatten(0, (len(configs), -1))
-        kl = (expected.exp() * (expected - logprobs)).sum(dim=-1).flatten()
-        same = (expected.argmax(dim=-1) == logprobs.argmax(dim=-1)).flatten()
-        for row in full.running[step].repeat(len(configs)).nonzero().flatten().tolist():
+        expected, logprobs = full.logprobs[step], found.pop(0)
+        kl = (expected.exp() * (expected - logprobs)).sum(dim=-1)
+        same = expected.argmax(dim=-1) == logprobs.argmax(dim=-1)
+        for row in full.running[step].expand(rows).nonzero().flatten().tolist():
             divergences[row].append(kl[row].item())
             agreements[row].append(bool(same[row]))
-    distances = [
-        {"kl": fmean(kl) if kl else None, "agreement": fmean(same) if kl else None, "tokens": len(kl), **cost}
-        for kl, same, cost in zip(divergences, agreements, held, strict=True)
+    held = zip(run.own_kv_bytes, run.notes, strict=True)
+    return [
+        {
+            **{"kl": fmean(kl) if kl else None, "agreement": fmean(same) if kl else None},
+            **{"tokens": len(kl), "kv_bytes": kv_bytes, "notes": notes},
+        }
+        for kl, same, (kv_bytes, notes) in zip(divergences, agreements, held, strict=True)
     ]
-    return [distances[first : first + len(prompts)] for first in range(0, len(distances), len(prompts))]
 
 
 def _steps(
@@ -198,62 +160,34 @@ def _steps(
 class Fidelity(Measure[FidelityStats]):
     """Distance from the full cache on a benchmark's prompts, in place of answers to them: `--fidelity`.
 
-    Configurations that are compared on the same batch share the full cache's answer. Where prompts run one at a time
-    and configurations share their prefill, those with the same evictor are fed the answer together, which rounds
-    otherwise than one alone. Which those are follows from `work` having been called for all, and not from what is
-    missing: a run that goes on gives what it would have given.
+    Configurations that are compared on the same batch share the full cache's answer.
     """
 
     sample = ComparedSample
 
     def __init__(self) -> None:
-        self._configs: list[SqueezeConfig] = []
-        self._batch: list[int] = []
+        self._answered: list[int] = []
         self._answer: Answer | None = None
-        self._compared: dict[int, list[dict[str, Any]]] = {}
 
-    def work(self, workload: Workload) -> Callable[[list[int]], list[dict[str, Any]]]:
-        assert workload.squeezed is not None, "the full cache is what is compared with"
-        self._configs.append(workload.squeezed.config)
-        return partial(self._run_batch, len(self._configs) - 1, workload, workload.squeezed)
-
-    def _run_batch(
-        self, number: int, workload: Workload, run: SqueezedModel, batch: list[int]
-    ) -> list[dict[str, Any]]:
-        """Samples of a batch in the configuration of this number."""
-        model, prompts = workload.model, workload.tokens(batch)
-        first = workload.prompts[batch[0]]
-        if self._answer is None or self._batch != batch:
-            self._answer, self._compared = None, {}  # let go of the old one first
-            stops = StopStrings(workload.tokenizer, first.stop, len(batch), start=0)
-            settings = dict(first.settings)
-            if first.compared is not None:
-                settings["max_new_tokens"] = min(first.compared, settings["max_new_tokens"])
-            self._answer = answer(model, prompts, settings, stops)
-            self._batch = batch
-        if number not in self._compared:
-            group = self._together(number, run) if workload.options.batch_size == 1 else [number]
-            configs = [self._configs[member] for member in group]
-            most = first.settings["max_new_tokens"]
-            distances = compare(model, prompts, self._answer, run, configs, most, first.asked)
-            self._compared |= zip(group, distances, strict=True)
+    def run_batch(self, workload: Workload, batch: Sequence[int]) -> list[dict[str, Any]]:
+        model, run, prompts = workload.model, workload.squeezed, workload.tokens(batch)
+        assert run is not None, "the full cache is what is compared with"
+        first, own = workload.prompts[batch[0]], list(dict.fromkeys(batch))
+        most = first.settings["max_new_tokens"]
+        if self._answer is None or self._answered != own:
+            self._answer = None  # let go of the old one first
+            stops = StopStrings(workload.tokenizer, first.stop, len(own), start=0)
+            compared = most if first.compared is None else min(first.compared, most)
+            settings = first.settings | {"max_new_tokens": compared}
+            self._answered, self._answer = own, answer(model, workload.tokens(own), settings, stops)
         samples = []
-        for index, prompt, measured in zip(batch, prompts, self._compared[number], strict=True):
+        found = compare(model, prompts, self._answer, run, most, first.asked)
+        for index, prompt, measured in zip(batch, prompts, found, strict=True):
             whole = full_cache_bytes(run.layers, len(prompt) - first.asked, model.dtype)
             stats = FidelityStats(full_kv_bytes=whole, **measured)
             distance = {name: measured[name] for name in ("kl", "agreement", "tokens")}
             samples.append({"index": index, **distance, "stats": stats})
         return samples
-
-    def _together(self, number: int, run: SqueezedModel) -> list[int]:
-        """Numbers of the configurations that are fed an answer together with this one, it included."""
-        config = self._configs[number]
-        if not run.share_prefills or config.prefill_chunk is not None:
-            return [number]
-        alike = [index for index, other in enumerate(self._configs) if other.evictor == config.evictor]
-        most = AT_ONCE[run.model.device.type]
-        first = alike.index(number) // most * most
-        return alike[first : first + most]
 
     def summarize(self, stats: Sequence[FidelityStats]) -> dict[str, Any]:
         """Means over samples of what was compared, each with its 95% bootstrap interval."""

@@ -210,6 +210,13 @@ class SqueezeCache(Cache):
         """Bytes of all scores and positions (H2O), and of the sinks as they came (StreamingLLM)."""
         return sum(layer.state_bytes for layer in self.squeezed) + sum(part.state_bytes for part in self.schedules)
 
+    def own_kv_bytes(self) -> list[float]:
+        """Bytes of all key and value tensors that each sequence would have alone."""
+        return [
+            sum(layer.kv_bytes // layer.layout.slots * layer.layout.alone(row).slots for layer in self.squeezed)
+            for row in range(len(self.prompt_lengths))
+        ]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included: what positions and masks are counted by, not what is held."""
         return self.columns + self.steps if self.compressed else self.seen

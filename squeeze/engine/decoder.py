@@ -100,11 +100,16 @@ def _prefill(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, 
     with run.prefilling(cache, inputs, positions, plain) as prefill:
         if prefill.chunk is not None:
             return _prefill_in_chunks(run, forward, prefill, given)
+        once = prefill.copies > 1 and prefill.kept is None
+        if once:
+            assert inputs is not None
+            prefill.kept = run.prefill(inputs[:1], None if positions is None else positions[:1])
         if prefill.kept is not None:
-            prefill.take_over(prefill.kept)
-            return prefill.kept.made(last_hidden_state=prefill.kept.output, **{cache_argument(): cache})
+            output = prefill.take_over(prefill.kept)
+            prefill.shared_seconds -= prefill.kept.seconds if once else 0.0
+            return prefill.kept.made(last_hidden_state=output, **{cache_argument(): cache})
         prefill.begin_chunk(0, prefill.cache.columns)
-        if not prefill.shared:
+        if not (prefill.shared or cache.whole):
             return forward(**given)
         assert inputs is not None
         start = now(inputs.device)

@@ -89,6 +89,10 @@ class Layout:
         lengths[self.order] = np.concatenate([np.full(group.rows, group.slots) for group in self.groups])
         return lengths.reshape(self.budgets.shape)
 
+    def alone(self, sequence: int) -> Layout:
+        """The layout that a sequence would have in a batch of its own."""
+        return Layout(self.budgets[sequence : sequence + 1])
+
     def pieces(self, sequence: int) -> list[tuple[Group, int]]:
         """A sequence's heads: neighbours of one budget that lie one after the other, and their budget.
 

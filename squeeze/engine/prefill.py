@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,8 +36,11 @@ class PrefillResult:
             layer has fewer heads than others; None before the first prefill.
         kv_bytes: bytes of all key and value tensors that are left.
         state_bytes: bytes of H2O's scores and positions, or of StreamingLLM's sinks as they came.
+        own_kv_bytes: of each sequence, its part of `kv_bytes`; in a batch of several configurations what it would hold
+            alone.
         notes: of each sequence, sentences that the user should see, such as that minimum budgets made the total grow.
-        shared_seconds: what the prefill took if it was taken over from an earlier one, else 0.
+        shared_seconds: what the prefill would have taken more, had nothing been taken over: from an earlier one, or by
+            the sequences of a batch from the first one.
     """
 
     similarities: np.ndarray | None = None
@@ -45,6 +48,7 @@ class PrefillResult:
     budgets: np.ndarray | None = None
     kv_bytes: int = 0
     state_bytes: int = 0
+    own_kv_bytes: list[float] = field(default_factory=list)
     notes: list[list[str]] = field(default_factory=list)
     shared_seconds: float = 0.0
 
@@ -94,6 +98,7 @@ class Prefill:
         measured: whether similarities are.
         looking: of the prompts' last queries, how many have the spread of their attention measured.
         chunk: columns of a chunk; None where the prompts are read in one pass.
+        copies: the sequences of the batch, where all of them are one prompt, which is read once; else 1.
         shared: whether the prefill is kept for other configurations, and may be taken over from one that was.
         kept: the prefill that is taken over, and at the end the one to keep.
         losses: loss curves of each sequence, where budgets are made from them, as `_allocate` takes them.
@@ -113,9 +118,10 @@ class Prefill:
     measured: bool = False
     looking: int = 0
     chunk: int | None = None
+    copies: int = 1
     shared: bool = False
     kept: KeptPrefill | None = None
-    losses: list[LossCurves] | None = None
+    losses: Sequence[LossCurves | None] = ()
     budgets: list[np.ndarray] | None = None
     most: list[list[int]] | None = None
     lengths: list[int] = field(default_factory=list)
@@ -175,7 +181,10 @@ class Prefill:
 
     def may_take_over(self, kept: KeptPrefill, inputs: torch.Tensor, positions: torch.Tensor | None) -> bool:
         """Whether a prefill of `inputs`, `(batch, tokens)` token ids, would give what `kept` holds."""
-        settings = self.cache.prompt_lengths, self.attn, self.observed, autocast_dtype(inputs.device)
+        lengths = self.cache.prompt_lengths
+        if self.copies > 1:
+            lengths, inputs, positions = lengths[:1], inputs[:1], None if positions is None else positions[:1]
+        settings = lengths, self.attn, self.observed, autocast_dtype(inputs.device)
         return (
             (kept.prompt_lengths, kept.attn, kept.observed, kept.autocast) == settings
             and (bool(kept.similarities) or not self.measured)
@@ -184,14 +193,24 @@ class Prefill:
             and _alike(kept.positions, positions)
         )
 
-    def take_over(self, kept: KeptPrefill) -> None:
-        """Fill the layers from a kept prefill, in place of a forward pass."""
+    def take_over(self, kept: KeptPrefill) -> torch.Tensor:
+        """Fill the layers from a kept prefill, in place of a forward pass.
+
+        Returns:
+            The decoder's output, `(batch, tokens, hidden)`.
+        """
         for layer, contents in zip(self.cache.squeezed, kept.layers, strict=True):
-            layer.fill(*contents)
+            layer.fill(*map(self._of_all, contents))
         for layer, spread in zip(self.cache.squeezed, kept.spreads[1], strict=True):
-            layer.spread = spread
-        states.restore(self.cache.layers, kept.states)
-        self.similarities, self.shared_seconds = [kept.similarities], kept.seconds
+            layer.spread = self._of_all(spread)
+        states.restore(self.cache.layers, kept.states, None if self.copies == 1 else self.copies)
+        self.similarities = [[self._of_all(one) for one in kept.similarities]]
+        self.shared_seconds = kept.seconds * self.copies
+        return self._of_all(kept.output)
+
+    def _of_all(self, part: torch.Tensor) -> torch.Tensor:
+        """What the first sequence has, `(1, …)`, for all where they are copies of it."""
+        return part if self.copies == 1 or not part.numel() else part.expand(self.copies, *part.shape[1:])
 
     def keep(
         self, inputs: torch.Tensor, positions: torch.Tensor | None, output: ModelOutput, seconds: float

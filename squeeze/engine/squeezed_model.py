@@ -38,7 +38,8 @@ class SqueezedModel:
     """A model whose `generate` keeps a squeezed cache, and the result of its last prefill.
 
     Attributes:
-        config: the configuration, its algorithm filled in.
+        configs: the configuration, its algorithm filled in; or one for each sequence of a batch.
+        config: the first of them: in what it says beside budgets, all agree.
         evictor: of the configuration's algorithm.
         findings: what the probe found out about the model.
         decoder_arguments: names of what its decoder's forward pass takes, in order.
@@ -47,8 +48,8 @@ class SqueezedModel:
         share_prefills: keep the last prefill, all of its keys and values, for other configurations on the same prompts
             (`use`); what they give is the same as without.
         kept_prefill: the prefill that is kept, between two passes.
-        last: the result of the last prefill; `similarities`, `classes`, `budgets`, `kv_bytes`, `state_bytes`, `notes`
-            and `shared_seconds` read it.
+        last: the result of the last prefill; `similarities`, `classes`, `budgets`, `kv_bytes`, `own_kv_bytes`,
+            `state_bytes`, `notes` and `shared_seconds` read it.
     """
 
     def __init__(self, model: PreTrainedModel, config: SqueezeConfig):
@@ -69,6 +70,7 @@ class SqueezedModel:
     classes = property(lambda self: self.last.classes)
     budgets = property(lambda self: self.last.budgets)
     kv_bytes = property(lambda self: self.last.kv_bytes)
+    own_kv_bytes = property(lambda self: self.last.own_kv_bytes)
     state_bytes = property(lambda self: self.last.state_bytes)
     notes = property(lambda self: self.last.notes)
     shared_seconds = property(lambda self: self.last.shared_seconds)
@@ -94,13 +96,27 @@ class SqueezedModel:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise ValueError("a squeezed model cannot be copied or pickled: leave the `with squeezed(...)` block first")
 
-    def use(self, config: SqueezeConfig) -> None:
-        """Go on with another configuration, from the next prompt on.
+    def use(self, *configs: SqueezeConfig) -> None:
+        """Go on with another configuration, from the next prompt on; or with several, one for each sequence of every
+        batch from the next one on. A batch that is one prompt, again and again, is prefilled once.
 
         Raises:
-            InputError: it does not fit the model.
-            ValueError: it is to be compiled and the first one was not, or the reverse.
+            InputError: one does not fit the model, or they do not agree in what a batch has in common.
+            ValueError: one is to be compiled and the first one was not, or the reverse.
         """
+        checked = [self._checked(config) for config in configs]
+        first, evictor = checked[0][0], checked[0][0].evictor
+        for name in ("evictor", "per", "attn", "prefill_chunk"):
+            if any(getattr(config, name) != getattr(first, name) for config, _ in checked):
+                raise InputError(f"the configurations of one batch must agree in {name}, and these do not")
+        with self.lock:  # nothing is changed by a configuration that is refused
+            if self.self_check is not None:
+                self.self_check(evictor.observed is None)
+            self.configs, self.config, self.evictor = [config for config, _ in checked], first, evictor
+            self.per_head = any(per_head for _, per_head in checked)
+
+    def _checked(self, config: SqueezeConfig) -> tuple[SqueezeConfig, bool]:
+        """A configuration, its algorithm filled in, and whether it has budgets of KV heads; see `use`."""
         model = self.model
         algorithm = config.algorithm_name or default_algorithm(model.config.model_type)
         if config.algorithm is None:
@@ -127,10 +143,7 @@ class SqueezedModel:
             raise InputError(
                 f"attn {config.attn} has no effect on a model that computes attention by itself: leave it out"
             )
-        with self.lock:  # nothing is changed by a configuration that is refused
-            if self.self_check is not None:
-                self.self_check(evictor.observed is None)
-            self.config, self.evictor, self.per_head = config, evictor, per_head
+        return config, per_head
 
     def forget_prefill(self) -> None:
         """Let go of the prefill that is kept for other configurations."""
@@ -147,18 +160,23 @@ class SqueezedModel:
         made.owner, made.whole_buffers = (self.model, self.evictor), self.compiled
         return made
 
-    def prefill(self, tokens: torch.Tensor) -> KeptPrefill:
+    def prefill(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> KeptPrefill:
         """Prefill prompts of one length, `(batch, tokens)`, and return all of it for `fork`.
 
         A prefill that is kept for other configurations is let go of first, unless the prefill under way takes it over.
+
+        Args:
+            positions: of the tokens, where they are not 0, 1, ….
         """
         self.forget_prefill()
-        inputs = tokens.to(input_device(self.model))
         cache = self.cache(0)
         cache.whole = True
-        given = {"input_ids": inputs, cache_argument(): cache}
-        output = self.findings.decoder(**given, use_cache=True, return_dict=True)
-        return Prefill(cache, self.config.attn, similarities=[[]]).keep(inputs, None, output, 0.0)
+        given: dict[str, Any] = {"input_ids": tokens.to(input_device(self.model)), cache_argument(): cache}
+        given |= {} if positions is None else {"position_ids": positions}
+        self.findings.decoder(**given, use_cache=True, return_dict=True)
+        kept, self.kept_prefill = self.kept_prefill, None
+        assert kept is not None
+        return kept
 
     def fork(
         self,
@@ -217,7 +235,9 @@ class SqueezedModel:
         try:
             with prefill.listening():
                 yield prefill
-            if not cache.whole:
+            if cache.whole:
+                self.kept_prefill = prefill.kept
+            else:
                 self._end_prefill(cache, prefill)
         except BaseException:
             cache.forget()
@@ -227,21 +247,26 @@ class SqueezedModel:
         self, cache: SqueezeCache, inputs: torch.Tensor | None, positions: torch.Tensor | None, plain: bool
     ) -> Prefill:
         """A prefill, its loss curves where they are needed, and its budgets where they are known already."""
-        config = self.config
-        prefill = Prefill(cache, config.attn)
+        prefill, allocators = Prefill(cache, self.config.attn), [config.allocator for config in self.configs]
+        known = all(layer.residual is not None for layer in self.layers)
+        prefill.measured = known and not all(isinstance(one, Explicit) for one in allocators)
+        prefill.looking = max(one.observed if one.needs == "attention" else 0 for one in allocators)
         if cache.whole:
             return prefill
-        prefill.chunk = config.prefill_chunk
-        prefill.looking = config.allocator.observed if config.allocator.needs == "attention" else 0
-        known = all(layer.residual is not None for layer in self.layers)
-        prefill.measured = known and not isinstance(config.allocator, Explicit)
-        if plain and self.share_prefills and inputs is not None and prefill.chunk is None:
-            prefill.shared = True
-            if self.kept_prefill is not None and prefill.may_take_over(self.kept_prefill, inputs, positions):
-                prefill.kept = self.kept_prefill
-            self.kept_prefill = None  # let go of another one before this one is made
+        batch = len(cache.prompt_lengths)
+        if len(allocators) not in (1, batch):
+            raise ValueError(f"run.use(...) had {len(allocators)} configurations, and the batch has {batch} sequences")
+        prefill.chunk = self.config.prefill_chunk
+        if plain and inputs is not None and prefill.chunk is None:
+            if len(allocators) > 1 and _one_prompt(cache, inputs, positions):
+                prefill.copies = batch
+            if self.share_prefills:
+                prefill.shared = True
+                if self.kept_prefill is not None and prefill.may_take_over(self.kept_prefill, inputs, positions):
+                    prefill.kept = self.kept_prefill
+                self.kept_prefill = None  # let go of another one before this one is made
         prefill.losses = self._loss_curves(cache.prompt_lengths, inputs)
-        if not config.allocator.needs_prefill and not prefill.shared:
+        if not any(one.needs_prefill for one in allocators) and not prefill.shared and prefill.copies == 1:
             prefill.budgets = self._by_layer(self._allocated(cache, prefill, None))
             prefill.most = self._most(cache)
         return prefill
@@ -264,6 +289,7 @@ class SqueezedModel:
             by_sequence(cache.budgets, self.per_head),
             cache.kv_bytes,
             cache.state_bytes,
+            cache.own_kv_bytes() if len(self.configs) > 1 else [cache.kv_bytes / len(allocated)] * len(allocated),
             [list(budgets.notes) for budgets in allocated],
             prefill.shared_seconds,
         )
@@ -274,14 +300,19 @@ class SqueezedModel:
             spreads = prefill.spreads()
             return [
                 self._allocate(
+                    self._config_of(row),
                     length,
                     cache.max_new_tokens,
                     None if similarities is None else similarities[row],
                     spread=None if spreads is None else spreads[row],
-                    curves=None if prefill.losses is None else prefill.losses[row],
+                    curves=prefill.losses[row],
                 )
                 for row, length in enumerate(cache.prompt_lengths)
             ]
+
+    def _config_of(self, row: int) -> SqueezeConfig:
+        """The configuration of a sequence of the batch."""
+        return self.configs[row] if len(self.configs) > 1 else self.config
 
     def _by_layer(self, allocated: Sequence[Budgets]) -> list[np.ndarray]:
         return by_layer([budgets.tokens for budgets in allocated], self.kv_heads)
@@ -293,23 +324,29 @@ class SqueezedModel:
         lengths = [length + cache.max_new_tokens for length in cache.prompt_lengths]
         return [[layer.reach(length) for length in lengths] for layer in self.layers]
 
-    def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[LossCurves] | None:
-        """Curves measured on each sequence, where the allocation needs them."""
-        allocation = self.config.allocator
-        if allocation.needs != "loss_curves":
-            return None
-        if inputs is None:
-            raise InputError(f"the allocation {allocation} needs a prompt's token ids, and got embeddings")
-        prompts = [row[-length:] for row, length in zip(inputs, lengths, strict=True)]
-        per_head = self.config.per == "head"
-        losses = [
-            np.array(loss_curves.measure(self, prompt, [self.config.share], per_head=per_head)) for prompt in prompts
-        ]
-        return [LossCurves(loss_curves.MULTIPLES, of_prompt) for of_prompt in losses]
+    def _loss_curves(self, lengths: Sequence[int], inputs: torch.Tensor | None) -> list[LossCurves | None]:
+        """Curves measured on each sequence; None of those whose allocation does not need them."""
+        found: list[LossCurves | None] = []
+        for row, length in enumerate(lengths):
+            config = self._config_of(row)
+            if config.allocator.needs != "loss_curves":
+                found.append(None)
+                continue
+            if inputs is None:
+                raise InputError(f"the allocation {config.allocator} needs a prompt's token ids, and got embeddings")
+            losses = loss_curves.measure(self, inputs[row, -length:], [config.share], per_head=config.per == "head")
+            found.append(LossCurves(loss_curves.MULTIPLES, np.array(losses)))
+        return found
 
-    def _allocate(self, length: int, max_new_tokens: int, similarities: np.ndarray | None, **measured: Any) -> Budgets:
-        allocation = self.config.allocator
-        per_head = self.config.per == "head"
+    def _allocate(
+        self,
+        config: SqueezeConfig,
+        length: int,
+        max_new_tokens: int,
+        similarities: np.ndarray | None,
+        **measured: Any,
+    ) -> Budgets:
+        allocation, per_head = config.allocator, config.per == "head"
         facts = PromptFacts.of(
             heads_of(self.layers) if per_head else self.layers,
             length,
@@ -325,3 +362,10 @@ class SqueezedModel:
         if similarities is None or budgets.classes is not None:
             return budgets
         return replace(budgets, classes=allocation.classify(similarities))
+
+
+def _one_prompt(cache: SqueezeCache, inputs: torch.Tensor, positions: torch.Tensor | None) -> bool:
+    """Whether all sequences of a batch are the same tokens, `(batch, tokens)`, at the same positions."""
+    same = all(length == cache.columns for length in cache.prompt_lengths)
+    at = positions is None or (positions.ndim == 2 and bool((positions == positions[:1]).all()))
+    return same and at and bool((inputs == inputs[:1]).all())

@@ -49,6 +49,8 @@ def generate(
 ) -> tuple[list[torch.Tensor], list[SampleStats]]:
     """Generate after a batch of prompts, padded on the left.
 
+    Of a model that is squeezed in several configurations (`run.use`) each prompt has its own.
+
     Args:
         prompts: token ids of each, (tokens,).
         settings: for the model's `generate`.
@@ -64,10 +66,11 @@ def generate(
     tokens, mask = pad_left(model, prompts)
     device = tokens.device
     cache = DynamicCache(config=model.config)  # the full one; a squeezed model makes its own
-    held = {"kv_bytes": 0, "state_bytes": 0}
+    held = [0.0] * len(prompts), 0.0  # bytes of keys and values of each prompt; others of all
 
     def measure_cache() -> None:
-        held["kv_bytes"] = held_bytes(cache)
+        nonlocal held
+        held = [held_bytes(cache) / len(prompts)] * len(prompts), 0.0
 
     first = FirstToken(measure_cache)
     start = now(device)
@@ -85,7 +88,7 @@ def generate(
     )[:, tokens.shape[1] :].cpu()
     end = now(device)
     if run is not None:
-        held = {"kv_bytes": run.kv_bytes, "state_bytes": run.state_bytes}
+        held = run.own_kv_bytes, run.state_bytes
     own = layers_of(cache) if run is None else run.layers
     prefilled = first.time or end
     shared = run.shared_seconds if run is not None else 0.0
@@ -111,8 +114,8 @@ def generate(
             new_tokens=len(new),
             prefill_seconds=(prefilled - start + shared) / len(prompts),
             decode_seconds=(end - prefilled) / len(prompts),
-            kv_bytes=held["kv_bytes"] / len(prompts),
-            state_bytes=held["state_bytes"] / len(prompts),
+            kv_bytes=held[0][row],
+            state_bytes=held[1] * held[0][row] / sum(held[0]),
             full_kv_bytes=full_cache_bytes(own, len(prompt) - (0 if run is None else asked), model.dtype),
             peak_memory_bytes=peak_memory(device),
             **layers,

@@ -41,54 +41,79 @@ def batches(lengths: Sequence[int], batch_size: int, kinds: Sequence[Any] = ()) 
 
 
 @dataclass
-class Point:
-    """A run's part of the work on one data set.
+class Group:
+    """Runs that work on each batch together: one run, or several whose places in a batch are one prompt's.
 
     Args:
-        samples: those that are finished, and those that are missing.
-        run_batch: indices of a batch to a finished sample of each.
-        describe: turns the `stats` of all samples so far into a few words for the progress bar.
+        samples: of each run, those that are finished, and those that are missing.
+        run_batch: indices of a batch, and which of the runs, as a slice, to a finished sample of each index, of each
+            run.
+        describe: turns the `stats` of all samples of a run so far into a few words for the progress bar.
+
+    Attributes:
+        together: runs that go into one batch.
     """
 
-    samples: Samples
-    run_batch: Callable[[list[int]], list[dict[str, Any]]]
+    samples: Sequence[Samples]
+    run_batch: Callable[[list[int], slice], list[list[dict[str, Any]]]]
     describe: Callable[[Sequence[Any]], str]
+
+    def __post_init__(self) -> None:
+        self.together = len(self.samples)
+        self._noted = [any(record["stats"].notes for record in samples.records) for samples in self.samples]
+
+    def missing(self, batch: Sequence[int]) -> bool:
+        """Whether a run misses a sample of a batch."""
+        return any(set(batch) & set(samples.missing) for samples in self.samples)
+
+    def append(self, fresh: Sequence[list[dict[str, Any]]], runs: slice, bar: tqdm, tell: bool) -> None:
+        """Add finished samples, of each of some runs; notes go to the bar, with the run's folder where `tell` is."""
+        for number, found in zip(range(len(self.samples))[runs], fresh, strict=True):
+            samples = self.samples[number]
+            before = len(samples.missing)
+            if not {record["index"] for record in found} & set(samples.missing):
+                continue  # it was only there for the others, and its folder is not touched
+            samples.append(found)
+            for record in found:
+                notes = record["stats"].notes
+                if notes and not self._noted[number]:
+                    self._noted[number] = True
+                    where = f"{samples.folder}: " if tell else ""
+                    bar.write(printable(f"note, {where}from sample {record['index']} on: {'; '.join(notes)}"))
+            bar.set_postfix_str(self.describe([record["stats"] for record in samples.records]))
+            bar.update(before - len(samples.missing))
 
 
 def run_batches(
-    points: Sequence[Point],
+    groups: Sequence[Group],
     prompts: Sequence[Prompt],
     batch_size: int,
     ranks: Ranks,
     bar: tqdm,
 ) -> int:
-    """Run the samples that are missing, batch by batch for all points, and append each as soon as it is finished.
+    """Run the samples that are missing, batch by batch for all runs, and append each as soon as it is finished.
 
-    A batch that does not fit into memory is halved, and so are those after it.
+    Where memory is short, fewer runs of a group go together, and then a batch is halved, as are those after it.
 
     Args:
-        points: runs on the same prompts.
+        groups: of runs on the same prompts; of several only where `batch_size` is 1.
         ranks: of several processes, each takes its share of the batches.
-        bar: is moved on by a sample of a point at a time.
+        bar: is moved on by a sample of a run at a time.
     Returns:
         The batch size at the end.
     Raises:
         InputError: a single prompt does not fit into memory.
     """
     queue = share(prompts, batch_size, ranks)
-    noted = [any(record["stats"].notes for record in point.samples.records) for point in points]
+    tell = sum(len(group.samples) for group in groups) > 1
     while queue:
         batch = queue.pop(0)
-        todo = [index for index, point in enumerate(points) if set(batch) & set(point.samples.missing)]
-        if not todo:
-            continue
-        if len(batch) > batch_size:
+        todo = [group for group in groups if group.missing(batch)]
+        if todo and len(batch) > batch_size:
             queue[:0] = [batch[:batch_size], batch[batch_size:]]
             continue
-        for index in todo:
-            point, missing = points[index], set(points[index].samples.missing)
-            fresh = unless_out_of_memory(partial(point.run_batch, batch))
-            if fresh is None:
+        for group in todo:
+            if not _run(group, batch, bar, tell):
                 if len(batch) == 1:
                     tokens = len(prompts[batch[0]].tokens)
                     raise InputError(f"out of memory with sample {batch[0]} alone, {tokens} tokens")
@@ -96,25 +121,33 @@ def run_batches(
                 bar.write(f"note: out of memory with {len(batch)} prompts at a time; going on with {batch_size}")
                 queue.insert(0, batch)
                 break
-            point.samples.append(fresh)
-            for record in fresh:
-                notes = record["stats"].notes
-                if notes and not noted[index]:
-                    noted[index] = True
-                    where = f"{point.samples.folder}: " if len(points) > 1 else ""
-                    bar.write(printable(f"note, {where}from sample {record['index']} on: {'; '.join(notes)}"))
-            bar.set_postfix_str(point.describe([record["stats"] for record in point.samples.records]))
-            bar.update(len(missing & set(batch)))
     return batch_size
 
 
-def progress_bar(points: Sequence[Point], prompts: Sequence[Prompt], batch_size: int, ranks: Ranks) -> tqdm:
-    """A bar over this process's share of the samples of all points."""
+def _run(group: Group, batch: list[int], bar: tqdm, tell: bool) -> bool:
+    """Run a batch for all runs of a group; whether it fits into memory."""
+    done = 0
+    while done < len(group.samples):
+        runs = slice(done, done + group.together)
+        fresh = unless_out_of_memory(partial(group.run_batch, batch, runs))
+        if fresh is not None:
+            group.append(fresh, runs, bar, tell)
+            done += group.together
+        elif group.together == 1:
+            return False
+        else:
+            group.together //= 2
+            bar.write(f"note: out of memory with several runs at a time; going on with {group.together}")
+    return True
+
+
+def progress_bar(runs: Sequence[Samples], prompts: Sequence[Prompt], batch_size: int, ranks: Ranks) -> tqdm:
+    """A bar over this process's share of the samples of all runs."""
     mine = {index for batch in share(prompts, batch_size, ranks) for index in batch}
-    label = points[0].samples.dataset + ("" if len(points) == 1 else f", {len(points)} runs")
+    label = runs[0].dataset + ("" if len(runs) == 1 else f", {len(runs)} runs")
     label += "" if ranks.world == 1 else f", process {ranks.rank} of {ranks.world}"
-    left = sum(len(mine & set(point.samples.missing)) for point in points)
-    total = sum(len(mine & set(range(point.samples.total))) for point in points)
+    left = sum(len(mine & set(samples.missing)) for samples in runs)
+    total = sum(len(mine & set(range(samples.total))) for samples in runs)
     shown: dict[str, Any] = {} if ranks.first else {"disable": True}  # nothing for the first: the environment may say
     return tqdm(total=total, initial=total - left, desc=label, unit="sample", **shown)
 

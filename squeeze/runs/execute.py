@@ -17,8 +17,11 @@ from squeeze.text import printable
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from squeeze.config import SqueezeConfig
     from squeeze.engine.squeezed_model import SqueezedModel
-    from squeeze.runs.batching import Point
+
+#: Runs that go into one batch at most, by the kind of device.
+TOGETHER = {"cpu": 8, "cuda": 64}
 
 
 def measure_of(job: Job) -> Measure[Any]:
@@ -80,10 +83,12 @@ class Worked(NamedTuple):
 
     Args:
         batch_size: at the end.
+        together: of each job, how many went into one batch with it at the end, itself counted.
         attention: what the probe found out about the model; None where no job squeezes it.
     """
 
     batch_size: int
+    together: Sequence[int]
     attention: dict[str, Any] | None
 
 
@@ -108,23 +113,27 @@ def execute(jobs: Sequence[OpenJob], worker: Worker) -> Iterator[tuple[OpenJob, 
             unfinished = [job for job in jobs if job.samples[index].missing]
             if unfinished:
                 worked = worker(jobs, index)  # all of them: what is compared together stays together
-                for job in unfinished:
-                    facts: dict[str, Any] = {"batch_size": worked.batch_size}
+                for job, together in zip(jobs, worked.together, strict=True):
+                    facts: dict[str, Any] = {"batch_size": worked.batch_size, "together": together}
                     if job.job.config is not None:
                         facts["attention"] = worked.attention
-                    job.run.note(job.samples[index], **facts)
+                    if job in unfinished:
+                        job.run.note(job.samples[index], **facts)
             for job in jobs:
                 job.finish(index)
                 yield job, index
 
 
 @contextmanager
-def local_worker(jobs: Sequence[OpenJob], process: Ranks, bar: tqdm | None = None) -> Iterator[Worker]:
+def local_worker(
+    jobs: Sequence[OpenJob], process: Ranks, bar: tqdm | None = None, together: int | None = None
+) -> Iterator[Worker]:
     """A worker in this process, with the model that the jobs share; prompts that several miss are prefilled once.
 
     Args:
         process: this one among those of the run.
         bar: to move on; None: one for each data set.
+        together: see `work_on`.
     """
     with ExitStack() as stack:
         loaded = None
@@ -133,7 +142,7 @@ def local_worker(jobs: Sequence[OpenJob], process: Ranks, bar: tqdm | None = Non
 
         def work(jobs: Sequence[OpenJob], index: int) -> Worked:
             assert loaded is not None, "nothing was missing when the folders were read"
-            return work_on([(job.job, job.samples[index]) for job in jobs], index, loaded, process, bar)
+            return work_on([(job.job, job.samples[index]) for job in jobs], index, loaded, process, bar, together)
 
         yield work
 
@@ -160,7 +169,12 @@ def load(jobs: Sequence[Job]) -> Iterator[LoadedModel]:
 
 
 def work_on(
-    jobs: Sequence[tuple[Job, Samples]], index: int, loaded: LoadedModel, process: Ranks, bar: tqdm | None = None
+    jobs: Sequence[tuple[Job, Samples]],
+    index: int,
+    loaded: LoadedModel,
+    process: Ranks,
+    bar: tqdm | None = None,
+    together: int | None = None,
 ) -> Worked:
     """Run what jobs miss of one data set.
 
@@ -169,49 +183,76 @@ def work_on(
         index: the data set's number.
         process: the share of the batches that is run.
         bar: to move on; None: one of its own.
+        together: jobs that go into one batch at most; None: `TOGETHER`.
     """
-    from squeeze.runs.batching import progress_bar, run_batches
+    from squeeze.runs.batching import Group, progress_bar, run_batches
 
-    jobs = sorted(jobs, key=lambda pair: _prefills_alike(pair[0]))
     first = jobs[0][0]
     data, options = first.data[index], first.options
     total = max(samples.total for _, samples in jobs)
     prompts = first.benchmark.encode(loaded.tokenizer, data, total, options, process)
     workload = Workload(loaded.model, loaded.tokenizer, data, prompts, loaded.squeezed, options)
     measures: dict[bool, Measure[Any]] = {}  # comparisons share what they can
-    points = [
-        _point(job, samples, measures.setdefault(job.spec.fidelity, measure_of(job)), workload)
-        for job, samples in jobs
-    ]
-    with progress_bar(points, prompts, options.batch_size, process) if bar is None else nullcontext(bar) as own:
-        batch_size = run_batches(points, prompts, options.batch_size, process, own)
-    return Worked(batch_size, None if loaded.squeezed is None else loaded.squeezed.findings.described())
+    groups = []
+    members = _groups([job for job, _ in jobs], together or TOGETHER[first.device.type])
+    for group in members:
+        own = [jobs[number] for number in group]
+        measure = measures.setdefault(own[0][0].spec.fidelity, measure_of(own[0][0]))
+        run_batch = _run_batch([job.config for job, _ in own], measure, workload)
+        groups.append(Group([samples for _, samples in own], run_batch, measure.describe))
+    runs = [samples for group in groups for samples in group.samples]
+    with progress_bar(runs, prompts, options.batch_size, process) if bar is None else nullcontext(bar) as own_bar:
+        batch_size = run_batches(groups, prompts, options.batch_size, process, own_bar)
+    found = {number: group.together for numbers, group in zip(members, groups, strict=True) for number in numbers}
+    attention = None if loaded.squeezed is None else loaded.squeezed.findings.described()
+    return Worked(batch_size, [found[number] for number in range(len(jobs))], attention)
+
+
+def _groups(jobs: Sequence[Job], most: int) -> list[list[int]]:
+    """Numbers of jobs, those that go into one batch together; jobs that prefill alike follow one another, since only
+    one prefill is kept: those first whose allocation looks at attention, which the others need not.
+
+    Which go together follows from all jobs, and not from what they miss: a run that goes on gives what it would have
+    given.
+    """
+    order = sorted(range(len(jobs)), key=lambda number: _prefills_alike(jobs[number]))
+    alike: list[list[int]] = []
+    for number in order:
+        job = jobs[number]
+        same = next((group for group in alike if _batches_with(jobs[group[0]], job) and len(group) < most), None)
+        if same is None:
+            alike.append([number])
+        else:
+            same.append(number)
+    return alike
+
+
+def _batches_with(job: Job, other: Job) -> bool:
+    """Whether two jobs' configurations can be sequences of one batch."""
+    one, two = job.config, other.config
+    if one is None or two is None or job.options.batch_size > 1 or job.spec.fidelity != other.spec.fidelity:
+        return False
+    given = [(each.evictor, each.per, each.attn, each.compile) for each in (one, two)]
+    return given[0] == given[1] and one.prefill_chunk is None and two.prefill_chunk is None
 
 
 def _prefills_alike(job: Job) -> tuple[str, int]:
-    """A key by which jobs that prefill alike stand one after the other, since only one prefill is kept: those first
-    whose allocation looks at attention, which the others need not."""
+    """A key by which jobs that prefill alike stand one after the other."""
     if job.config is None:
         return "", 0
     return str(job.config.evictor.observed), -job.config.allocator.observed
 
 
-def _point(job: Job, samples: Samples, measure: Measure[Any], workload: Workload) -> Point:
-    """A job's part of the work, with the squeezed model in the job's configuration while a batch is run."""
-    from squeeze.runs.batching import Point
+def _run_batch(
+    configs: Sequence[SqueezeConfig | None], measure: Measure[Any], workload: Workload
+) -> Callable[[list[int], slice], list[list[dict[str, Any]]]]:
+    """Jobs' part of the work, with the squeezed model in their configurations while a batch is run."""
 
-    config, squeezed = job.config, workload.squeezed
-    own = workload if config is not None else replace(workload, squeezed=None)
-
-    def configure() -> None:
+    def run_batch(batch: list[int], runs: slice) -> list[list[dict[str, Any]]]:
+        own, squeezed = [config for config in configs[runs] if config is not None], workload.squeezed
         if squeezed is not None:
-            squeezed.use(config) if config is not None else squeezed.forget_prefill()
+            squeezed.use(*own) if own else squeezed.forget_prefill()
+        samples = measure.run_batch(workload if own else replace(workload, squeezed=None), batch * max(len(own), 1))
+        return [samples[start : start + len(batch)] for start in range(0, len(samples), len(batch))]
 
-    configure()
-    work = measure.work(own)
-
-    def run_batch(batch: list[int]) -> list[dict[str, Any]]:
-        configure()
-        return work(batch)
-
-    return Point(samples, run_batch, measure.describe)
+    return run_batch

@@ -56,10 +56,10 @@ class Job:
 
     @property
     def model_key(self) -> tuple[Any, ...]:
-        """Equal for jobs that can share a loaded model and its prompts."""
+        """Equal for jobs that can share a loaded model and its prompts, and what is sampled after them."""
         spec = self.spec
         loaded = self.model_folder, self.device, self.dtype, spec.attn, spec.allow_pickle, spec.device_map
-        return *loaded, spec.chat, spec.compress
+        return *loaded, self.options
 
     def settings_of(self, data: DataSet) -> dict[str, Any]:
         """The settings that change the results of one data set, for `Run.open`."""

@@ -67,13 +67,20 @@ class Engine(Protocol):
 
 
 class Local:
-    """This process."""
+    """This process.
+
+    Args:
+        together: runs that go into one batch at most; None: as many as its device is good for.
+    """
+
+    def __init__(self, together: int | None):
+        self.together = together
 
     def prepare(self, runs: Sequence[RunSpec | InputError]) -> list[Job | InputError]:
         return prepare_all(checking(runs, "reading the grid"))
 
     def worker(self, group: Sequence[OpenJob], bar: tqdm) -> AbstractContextManager[Worker]:
-        return local_worker(group, ALONE, bar)
+        return local_worker(group, ALONE, bar, self.together)
 
 
 def checking(items: Sequence[Item], doing: str) -> Iterable[Item]:
@@ -95,6 +102,13 @@ def parser() -> Parser:
         help="the grid, in YAML (see below); and values in place of those in it: model=Mistral 'seed=[1, 2]'",
     )
     made.add_argument("--dry_run", action="store_true", help="print the plan and what it costs, and run nothing")
+    made.add_argument(
+        "--together",
+        type=whole(1),
+        metavar="N",
+        help="runs with one eviction method that decode after a prompt as one batch of up to so many, where "
+        "batch_size is 1; fewer where memory is short (default: 8 on a CPU, 64 on a GPU; 1: each by itself)",
+    )
     made.add_argument("--engine", default="local", help="local (default: this process) or ray")
     made.add_argument(
         "--address", help="of the Ray cluster: auto (the one of this machine) or host:port (default: one of its own)"
@@ -200,11 +214,11 @@ def sweep(argv: Sequence[str] | None = None) -> None:
     grid = read_grid(args.grid, args.changes)
     for reason in some(grid.left_out):
         say(f"left out: {reason}")
-    engine: Engine = Local()
+    engine: Engine = Local(args.together)
     if args.engine == "ray":
         from squeeze.sweep.ray_cluster import Cluster
 
-        engine = Cluster(args.address, args.num_cpus, args.num_gpus, args.max_retries)
+        engine = Cluster(args.address, args.num_cpus, args.num_gpus, args.max_retries, args.together)
     groups, wrong = open_runs(engine.prepare(grid.runs))
     for problem in some(wrong):
         say(f"left out: {problem}")
@@ -219,7 +233,7 @@ def sweep(argv: Sequence[str] | None = None) -> None:
         tasks = sorted({open_job.job.folder.parts[0] for group in groups for open_job in group})
         say("What came out: python -m squeeze.report " + shlex.join([*tasks, "--out", "report"]))
     if wrong:
-        raise InputError(f"not all runs of {args.grid} are possible: " + "; ".join(some(wrong)))
+        raise InputError(f"not all runs of {args.grid} are possible: " + "; ".join(some(list(dict.fromkeys(wrong)))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

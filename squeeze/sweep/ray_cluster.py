@@ -40,11 +40,20 @@ class Cluster:
         address: `host:port`, `auto`, or None: one on this machine, started if there is none.
         num_cpus, num_gpus: of a task; None: a GPU if the cluster has any.
         max_retries: of a task whose worker dies.
+        together: runs that go into one batch at most, see `squeeze.runs.execute.work_on`.
     Raises:
         InputError: Ray is not installed, the address does not answer, or a task would never get what it asks for.
     """
 
-    def __init__(self, address: str | None, num_cpus: float, num_gpus: float | None, max_retries: int) -> None:
+    def __init__(
+        self,
+        address: str | None,
+        num_cpus: float,
+        num_gpus: float | None,
+        max_retries: int,
+        together: int | None = None,
+    ) -> None:
+        self.together = together
         os.environ |= {name: value for name, value in PATIENCE.items() if name not in os.environ}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
@@ -101,13 +110,18 @@ class Cluster:
                     [(open_job.job.spec, open_job.job.settings) for open_job in jobs[part::parts]],
                     index,
                     Ranks(shard, shards),
+                    self.together,
                 )
                 for part in range(parts)
                 for shard in range(shards)
             ]
             results = self._results(tasks, [open_job.samples[index] for open_job in jobs], bar)
             attention = next((worked.attention for worked in results if worked.attention is not None), None)
-            return Worked(min(worked.batch_size for worked in results), attention)
+            counts = [0] * len(jobs)
+            for part in range(parts):
+                own = [worked.together for worked in results[part * shards : (part + 1) * shards]]
+                counts[part::parts] = [min(of_job) for of_job in zip(*own, strict=True)]
+            return Worked(min(worked.batch_size for worked in results), counts, attention)
 
         yield work
 
@@ -144,7 +158,9 @@ def prepare_in(folder: str, runs: Sequence[RunSpec | InputError]) -> list[Job | 
     return prepare_all(runs)
 
 
-def run_share(folder: str, runs: Sequence[tuple[RunSpec, dict[str, Any]]], index: int, share: Ranks) -> Worked:
+def run_share(
+    folder: str, runs: Sequence[tuple[RunSpec, dict[str, Any]]], index: int, share: Ranks, together: int | None = None
+) -> Worked:
     """Do a share of the batches of one data set for runs on one model, in a task.
 
     Args:
@@ -152,6 +168,7 @@ def run_share(folder: str, runs: Sequence[tuple[RunSpec, dict[str, Any]]], index
         runs: each with its settings as the first process found them.
         index: the data set's number.
         share: which of the batches.
+        together: see `work_on`.
     Raises:
         InputError: this machine does not see the runs' folders, or would compute with other settings.
     """
@@ -176,7 +193,7 @@ def run_share(folder: str, runs: Sequence[tuple[RunSpec, dict[str, Any]]], index
         samples = Samples(job.folder, data.dataset, job.settings_of(data), job.count(data), kind, writer)
         samples.read()
         jobs.append((job, samples))
-    return work_on(jobs, index, _loaded([job for job, _ in jobs]), share, tqdm(disable=True))
+    return work_on(jobs, index, _loaded([job for job, _ in jobs]), share, tqdm(disable=True), together)
 
 
 _kept: dict[Any, Any] = {}

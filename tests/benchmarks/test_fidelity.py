@@ -25,7 +25,7 @@ SETTINGS = {"max_new_tokens": 9, "eos_token_id": [198]}
 def measured(model, prompts, settings, run, asked=0):
     """What is found on a batch."""
     full = fidelity.answer(model, prompts, settings)
-    [found] = fidelity.compare(model, prompts, full, run, [run.config], settings["max_new_tokens"], asked)
+    found = fidelity.compare(model, prompts, full, run, settings["max_new_tokens"], asked)
     return [{key: one[key] for key in ("kl", "agreement", "tokens")} for one in found]
 
 
@@ -80,9 +80,10 @@ def test_a_question_after_a_cut_context_is_compared_as_a_slow_loop_does(algorith
             assert one["kl"] > 1e-3 and one["agreement"] == sum(same) / len(same)
         some = [SqueezeConfig(algorithm, size, "0.2") for size in ("0.4", "0.6", "0.9")]
         full = fidelity.answer(model, PROMPTS[2:], SETTINGS)
-        run.share_prefills = True
-        together = fidelity.compare(model, PROMPTS[2:], full, run, some, SETTINGS["max_new_tokens"], asked)
-        assert together[0][0]["kl"] == pytest.approx(found[2]["kl"], rel=1e-5, abs=1e-5)
+        run.use(*some)
+        together = fidelity.compare(model, PROMPTS[2:] * 3, full, run, SETTINGS["max_new_tokens"], asked)
+        assert together[0]["kl"] == pytest.approx(found[2]["kl"], rel=1e-5, abs=1e-5)
+        assert together[0]["kl"] > together[1]["kl"] > together[2]["kl"]
 
 
 @pytest.fixture
@@ -114,38 +115,17 @@ def test_configurations_together_are_compared_as_a_slow_loop_does(algorithm, win
     some, steps = configs(algorithm), SETTINGS["max_new_tokens"]
     full = fidelity.answer(model, [prompt], SETTINGS)
     with squeezed(model, some[0]) as run:
-        run.share_prefills = True
-        together = fidelity.compare(model, [prompt], full, run, some, steps)
-        run.share_prefills = False
-        for [one], config in zip(together, some, strict=True):
-            [[alone]] = fidelity.compare(model, [prompt], full, run, [config], steps)
+        run.use(*some)
+        together = fidelity.compare(model, [prompt] * len(some), full, run, steps)
+        for one, config in zip(together, some, strict=True):
+            run.use(config)
+            [alone] = fidelity.compare(model, [prompt], full, run, steps)
             assert one["kl"] == pytest.approx(alone.pop("kl"), rel=1e-5, abs=1e-5)
             assert {key: one[key] for key in alone} == alone, "agreement, tokens, KV bytes and notes"
             kl, same = slow(model, prompt, run, steps)
             assert one["tokens"] == len(kl) > 3 and one["agreement"] == sum(same) / len(same)
             assert one["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-4, abs=1e-5)
-        assert len({one["kl"] for [one] in together}) > 3, "their budgets differ"
-
-
-@torch.inference_mode()
-def test_what_does_not_fit_into_memory_together_is_compared_in_parts(configs, monkeypatch):
-    model, original, tried = random_model("llama"), fidelity._compare, []
-
-    def short(*args):
-        tried.append(len(args[4]))
-        if tried[-1] > 2:
-            raise MemoryError
-        return original(*args)
-
-    prompt = torch.randint(3, 199, (210,), generator=torch.Generator().manual_seed(2))
-    full = fidelity.answer(model, [prompt], SETTINGS)
-    with squeezed(model, configs("h2o")[0]) as run:
-        run.share_prefills = True
-        whole = fidelity.compare(model, [prompt], full, run, configs("h2o"), 9)
-        monkeypatch.setattr(fidelity, "_compare", short)
-        parts = fidelity.compare(model, [prompt], full, run, configs("h2o"), 9)
-    assert tried == [7, 3, 1, 2, 4, 2, 2]
-    assert [one["kl"] for [one] in parts] == pytest.approx([one["kl"] for [one] in whole], rel=1e-5)
+        assert len({one["kl"] for one in together}) > 3, "their budgets differ"
 
 
 def test_the_whole_cache_agrees_with_itself():

@@ -94,7 +94,7 @@ def test_a_loaded_model_answers_each_prompt_as_it_does_alone(tmp_path, name):
             for one, expected in zip(found, alone, strict=True):
                 assert one[: len(expected)].tolist() == expected.tolist()
         assert run.shared_seconds > 0
-        [distances] = compare(model, PROMPTS, answer(model, PROMPTS, greedy(12)), run, [run.config], 12)
+        distances = compare(model, PROMPTS, answer(model, PROMPTS, greedy(12)), run, 12)
         assert all(one["kl"] < 1e-6 for one in distances)
     assert isinstance(model.model.rotary_emb.forward, LengthwiseRope), "the full cache goes on with it"
 

@@ -108,7 +108,7 @@ def test_prompts_are_prefilled_once_for_all_that_share_them(place, monkeypatch):
 def test_comparisons_that_go_on_give_what_they_would_have_given(place, monkeypatch):
     """Prompts one at a time: what shares a prefill and an evictor is compared together, also where most is there."""
     calls, original = [], fidelity.compare
-    monkeypatch.setattr(fidelity, "compare", lambda *args: calls.append(len(args[4])) or original(*args))
+    monkeypatch.setattr(fidelity, "compare", lambda *args: calls.append(len(args[1])) or original(*args))
     grid = ["grid.yaml", "batch_size=1", "datasets=qasper", "fidelity=true"]
     sweep.sweep(grid)
     assert calls == [2] * 3 * 2, "uniform and squeezed, for each prompt and evictor"
@@ -123,6 +123,74 @@ def test_comparisons_that_go_on_give_what_they_would_have_given(place, monkeypat
     sweep.sweep(grid)
     assert calls == [2] * (3 + 2)
     assert published() == whole
+
+
+def test_predictions_of_a_prompt_in_one_batch_are_those_of_runs_alone(place, capsys, monkeypatch):
+    """With budgets of their own, sampled or greedy, on the whole prompt or on its context."""
+    grid = [
+        "grid.yaml",
+        "batch_size=1",
+        "ini_size=[0.3, 0.5]",
+        "allocation=[squeeze, pyramid, cake]",
+        "fidelity=false",
+    ]
+    lone = "datasets=qasper", "--together", "1"
+    for number, more in enumerate(([], ["compress=context"], ["temperature=1"])):
+        found = []
+        for flags in ((), ("--together", "3"), lone[1:]):
+            sweep.sweep([*grid, "datasets=qasper", *more, *flags])
+            found.append(published())
+            manifests = list(Path("pred_Long").rglob("run.json"))
+            starts = [json.loads(path.read_text("utf-8"))["datasets"]["qasper"]["starts"][0] for path in manifests]
+            together = sorted(start["together"] for start in starts)
+            sizes = {(): [8] * 16, lone[1:]: [1] * 16}.get(flags, [2] * 4 + [3] * 12)
+            assert together == [1, *sizes]
+            Path("pred_Long").rename(f"{number}-{len(found)}")
+        assert found[0] == found[1] == found[2]
+        assert len(set(found[0].values())) > 6, "budgets make a difference"
+
+
+def test_runs_of_other_seeds_sample_and_make_their_own(place):
+    sweep.sweep(["grid.yaml", "datasets=qasper", "fidelity=false", "temperature=1", "seed=[1, 2]", "algorithm=[h2o]"])
+    together = published()
+    ruler = [
+        "grid.yaml",
+        "datasets=niah_single_1",
+        "lengths=900",
+        "sample_num=1",
+        "fidelity=false",
+        "seed=[1, 2]",
+        "pred=ruler",
+    ]
+    sweep.sweep([*ruler, "algorithm=[h2o]", "data_dir="])
+    made = published("pred_ruler")
+    assert together["tiny/seed-1/full/qasper.jsonl"] != together["tiny/seed-2/full/qasper.jsonl"]
+    alone = ["--temperature", "1", "--seed", "2", "--datasets", "qasper", "--dtype", "float32", "--batch_size", "2"]
+    pred.main([*COMMON, *alone, "--overwrite"])
+    assert published() == together
+    assert made["tiny/seed-1/full/niah_single_1_900.jsonl"] != made["tiny/seed-2/full/niah_single_1_900.jsonl"]
+
+
+def test_what_does_not_fit_into_memory_together_goes_in_parts(place, monkeypatch, capsys):
+    tried, original = [], fidelity.compare
+
+    def short(*args):
+        tried.append(len(args[1]))
+        if tried[-1] > 2:
+            raise MemoryError
+        return original(*args)
+
+    grid = ["grid.yaml", "batch_size=1", "datasets=qasper", "fidelity=true", "algorithm=[h2o]"]
+    grid += ["ini_size=[0.2, 0.3, 0.5]"]
+    sweep.sweep(grid)
+    whole = published()
+    Path("pred_Long").rename("whole")
+    monkeypatch.setattr(fidelity, "compare", short)
+    sweep.sweep(grid)
+    prompts, rest = 3, [1] * 5
+    assert tried == [6, 3, 1, *rest] + [1, *rest] * (prompts - 1)
+    assert "out of memory with several runs at a time; going on with 3" in capsys.readouterr().out
+    assert published().keys() == whole.keys()
 
 
 def test_runs_that_are_there_are_not_run_again(place, monkeypatch, capsys):

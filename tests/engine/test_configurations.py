@@ -1,0 +1,87 @@
+"""A batch whose sequences have a configuration each gives what each gives alone; a prompt that is in it again and
+again is read once."""
+
+import pytest
+import torch
+from conftest import random_model
+from test_patch import left_pad
+
+from squeeze import H2O, InputError, SqueezeConfig, squeezed
+from squeeze.engine import attention
+from squeeze.models_table.zoo import build
+
+PROMPTS = [torch.arange(3, 143) % 199, torch.arange(20, 90), torch.arange(5, 70)]
+SIZES = [("0.5", "0.2"), ("0.2", "0.2"), ("0.9", "0.3")]
+
+
+def steps(model, inputs, mask, **settings):
+    settings |= {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    given = {"attention_mask": mask, "return_dict_in_generate": True, "output_logits": True}
+    output = model.generate(inputs, **given, **settings)
+    return torch.stack(output.logits)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon_h1", "gemma3_text"])
+@pytest.mark.parametrize("algorithm", ["streaming", "h2o", "snapkv(window=8)", "tova"])
+@pytest.mark.parametrize("one_prompt", [True, False])
+def test_each_sequence_is_what_its_configuration_gives_alone(architecture, algorithm, one_prompt):
+    model = build(architecture)
+    configs = [SqueezeConfig(algorithm, size, class3) for size, class3 in SIZES]
+    prompts = [PROMPTS[0][:60]] * 3 if one_prompt else PROMPTS
+    if architecture == "falcon_h1":
+        prompts = [prompt[:60] for prompt in prompts]  # a state space reads padding
+    with squeezed(model, configs[0]) as run:
+        alone, told = [], []
+        for prompt, config in zip(prompts, configs, strict=True):
+            run.use(config)
+            alone.append(steps(model, prompt[None], torch.ones(1, len(prompt))))
+            told.append((run.budgets[0].tolist(), run.own_kv_bytes[0], run.kv_bytes, run.classes[0].tolist()))
+        run.use(*configs)
+        together = steps(model, *left_pad(prompts))
+        assert together.shape[1] == 3 and len({str(budgets) for budgets, *_ in told}) == 3
+        torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=2e-4, rtol=1e-3)
+        for row, (budgets, own, whole, classes) in enumerate(told):
+            assert run.budgets[row].tolist() == budgets and run.own_kv_bytes[row] == own == whole
+            assert run.classes[row].tolist() == classes
+        assert run.kv_bytes <= 1.02 * sum(run.own_kv_bytes)
+
+
+def test_a_prompt_is_read_once_for_all_and_may_be_taken_over(monkeypatch):
+    model = random_model("llama")
+    configs = [SqueezeConfig("h2o", size, class3, per="adakv") for size, class3 in SIZES]
+    inputs = PROMPTS[0].repeat(3, 1)
+    with squeezed(model, configs[0]) as run:
+        calls, original = [], attention.prefill
+        monkeypatch.setattr(attention, "prefill", lambda *a, **k: calls.append(len(a[0])) or original(*a, **k))
+        run.use(*configs)
+        first = steps(model, inputs, torch.ones_like(inputs))
+        assert calls == [1] * len(run.layers), "each layer has read one sequence"
+        assert run.kept_prefill is None and run.shared_seconds > 0, "what the others would have taken"
+        run.share_prefills = True
+        for expected in (2, 2):
+            assert steps(model, inputs, torch.ones_like(inputs)).equal(first)
+            assert len(calls) == expected * len(run.layers)
+        run.use(configs[1])
+        taken = steps(model, inputs[:1], torch.ones_like(inputs[:1]))
+        assert len(calls) == 2 * len(run.layers) and run.shared_seconds > 0
+        torch.testing.assert_close(taken, first[:, 1:2], atol=2e-4, rtol=1e-3)
+
+
+def test_what_configurations_of_a_batch_have_in_common():
+    model, first = random_model("llama"), SqueezeConfig("h2o", "0.5", "0.2")
+    inputs = PROMPTS[0].repeat(2, 1)
+    with squeezed(model, first) as run:
+        for other, name in (
+            (SqueezeConfig("streaming", "0.5", "0.2"), "evictor"),
+            (SqueezeConfig("h2o", "0.5", "0.2", per="adakv"), "per"),
+            (SqueezeConfig("h2o", "0.5", "0.2", attn="eager"), "attn"),
+        ):
+            with pytest.raises(InputError, match=f"the configurations of one batch must agree in {name}"):
+                run.use(first, other)
+        assert run.configs == [first] and run.evictor == H2O()
+        run.use(first, first, first)
+        with pytest.raises(ValueError, match="had 3 configurations, and the batch has 2 sequences"):
+            steps(model, inputs, torch.ones_like(inputs))
+        run.use(first)
+        steps(model, inputs, torch.ones_like(inputs))
+        assert run.own_kv_bytes == [run.kv_bytes / 2] * 2
