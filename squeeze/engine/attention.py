@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from squeeze.engine import kernels
 from squeeze.engine.layer import SqueezeLayer
 
 
@@ -116,6 +117,8 @@ def prefill(
             row_scores = scores[row, first:end, -length:] if observed != 0 else None
             if fused and observed is not None and rule.plain:
                 output[row, asking, -length:] = _fused(q, k, v, own, rule)
+            elif fused and observed is None and _sums_after(q, k, v, rule):
+                output[row, asking, -length:], scores[row, first:end, -length:] = _fused_and_summed(q, k, v, rule)
             else:
                 all_scores = row_scores if observed is None else None
                 output[row, asking, -length:] = _blocks(q, k, v, own, rule, all_scores)
@@ -179,6 +182,30 @@ def _fused(
         )
         output[:, start:end] = block[0]
     return output
+
+
+def _sums_after(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule) -> bool:
+    """Whether the probabilities of one whole sequence can be summed up after the fused kernel."""
+    fits = rule.plain and queries.shape[1] == keys.shape[1] and keys.shape[2] == values.shape[2] <= FLASH_WIDTH
+    return fits and varlen_attn is not None and kernels.sums_columns(queries.device, queries.dtype)
+
+
+def _fused_and_summed(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_fused` of one whole sequence, and its probabilities summed over queries, `(kv_heads, tokens)` float32."""
+    from torch.nn.attention.varlen import AuxRequest
+
+    from squeeze.engine.column_sums import column_sums
+
+    assert varlen_attn is not None
+    tokens, device = queries.shape[1], queries.device
+    bounds = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    q, k, v = (part.transpose(0, 1) for part in (queries, keys, values))
+    left = -1 if rule.window is None else rule.window - 1
+    more: dict[str, Any] = {"scale": rule.scale, "window_size": (left, 0), "enable_gqa": True}
+    output, lse = varlen_attn(q, k, v, bounds, bounds, tokens, tokens, return_aux=AuxRequest(lse=True), **more)
+    return output.transpose(0, 1), column_sums(queries, keys, lse, rule.scale, rule.window)
 
 
 def _blocks(

@@ -1,13 +1,18 @@
-"""Which kernel decodes: see docs/gpu.md for what was measured."""
+"""Which kernels attend: see docs/gpu.md for what was measured."""
 
 from __future__ import annotations
 
 import importlib.util
+import warnings
+from functools import cache
 
 import torch
 
-#: Dtypes that flash-attn's kernels take.
+#: Dtypes that flash-attn's kernels take, and PyTorch's.
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
+
+#: The oldest GPUs that these kernels run on, by compute capability (Ampere).
+OLDEST = 8, 0
 
 
 def decode_kernel(device: torch.device, dtype: torch.dtype, scored: bool) -> str:
@@ -19,3 +24,22 @@ def decode_kernel(device: torch.device, dtype: torch.dtype, scored: bool) -> str
     if device.type != "cuda" or dtype not in FLASH_DTYPES or scored:
         return "grouped"
     return "flash" if importlib.util.find_spec("flash_attn") is not None else "sdpa"
+
+
+@cache
+def sums_columns(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a scored prefill takes PyTorch's fused kernel and `squeeze.engine.column_sums` after it.
+
+    Where a GPU can not, in half precision, a warning says so once: blocks of queries, which are slower, stand in.
+    """
+    if device.type != "cuda" or dtype not in FLASH_DTYPES:
+        return False
+    reason, capability = None, torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        own, oldest = (".".join(map(str, pair)) for pair in (capability, OLDEST))
+        reason = f"this GPU has compute capability {own}, and the kernel that sums attention up needs {oldest}"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed (pip install triton), and the kernel that sums attention up needs it"
+    if reason is not None:
+        warnings.warn(f"{reason}: blocks of queries take its place in the prefill", stacklevel=2)
+    return reason is None
