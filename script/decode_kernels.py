@@ -2,16 +2,18 @@
 
     python script/decode_kernels.py
 
-One new token a sequence; heads of SmolLM2-135M and of Llama-3-8B; buffers of one length, or ragged. Microseconds, the
-median of 30. `squeeze.engine.kernels.decode_kernel` chooses by what this showed.
+One new token a sequence in a layer that StreamingLLM has cut; heads of SmolLM2-135M and of Llama-3-8B; rows of one
+length, or ragged, for which sdpa stands for PyTorch's varlen_attn. Microseconds, the median of 30.
+`squeeze.engine.kernels.decode_kernel` chooses by what this showed.
 """
 
+import argparse
 import importlib.util
 import os
 import statistics
 import sys
+import timeit
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -19,19 +21,24 @@ from squeeze.threads import settings
 
 os.environ |= settings()
 
+import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from squeeze import SqueezeConfig, squeezed
 from squeeze.cli.tables import table
-from squeeze.engine.attention import decode
+from squeeze.engine.attention import Rule, decode
 from squeeze.engine.kernels import FLASH_DTYPES
-from squeeze.evictors import make_evictor
 
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}
 SHAPES = ((1, 1536), (16, 1536), (16, 7000), (120, 1000))
 KERNELS = ("grouped", "sdpa", "flash")
 
 
-def microseconds(call, repeats=30, warm_up=5):
+@torch.inference_mode()
+def microseconds(call, device, repeats=30, warm_up=5):
+    if device.type != "cuda":
+        return 1e6 * statistics.median(timeit.repeat(call, number=1, repeat=warm_up + repeats)[warm_up:])
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(warm_up + repeats)]
     for start, end in events:
         start.record()
@@ -41,33 +48,66 @@ def microseconds(call, repeats=30, warm_up=5):
     return statistics.median(1000 * start.elapsed_time(end) for start, end in events[warm_up:])
 
 
-def measure(heads, kv_heads, head_dim, batch, slots, dtype, ragged):
+def cut_layer(heads, kv_heads, head_dim, batch, slots, dtype, device, ragged):
+    """One attention layer that is cut and has taken in a token, and the keys and values that this one attends to.
+
+    With `ragged` every row (a KV head of a sequence) has a budget of its own, up to `slots`.
+    """
+    config = LlamaConfig(
+        hidden_size=heads * head_dim,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=8,
+    )
+    with device:
+        model = LlamaForCausalLM(config).to(dtype).eval()
+    with squeezed(model, SqueezeConfig("streaming", budgets=[slots])) as run:
+        cache = run.cache(8)
+        cache.begin(batch, slots, None)
+        [layer] = cache.squeezed
+        options = {"device": device, "dtype": dtype}
+        layer.fill(*(torch.randn(batch, kv_heads, slots, head_dim, **options) for _ in range(2)), torch.empty(0))
+        budgets = np.full((batch, kv_heads), slots)
+        if ragged:
+            budgets -= np.random.default_rng(0).integers(0, slots // 2, budgets.shape)
+        cache.compress([budgets])
+        with cache.step(batch, 1):
+            given = layer.update(*(torch.randn(batch, kv_heads, 1, head_dim, **options) for _ in range(2)))
+    return layer, *given
+
+
+def measure(heads, kv_heads, head_dim, batch, slots, dtype, device, ragged):
     """Microseconds of each kernel that takes this."""
-    options = {"device": "cuda", "dtype": dtype}
-    queries = torch.randn(batch, heads, 1, head_dim, **options)
-    keys, values = (torch.randn(batch, kv_heads, slots, head_dim, **options) for _ in range(2))
-    lengths = torch.full((batch, 1), slots - 5 if ragged else slots, device="cuda")
-    layer = SimpleNamespace(keys=keys, values=values, longest=slots, ragged=ragged, lengths=lengths)
-    layer.evictor, found = make_evictor("streaming", 4), {}
-    for layer.kernel in KERNELS:
+    layer, *attended = cut_layer(heads, kv_heads, head_dim, batch, slots, dtype, device, ragged)
+    queries = torch.randn(batch, heads, 1, head_dim, device=device, dtype=dtype)
+    found, rule = {}, Rule(head_dim**-0.5)
+    for layer.kernel in KERNELS if device.type == "cuda" else KERNELS[:1]:
         if layer.kernel == "flash" and (dtype not in FLASH_DTYPES or importlib.util.find_spec("flash_attn") is None):
             continue
-        found[layer.kernel] = f"{microseconds(lambda: decode(queries, layer, head_dim**-0.5)):.0f}"
+        found[layer.kernel] = f"{microseconds(lambda: decode(queries, *attended, layer, rule, False), device):.0f}"
     return found
 
 
 def main():
-    if not torch.cuda.is_available():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--short", action="store_true", help="one small shape, to see that it runs")
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("error: these timings need a GPU that PyTorch finds")
-    lines = []
+    device, lines = torch.device(args.device), []
     for name, heads in HEADS.items():
-        for batch, slots in SHAPES:
+        for batch, slots in ((2, 64),) if args.short else SHAPES:
             for dtype in (torch.float32, torch.bfloat16):
                 for ragged in (False, True):
                     line = {"heads of": name, "batch": str(batch), "tokens": str(slots)}
                     line |= {"dtype": str(dtype)[6:], "lengths": "ragged" if ragged else "even"}
-                    lines.append(line | dict.fromkeys(KERNELS, "-") | measure(*heads, batch, slots, dtype, ragged))
-    print(torch.cuda.get_device_name(), "PyTorch", torch.__version__)
+                    found = measure(*heads, batch, slots, dtype, device, ragged)
+                    lines.append(line | dict.fromkeys(KERNELS, "-") | found)
+    print(torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "PyTorch", torch.__version__)
     print(table(list(lines[0]), lines))
 
 

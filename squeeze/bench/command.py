@@ -110,7 +110,10 @@ def parser() -> Parser:
         "decode steps each in turn, so that slow minutes hit all alike; needs memory for all caches at once",
     )
     made.add_argument(
-        "--peers", action="store_true", help="also DynamicCache, full and cut, and kvpress's presses of the algorithms"
+        "--peers",
+        action="store_true",
+        help="also DynamicCache, full and cut, and kvpress's presses of the algorithms; on a GPU a compiled "
+        "StaticCache",
     )
     made.add_argument(
         "--peer_python", type=path_text, help="Python of the environment with kvpress (without it: no kvpress)"
@@ -246,6 +249,8 @@ def peers(base: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]
         variants += [transformers | {"cache": f"{name} full"}, transformers | {"cache": f"{name} uniform", **cut}]
         if attn == "sdpa" and squeezed:  # eager attention builds one mask for all layers
             variants.append(transformers | {"cache": f"{name} squeezed", "budgets": "squeezed"})
+        if attn == "sdpa" and args.device.startswith("cuda"):
+            variants.append(transformers | {"cache": "StaticCache, compiled", "static": True})
         if args.peer_python and "streaming" in args.algorithm:
             kvpress = transformers | {"engine": "kvpress", "python": args.peer_python, "algorithm": "streaming"}
             name = "" if attn == "sdpa" else f" {attn}"

@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, StoppingCriteria
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    StoppingCriteria,
+)
 from transformers.generation import StoppingCriteriaList
 
 #: Gives way to other configurations; takes the results so far.
@@ -126,7 +133,7 @@ def measure(spec: dict[str, Any], turn: Turn) -> dict[str, Any]:
             (of the text that prompts are cut from), `batch_size`, `prompt_length`, `new_tokens`, `rounds`,
             `turn_steps`, perhaps `random_weights` and `memory` (bytes that a GPU may give), and for `squeeze` the
             fields of `SqueezeConfig` as `config`, with the file of loss curves as `calibration`; for the others
-            `budgets` in tokens (none: the full cache), and `algorithm` for kvpress.
+            `budgets` in tokens (none: the full cache), and `algorithm` for kvpress; `static` for a StaticCache.
         turn: called with the results so far before each prefill, and after it and every `turn_steps` decode steps;
             may wait, which is no part of any time measured, and may change the spec's `budgets` before a prefill.
     Returns:
@@ -191,7 +198,10 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
         raise ValueError("no squeezed cache has measured the budgets that this one is to have")
     measured: dict[str, Any] = {}
     windowed = "sliding_window" in inspect.signature(type(model.config)).parameters
-    cache = DynamicCache(config=model.config) if windowed else DynamicCache()  # which a leftover key would mislead
+    if spec.get("static"):  # whose steps `generate` compiles on a GPU
+        cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + spec["new_tokens"])
+    else:
+        cache = DynamicCache(config=model.config) if windowed else DynamicCache()  # which a leftover key would mislead
     context: Any = nullcontext()
     sections: Any = nullcontext({})
     if engine == "squeeze":

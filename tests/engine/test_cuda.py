@@ -18,8 +18,9 @@ import pred
 from squeeze import SqueezeConfig, squeezed
 from squeeze.benchmarks.longbench.data import generation_lengths
 from squeeze.devices import unless_out_of_memory
+from squeeze.engine import attention, kernels, loss_curves
 from squeeze.engine import cache as cache_module
-from squeeze.engine import loss_curves
+from squeeze.engine.attention import Rule
 from squeeze.models.loading import load
 
 pytestmark = pytest.mark.cuda
@@ -230,3 +231,37 @@ def test_the_full_cache_with_flash_attention(gpu, tmp_path, monkeypatch):
     common = ["--model", "tiny", "--data_dir", "data", "--datasets", "samsum", "--dtype", "bfloat16"]
     pred.main([*common, "--attn", "flash_attention_2"])
     assert len(Path("pred_Long/tiny/full/samsum.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 200])
+@pytest.mark.parametrize("heads", [(9, 3, 64), (8, 8, 128), (4, 2, 80)])
+def test_fused_attention_and_sums_after_it_are_those_of_one_matrix(gpu, dtype, window, heads):
+    """Of whole prompts, one of them padded; blocks with a float32 softmax, of the same numbers, say what is right."""
+    count, kv_heads, width = heads
+    generator = torch.Generator(gpu).manual_seed(0)
+    drawn = [
+        torch.randn(2, 700, number, width, generator=generator, device=gpu).to(dtype).transpose(1, 2)
+        for number in (count, kv_heads, kv_heads)
+    ]
+    lengths = [700, 333]
+    rule, places = Rule(width**-0.5, window), [[(kv_heads, torch.arange(length, device=gpu))] for length in lengths]
+    assert kernels.sums_columns(gpu, dtype), "on a GPU of this age"
+    found = attention.prefill(*drawn, places, lengths, rule, True, None)
+    exact = attention.prefill(*(part.float() for part in drawn), places, lengths, rule, True, None)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one.float(), other, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_configurations_of_one_prompt_in_a_batch_give_the_cpus_tokens(gpu, algorithm):
+    model = random_model("llama")
+    configs = [SqueezeConfig(algorithm, size, class3) for size, class3 in (("0.5", "0.2"), ("0.2", "0.2"))]
+    found = []
+    for device in (torch.device("cpu"), gpu):
+        model = model.to(device)
+        with squeezed(model, configs[0]) as run:
+            run.use(*configs)
+            ids = IDS[:1].repeat(2, 1).to(device)
+            found.append(model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False).cpu())
+    assert found[0].equal(found[1])
