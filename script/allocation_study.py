@@ -2,12 +2,7 @@
 
     python script/allocation_study.py run --data_dir DIR --datasets lcc,samsum --requests FILE --out study.jsonl
     python script/allocation_study.py show study.jsonl
-    python script/allocation_study.py pairs pred_Long pred_xsum
     python script/allocation_study.py blends --model NAME --algorithm h2o --size 0.1 --data_dir DIR --datasets trec
-
-`pairs` takes runs of pred.py --fidelity: for every method and size, the mean over tasks of the KL divergence from the
-full cache, and its difference from uniform budgets on the same samples with a 95% interval (bootstrap within tasks).
-`--figure FILE` draws them: KL over size, a panel for each method, a line for each allocation.
 
 `run` and `show` compare more than pred.py has. Every way gives budgets of the same total. The full cache answers
 greedily, up to 64 tokens; caches cut in all ways are fed that answer together, and the mean KL divergence of each from
@@ -19,10 +14,8 @@ one share's curves alone, half way to uniform, and of another method's curves.
 """
 
 import argparse
-import itertools
 import json
 import os
-import statistics
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -35,12 +28,8 @@ from squeeze.threads import settings
 
 os.environ |= settings()
 
-import matplotlib
 import numpy as np
-import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
 from tqdm import tqdm
 
 from squeeze import SqueezeConfig, calibrate, devices, squeezed
@@ -51,13 +40,11 @@ from squeeze.allocations.squeeze_log import SqueezeLog
 from squeeze.allocations.totals import round_to
 from squeeze.benchmarks import fidelity
 from squeeze.benchmarks.base import Options
-from squeeze.benchmarks.records import Compared
 from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.cli.tables import table
 from squeeze.engine.loss_curves import MULTIPLES, divergences, measure
 from squeeze.models import loading, sources
-from squeeze.report import figures
-from squeeze.runs import inventory
+from squeeze.report.paired import mean_over_data_sets
 from squeeze.runs.manifest import Manifest
 from squeeze.storage.files import read_json, read_jsonl
 
@@ -262,104 +249,12 @@ def show(args):
                         tasks.setdefault(index[1], []).append(mine[index] - uniform[index])
                 line[size] = "-"
                 if tasks:
-                    mean, low, high = over_tasks(list(tasks.values()))
+                    mean, low, high = mean_over_data_sets(list(tasks.values()))
                     line[size] = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
             lines.append(line)
         counts = Counter(task for size, task, _ in uniform if size == SIZES[0])
         print(f"\n{algorithm}, prompts: {', '.join(f'{task} {count}' for task, count in sorted(counts.items()))}\n")
         print(table(list(lines[0]), lines))
-
-
-def pairs(args):
-    """The table of runs of `pred.py --fidelity`."""
-    found = inventory.find(args.runs)
-    for problem in found.problems:
-        print(f"left out: {problem}")
-    kl = {}
-    for entry in found.entries:
-        if entry.fidelity:
-            told = inventory.describe(entry.settings, entry.summary)
-            rows = [one for _, one in read_jsonl(entry.folder / f"{entry.dataset}.jsonl", Compared)]
-            group = kl.setdefault((told["algorithm"], told["ini_size"]), {})
-            group.setdefault(told["allocation"], {})[entry.dataset] = [row["kl"] for row in rows]
-    lines = []
-    for (algorithm, size), group in sorted(kl.items()):
-        for allocation, tasks in sorted(group.items(), key=lambda item: (item[0] != args.against, item[0])):
-            means, differences = [], []
-            for task, values in tasks.items():
-                both = [
-                    (mine, other)
-                    for mine, other in zip(values, group[args.against][task], strict=True)
-                    if mine is not None and other is not None
-                ]
-                means.append(statistics.fmean(mine for mine, _ in both))
-                differences.append([mine - other for mine, other in both])
-            mean, low, high = over_tasks(differences)
-            line = {"algorithm": algorithm, "ini_size": size, "allocation": allocation}
-            line |= {
-                "KL": f"{statistics.fmean(means):.4f}",
-                f"less {args.against}": f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]",
-            }
-            line |= {"closer on": f"{sum(one < 0 for task in differences for one in task)}"}
-            line |= {"samples": str(sum(map(len, differences)))}
-            lines.append(line | {task: f"{one:.4f}" for task, one in zip(tasks, means, strict=True)})
-    shown = side_by_side(lines, args.against) if args.wide else lines
-    columns = list(dict.fromkeys(name for line in shown for name in line))
-    print(table(columns, [dict.fromkeys(columns, "-") | line for line in shown]))
-    if args.figure:
-        draw(lines, args.figure)
-
-
-def side_by_side(lines, against):
-    """A line for each method and size, with the difference of each allocation, bold where its interval is below 0."""
-    made = {}
-    for line in lines:
-        cells = made.setdefault((line["algorithm"], line["ini_size"]), {})
-        cells |= {"algorithm": line["algorithm"], "ini_size": line["ini_size"]}
-        if line["allocation"] == against:
-            cells[against] = line["KL"]
-        else:
-            difference = line[f"less {against}"]
-            below = float(difference.split(", ")[1].rstrip("]")) < 0
-            cells[line["allocation"]] = f"**{difference}**" if below else difference
-    return list(made.values())
-
-
-def draw(lines, path):
-    """KL over size on logarithmic axes: a panel for each method, a line for each allocation."""
-    frame = pd.DataFrame(lines).assign(KL=lambda all_: all_["KL"].astype(float))
-    frame = frame.assign(size=[100 * float(one) for one in frame["ini_size"]])
-    methods = list(dict.fromkeys(frame["algorithm"]))
-    with matplotlib.rc_context(figures.STYLE):
-        columns = min(len(methods), 5)
-        shape = -(-len(methods) // columns), columns
-        figure = Figure(figsize=(2.4 * columns, 2.5 * shape[0] + 0.5), layout="constrained")
-        panels = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False).ravel()
-        for axes, method in zip(panels, methods, strict=False):
-            axes.set_title(method, loc="left")
-            others = sorted(set(frame["allocation"]) - set(figures.SERIES))
-            series = figures.SERIES | dict(zip(others, itertools.cycle(figures.OTHERS), strict=False))
-            for allocation, (color, marker, style) in series.items():
-                own = frame[(frame["algorithm"] == method) & (frame["allocation"] == allocation)].sort_values("size")
-                if len(own):
-                    drawn = {"color": color, "marker": marker, "linestyle": style, "label": allocation}
-                    axes.plot(own["size"], own["KL"], markersize=4, linewidth=1.2, **drawn)
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            sizes = sorted(set(frame["size"]))
-            axes.set_xticks(sizes, labels=[f"{size:g}" for size in sizes])
-            axes.set_xlabel("ini_size, %")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.minorticks_off()
-        for axes in panels[len(methods) :]:
-            axes.set_axis_off()
-        figure.supylabel("KL from the full cache, nats a token", fontsize=9)
-        handles = {
-            text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, handlelength=2.6)
-    path.write_bytes(figures.render(figure, path.suffix[1:], " ".join(sys.argv)))
 
 
 @torch.inference_mode()
@@ -409,14 +304,6 @@ def blends(args):
     print(table(list(lines[0]), lines))
 
 
-def over_tasks(differences):
-    """Mean of the tasks' means, and its 95% bootstrap interval over the samples within each task."""
-    rng = np.random.default_rng(0)
-    resampled = sum(rng.choice(np.array(one), (10_000, len(one))).mean(axis=1) for one in differences)
-    low, high = np.percentile(resampled / len(differences), [2.5, 97.5])
-    return statistics.fmean(map(statistics.fmean, differences)), low, high
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -441,12 +328,6 @@ def main():
     showing.add_argument("out", nargs="+", type=Path)
     showing.add_argument("--datasets", default="", help="of these only")
     showing.set_defaults(do=show)
-    pairing = commands.add_parser("pairs")
-    pairing.add_argument("runs", nargs="+", type=Path)
-    pairing.add_argument("--against", default="uniform", help="what each allocation is compared with")
-    pairing.add_argument("--wide", action="store_true", help="a line for each method and size")
-    pairing.add_argument("--figure", type=Path, help="a .png or .svg to draw them in")
-    pairing.set_defaults(do=pairs)
     blending = commands.add_parser("blends")
     blending.add_argument("--model", required=True)
     blending.add_argument("--algorithm", required=True)

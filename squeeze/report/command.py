@@ -13,10 +13,10 @@ from squeeze.cli.arguments import Parser, as_path
 from squeeze.cli.run import run_command
 from squeeze.cli.tables import table
 from squeeze.errors import InputError
-from squeeze.report import distance
+from squeeze.report import distance, paired
 from squeeze.runs.inventory import COLUMNS, Entry, Inventory, describe, find
-from squeeze.storage.files import read_json
-from squeeze.text import say
+from squeeze.storage.files import read_json, write_whole, writing
+from squeeze.text import printable, say
 
 FIDELITY_COLUMNS = (*COLUMNS[:6], "KL", "95% interval", "agreement", "KV kept", "tokens")
 EXAMPLES = """examples
@@ -26,6 +26,8 @@ EXAMPLES = """examples
     python -m squeeze.report pred_Long --out report
   several benchmarks, and the measurements of python -m squeeze.bench:
     python -m squeeze.report pred_Long pred_e pred_xsum bench/bench.json --out report
+  of runs of pred.py --fidelity: what each allocation gains over uniform budgets, on the same samples:
+    python -m squeeze.report pred_Long --against uniform --wide --figure kl.png
 
 The page, report/index.html, is one file that needs nothing beside it, no network and no server. The figures lie beside
 it as SVG and PNG, and what they show as CSV. A run that is not finished, or damaged, is named and left out. Nothing is
@@ -52,6 +54,19 @@ def parser() -> Parser:
         type=as_path,
         metavar="FOLDER",
         help="write a page with figures into this folder, which must be new, empty, or an earlier report's",
+    )
+    made.add_argument(
+        "--against",
+        metavar="ALLOCATION",
+        help="in place of the tables: the KL divergence from the full cache of every allocation, mean over data sets, "
+        "and how much it is less than this one's on the same samples, with a 95%% interval",
+    )
+    made.add_argument("--wide", action="store_true", help="with --against: a line for each method and size")
+    made.add_argument(
+        "--figure",
+        type=as_path,
+        metavar="FILE",
+        help="with --against: draw KL over size into this .png or .svg, a panel for each method",
     )
     return made
 
@@ -172,6 +187,27 @@ def print_bench(path: Path, records: Sequence[Any]) -> None:
         print(table(bench.COLUMNS, made))
 
 
+def print_paired(inventory: Inventory, against: str, wide: bool, figure: Path | None, command: str) -> None:
+    """Print what each allocation gains over another, and draw it; see `squeeze.report.paired`.
+
+    Raises:
+        InputError: there is nothing to compare, the figure would have several models, or cannot be written.
+    """
+    found = paired.lines(inventory, against)
+    shown = paired.side_by_side(found, against) if wide else found
+    columns = list(dict.fromkeys(name for line in shown for name in line))
+    print(table(columns, [dict.fromkeys(columns, "-") | line for line in shown]))
+    if figure is not None:
+        from squeeze.report.figures import render
+        from squeeze.report.paired_figure import kl_over_size
+
+        if "model" in columns:
+            raise InputError("--figure draws the runs of one model: name its folder alone")
+        with writing(figure):
+            figure.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(figure, render(kl_over_size(found), figure.suffix[1:], command))
+
+
 def report(argv: Sequence[str] | None = None) -> None:
     """Print the tables, and with `--out` write the page.
 
@@ -179,13 +215,24 @@ def report(argv: Sequence[str] | None = None) -> None:
         InputError: there is no finished run, or the folder of `--out` is not the command's own.
     """
     args = parser().parse_args(argv)
+    for flag, value in (("wide", args.wide), ("figure", args.figure is not None)):
+        if value and args.against is None:
+            raise InputError(f"--{flag} is for --against")
+    if args.against is not None and args.out is not None:
+        raise InputError("--against prints a table: leave --out out")
+    if args.figure is not None and args.figure.suffix not in (".png", ".svg"):
+        raise InputError(f"--figure {printable(args.figure)} must end in .png or .svg")
+    command = shlex.join(["python", "-m", "squeeze.report", *(sys.argv[1:] if argv is None else argv)])
     inventory = find(args.runs)
     if not inventory.entries and not inventory.benches:
         if inventory.damaged:
             raise InputError("; ".join(inventory.problems))
         raise InputError(f"no run in {', '.join(map(str, args.runs))} is finished: start pred.py again to go on")
     if args.out is None:
-        print_tables(inventory)
+        if args.against is None:
+            print_tables(inventory)
+        else:
+            print_paired(inventory, args.against, args.wide, args.figure, command)
         for problem in inventory.problems:
             say(f"left out: {problem}", sys.stderr)
         return
@@ -200,7 +247,6 @@ def report(argv: Sequence[str] | None = None) -> None:
     scores = {(row["folder"], row["dataset"]): results.shown_score(row) for row in read.runs.to_dict("records")}
     scores |= {(row["folder"], row["dataset"]): None for row in read.fidelity.to_dict("records")}
     print_tables(inventory, scores)
-    command = shlex.join(["python", "-m", "squeeze.report", *(sys.argv[1:] if argv is None else argv)])
     made = sections.make(read)
     for problem in made.problems:
         say(f"left out: {problem}")

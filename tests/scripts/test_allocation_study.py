@@ -1,14 +1,13 @@
-"""The study of allocations: every way that it compares gives out the same total, and pairs are samples of one task."""
+"""The study of allocations: all ways that it compares give out the same total; differences are on the same prompts."""
 
 import argparse
 import importlib.util
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from made_runs import make_fidelity, write_lines
+from made_runs import write_lines
 
 from squeeze import PromptFacts, calibrate
 from squeeze.evictors import make_evictor
@@ -35,29 +34,6 @@ def test_all_ways_give_out_the_same_total(algorithm):
         for name, budgets in found.items():
             assert sum(budgets) == int(30 * Fraction(size) * 1001), name
             assert all(1 <= tokens <= 1065 for tokens in budgets), name
-
-
-def test_pairs_are_differences_on_the_same_samples(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for place, task, kl in (("a", "samsum", (0.4, 0.2, None)), ("b", "lcc", (0.5, 0.5, 0.1))):
-        uniform = make_fidelity(Path(place, "0.2/20/fidelity"), 1, dataset=task, ini_size=0.2, KV_class3=0.2)
-        squeezed = make_fidelity(Path(place, "0.2/10/fidelity"), 1, dataset=task, ini_size=0.2, KV_class3=0.1)
-        write_lines(uniform / f"{task}.jsonl", [{"kl": one} for one in kl])
-        write_lines(squeezed / f"{task}.jsonl", [{"kl": one and one / 2} for one in kl])
-    mean = (0.15 + (0.25 + 0.25 + 0.05) / 3) / 2  # half of uniform's, in every sample
-    given = {"runs": [Path("a"), Path("b")], "against": "uniform"}
-
-    study.pairs(argparse.Namespace(**given, wide=False, figure=None))
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    [found] = [row for row in cells if "squeeze" in row]
-    assert found[3] == f"{mean:.4f}"
-    assert found[4].startswith(f"{-mean:+.4f} [-") and found[5:7] == ["5", "5"]
-
-    study.pairs(argparse.Namespace(**given, wide=True, figure=tmp_path / "kl.png"))
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    assert cells[0][2:] == ["uniform", "squeeze"] and len(cells) == 3
-    assert cells[2][2] == f"{2 * mean:.4f}" and cells[2][3].startswith(f"**{-mean:+.4f} [-")
-    assert (tmp_path / "kl.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_ways_are_compared_with_uniform_on_the_prompts_that_have_both(tmp_path, capsys):

@@ -1,0 +1,87 @@
+"""What each allocation gains over another on the same samples, as a table and as a figure."""
+
+from pathlib import Path
+
+import pytest
+from made_runs import make_fidelity, write_lines
+
+from squeeze import InputError
+from squeeze.report.command import report
+
+MEAN = (0.15 + (0.25 + 0.25 + 0.05) / 3) / 2  # half of uniform's, in every sample, mean of two data sets
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Two data sets of two samples and three, in two folders; squeezed budgets are twice as near in each sample."""
+    monkeypatch.chdir(tmp_path)
+    for folder, task, kl in (("a", "samsum", (0.4, 0.2, None)), ("b", "lcc", (0.5, 0.5, 0.1))):
+        for path, class3, factor in (("0.2/20", 0.2, 1.0), ("0.2/10", 0.1, 0.5)):
+            sizes = {"ini_size": 0.2, "KV_class3": class3}
+            compared = make_fidelity(Path(folder, path, "fidelity"), 1, dataset=task, samples=3, **sizes)
+            write_lines(compared / f"{task}.jsonl", [{"kl": one and factor * one} for one in kl])
+    return tmp_path
+
+
+def rows(capsys):
+    said = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in said if line.startswith("|")]
+
+
+def test_differences_are_on_the_same_samples(place, capsys):
+    report(["a", "b", "--against", "uniform"])
+    heading, _, uniform, squeezed = rows(capsys)
+    assert heading[:5] == ["algorithm", "ini_size", "allocation", "KL", "less uniform"]
+    assert heading[5:] == ["closer on", "samples", "samsum", "lcc"]
+    assert uniform[2:7] == ["uniform", f"{2 * MEAN:.4f}", "", "", "5"]
+    assert squeezed[2:4] == ["squeeze", f"{MEAN:.4f}"] and squeezed[5:] == ["5", "5", "0.1500", "0.1833"]
+    assert squeezed[4].startswith(f"{-MEAN:+.4f} [-") and squeezed[4].endswith("]")
+
+
+def test_a_line_for_each_method_and_a_figure(place, capsys):
+    report(["a", "b", "--against", "uniform", "--wide", "--figure", "out/kl.png"])
+    heading, _, line = rows(capsys)
+    assert heading == ["algorithm", "ini_size", "uniform", "squeeze"]
+    assert line[2] == f"{2 * MEAN:.4f}" and line[3].startswith(f"**{-MEAN:+.4f} [-")
+    assert Path("out/kl.png").read_bytes().startswith(b"\x89PNG")
+    assert b"--against uniform" in Path("out/kl.png").read_bytes(), "the command that made it"
+    report(["a", "b", "--against", "squeeze", "--wide"])
+    assert rows(capsys)[2][3].startswith(f"+{MEAN:.4f} [+"), "no worse one is bold"
+
+
+def test_sizes_of_class_3_and_models_have_lines_of_their_own(place, capsys):
+    more = {"dataset": "samsum", "ini_size": 0.2, "samples": 3}
+    other = make_fidelity(Path("a/0.2/4/fidelity"), 1, KV_class3=0.04, **more)
+    write_lines(other / "samsum.jsonl", [{"kl": 0.9}, {"kl": 0.8}, {"kl": 0.7}])
+    report(["a", "b", "--against", "uniform"])
+    names = [row[2] for row in rows(capsys)[2:]]
+    assert names == ["uniform", "squeeze 0.04", "squeeze 0.1"]
+    far = make_fidelity(Path("c/0.2/20/fidelity"), 1, KV_class3=0.2, model="N", **more)
+    write_lines(far / "samsum.jsonl", [{"kl": 0.9}] * 3)
+    report(["a", "b", "c", "--against", "uniform"])
+    assert [row[0] for row in rows(capsys) if "--" not in row[0]] == ["model", "M", "M", "M", "N"]
+    with pytest.raises(InputError, match="--figure draws the runs of one model"):
+        report(["a", "c", "--against", "uniform", "--figure", "kl.svg"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--wide"], "--wide is for --against"),
+        (["--figure", "f.png"], "--figure is for --against"),
+        (["--against", "uniform", "--out", "page"], "leave --out out"),
+        (["--against", "uniform", "--figure", "f.pdf"], "must end in .png or .svg"),
+        (["--against", "pyramid"], "no comparisons with the full cache beside those of pyramid"),
+    ],
+)
+def test_bad_input_is_a_sentence(place, flags, said):
+    with pytest.raises(InputError, match=said):
+        report(["a", *flags])
+
+
+def test_what_has_no_partner_is_named(place, capsys):
+    make_fidelity(Path("a/h2o/0.2/10/fidelity"), 1, algorithm="h2o", dataset="samsum", ini_size=0.2, KV_class3=0.1)
+    report(["a", "--against", "uniform"])
+    told = capsys.readouterr()
+    assert "h2o, 0.2: no run of uniform was compared with the full cache" in told.err
+    assert "| h2o" not in told.out
