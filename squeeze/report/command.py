@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from squeeze.bench.files import read_bench
+from squeeze.bench import tables as bench
+from squeeze.bench.files import bandwidth, full_speeds, read_bench
 from squeeze.cli.arguments import Parser, as_path
 from squeeze.cli.run import run_command
 from squeeze.cli.tables import table
@@ -178,9 +179,7 @@ def print_tables(inventory: Inventory, scores: dict[tuple[str, str], Any] | None
 
 def print_bench(path: Path, records: Sequence[Any]) -> None:
     """Print the table that `squeeze.bench` printed."""
-    from squeeze.bench import command as bench
-
-    copies, full = bench.bandwidth(records), bench.full_speeds(records)
+    copies, full = bandwidth(records), full_speeds(records)
     made = [bench.row(record, copies, full.get(record["spec"]["batch_size"])) for record in records]
     if made:
         say(f"{path}: speed and memory by squeeze.bench")

@@ -13,7 +13,8 @@ from transformers import DynamicCache
 
 from squeeze import InputError, SqueezeConfig
 from squeeze.bench import command as bench
-from squeeze.bench import worker
+from squeeze.bench import configurations, files, processes, tables, worker
+from squeeze.bench.flags import TURN_STEPS, parser
 from squeeze.models import sources
 
 SPEC = {"engine": "squeeze", "cache": "h2o squeezed", "dtype": "float32", "batch_size": 4, "prompt_length": 64}
@@ -29,22 +30,22 @@ def record(batch_size=4, peak=1e9, step=0.1, **spec):
 
 
 def test_a_line_has_speed_memory_and_the_bandwidth_limit():
-    line = bench.row(record(), 2e10)
+    line = tables.row(record(), 2e10)
     assert (line["tokens/s"], line["limit ms"], line["of limit"]) == ("40.0", "40.0", "40%")
     assert (line["prefill s"], line["step ms"]) == ("1.50 (1.40–1.60)", "100.0 (50.0–200.0)")
     assert (line["vs full"], line["late/early"], line["importance"]) == ("-", "-", "-")
-    failed = bench.row({"spec": SPEC, "result": {"error": "MemoryError"}}, 2e10)
+    failed = tables.row({"spec": SPEC, "result": {"error": "MemoryError"}}, 2e10)
     assert (failed["prefill s"], failed["tokens/s"]) == ("failed", "-")
 
 
 def test_speeds_are_compared_with_the_best_full_dynamic_cache_of_the_batch_size():
     records = [record(step=0.2, engine="transformers"), record(step=0.4, engine="transformers", dtype="bfloat16")]
     records += [record(step=0.1, engine="transformers", budgets=[9]), record(1, step=0.5, engine="transformers")]
-    full = bench.full_speeds(
+    full = files.full_speeds(
         [*records, record(step=0.01), {"spec": SPEC | {"engine": "transformers"}, "result": {"error": ""}}]
     )
     assert full == {4: 20.0, 1: 2.0}
-    assert bench.row(record(step=0.04), 2e10, full[4])["vs full"] == "5.00"
+    assert tables.row(record(step=0.04), 2e10, full[4])["vs full"] == "5.00"
 
 
 def test_a_peak_is_that_of_what_came_after_the_reset():
@@ -61,13 +62,13 @@ def test_a_peak_is_that_of_what_came_after_the_reset():
 def test_the_bandwidth_is_the_runs_median():
     records = [record() for _ in range(3)] + [{"spec": SPEC, "result": {"error": "MemoryError"}}]
     records[1]["result"]["copy_bandwidth"] = 1e9
-    assert bench.bandwidth(records) == 2e10
+    assert files.bandwidth(records) == 2e10
 
 
 def test_the_batch_that_fits_is_read_off_a_line_through_the_peaks():
     records = [record(1, 1.1e9), record(4, 1.4e9), record(1, 2e9, cache="alone")]
-    assert bench.fitting(records, 2e9) == {"squeeze h2o squeezed float32": 10}
-    assert bench.fitting(records, 0.5e9) == {"squeeze h2o squeezed float32": 0}
+    assert tables.fitting(records, 2e9) == {"squeeze h2o squeezed float32": 10}
+    assert tables.fitting(records, 0.5e9) == {"squeeze h2o squeezed float32": 0}
 
 
 def test_cutting_a_dynamic_cache_leaves_its_last_tokens():
@@ -105,7 +106,7 @@ def test_a_small_benchmark(tmp_path, capsys, how, batch_sizes):
     shown = capsys.readouterr().out
     runs = json.loads((tmp_path / "out/bench.json").read_text())["runs"]
     assert [run["spec"]["batch_size"] for run in runs] == [size for size in batch_sizes for _ in range(4)]
-    assert all(run["spec"]["turn_steps"] == (bench.TURN_STEPS if how else 8) for run in runs)
+    assert all(run["spec"]["turn_steps"] == (TURN_STEPS if how else 8) for run in runs)
     per_token = 5 * 2 * 2 * 8 * 4
     for first, batch_size in enumerate(batch_sizes):
         squeezed, full, cut, cut_alike = runs[4 * first : 4 * first + 4]
@@ -133,21 +134,21 @@ def test_budgets_of_heads_beside_those_of_layers(tmp_path, monkeypatch):
     curves |= {"model": identity, "kv_heads": [2] * 5, "loss": losses.tolist()}
     flags = ["--model", "tiny", "--algorithm", "h2o", "--allocation", "calibrated", "--dtype", "float32"]
     flags += ["--batch_size", "2", "--prompt_length", "60", "--new_tokens", "3", "--rounds", "1"]
-    args = bench.parser().parse_args([*flags, "--caches", "squeezed", "--per", "head"])
+    args = parser().parse_args([*flags, "--caches", "squeezed", "--per", "head"])
     with pytest.raises(InputError, match=r"tiny-h2o-heads\.json is not there.*--per head"):
-        bench.specs(args, tmp_path / "tiny", tokens, identity)
+        configurations.specs(args, tmp_path / "tiny", tokens, identity)
     path = tmp_path / "config/calibration/tiny-h2o-heads.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(curves))
-    [spec] = bench.specs(args, tmp_path / "tiny", tokens, identity)
+    [spec] = configurations.specs(args, tmp_path / "tiny", tokens, identity)
     assert spec["cache"] == "h2o squeezed per head"
     assert spec["config"]["calibration"] == str(path), "a worker runs in another folder"
     budgets = np.array(worker.measure(json.loads(json.dumps(spec)), lambda known: None)["budgets"])
     assert budgets.shape == (2, 5, 2) and (budgets.sum(axis=(1, 2)) == 10 * 60 // 5).all()
     assert (np.ptp(budgets, axis=2) > 0).any(), "heads differ"
     flags[5] = "squeeze-log"
-    args = bench.parser().parse_args([*flags, "--caches", "full", "uniform", "compiled", "--per", "layer", "adakv"])
-    made = {spec["cache"]: spec["config"] for spec in bench.specs(args, tmp_path / "tiny", tokens, identity)}
+    args = parser().parse_args([*flags, "--caches", "full", "uniform", "compiled", "--per", "layer", "adakv"])
+    made = {spec["cache"]: spec["config"] for spec in configurations.specs(args, tmp_path / "tiny", tokens, identity)}
     assert list(made) == ["h2o full", "h2o uniform", "h2o compiled", "h2o compiled per adakv"]
     assert all(SqueezeConfig(**config).compile == ("compiled" in name) for name, config in made.items())
 
@@ -163,7 +164,7 @@ def turn_by_turn(*specs):
         def update(self):
             order.append(self.text.split(",")[0])
 
-    return list(bench.run(specs, {}, Bar())), order
+    return list(processes.run(specs, {}, Bar())), order
 
 
 @pytest.mark.slow
@@ -174,7 +175,7 @@ def test_turns_are_taken_one_by_one_and_are_as_many_as_announced(tmp_path):
     squeezed = {**base, "cache": "h2o squeezed", "config": {"algorithm": "h2o", "ini_size": 0.5, "kv_class3": 0.2}}
     alike = {**base, "engine": "transformers", "cache": "cut", "budgets": "squeezed", "python": sys.executable}
     records, order = turn_by_turn(squeezed, alike)
-    assert order == ["squeeze h2o squeezed", "transformers cut"] * bench.turns(squeezed)
+    assert order == ["squeeze h2o squeezed", "transformers cut"] * processes.turns(squeezed)
     assert records[1]["spec"]["budgets"] == records[0]["result"]["budgets"][0], "in time for the prefill after it"
     assert "tokens" not in records[0]["spec"]
     assert records[0]["result"]["kv_bytes"] == records[1]["result"]["kv_bytes"]
