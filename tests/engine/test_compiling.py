@@ -13,11 +13,15 @@ from conftest import random_model
 from squeeze import InputError, SqueezeConfig, squeezed
 from squeeze.engine import compiling
 from squeeze.engine.squeezed_model import SqueezedModel
+from squeeze.evictors import EVICTORS
 from squeeze.models.packing import pack
 
 #: PyTorch's compiler takes a minute for each method; its graphs are the same where another backend runs them.
-COMPILERS = [("streaming", "inductor"), ("h2o", "eager")]
-COMPILERS += [pytest.param(algorithm, "inductor", marks=pytest.mark.slow) for algorithm in ("h2o", "sliding_window")]
+COMPILERS = [("streaming", "inductor"), ("h2o", "eager"), ("tova", "eager")]
+SLOW = [(algorithm, "inductor") for algorithm in ("h2o", "sliding_window")]
+SLOW += [(algorithm, "eager") for algorithm in EVICTORS.names if algorithm not in ("streaming", "h2o", "tova")]
+COMPILERS += [pytest.param(*one, marks=pytest.mark.slow) for one in SLOW]
+SMALL = {"snapkv": "snapkv(window=4)"}
 IDS = torch.randint(3, 199, (3, 40), generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(40) >= torch.tensor([[0], [11], [25]])).long()
 
@@ -39,7 +43,8 @@ def test_compiled_steps_give_the_plain_steps_tokens_and_buffers(model, monkeypat
     for rows in (slice(0, 3), slice(1, 2)):
         held = []
         for compile in (False, True):
-            with squeezed(model, SqueezeConfig(algorithm, budgets=budgets, compile=compile)) as run, torch.no_grad():
+            config = SqueezeConfig(SMALL.get(algorithm, algorithm), budgets=budgets, compile=compile)
+            with squeezed(model, config) as run, torch.no_grad():
                 cache = run.cache(max_new_tokens=30)
                 settings = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
                 tokens = model.generate(IDS[rows], attention_mask=MASK[rows], past_key_values=cache, **settings)
