@@ -3,7 +3,8 @@
     python script/decode_kernels.py
 
 One new token a sequence in a layer that StreamingLLM has cut; heads of SmolLM2-135M and of Llama-3-8B; rows of one
-length, or ragged, for which sdpa stands for PyTorch's varlen_attn. Microseconds, the median of 30.
+length, or ragged, for which sdpa stands for PyTorch's varlen_attn, in half precision alone. Microseconds, the median
+of 30.
 `squeeze.engine.kernels.decode_kernel` chooses by what this showed.
 """
 
@@ -85,7 +86,10 @@ def measure(heads, kv_heads, head_dim, batch, slots, dtype, device, ragged):
     queries = torch.randn(batch, heads, 1, head_dim, device=device, dtype=dtype)
     found, rule = {}, Rule(head_dim**-0.5)
     for layer.kernel in KERNELS if device.type == "cuda" else KERNELS[:1]:
-        if layer.kernel == "flash" and (dtype not in FLASH_DTYPES or importlib.util.find_spec("flash_attn") is None):
+        half = dtype in FLASH_DTYPES
+        if layer.kernel == "flash" and (ragged or not half or importlib.util.find_spec("flash_attn") is None):
+            continue
+        if layer.kernel == "sdpa" and ragged and not half:
             continue
         found[layer.kernel] = f"{microseconds(lambda: decode(queries, *attended, layer, rule, False), device):.0f}"
     return found

@@ -56,7 +56,7 @@ class SqueezeConfig:
             2407.11550), with an evictor that scores.
         start_size: sink tokens that StreamingLLM never evicts.
         attn: prefill attention; `auto` and `sdpa` use PyTorch's fused kernel, `eager` explicit blocks of queries
-            with a float32 softmax. H2O always uses the latter, since it needs the probabilities.
+            with a float32 softmax. H2O, which needs the probabilities, uses the latter but on GPUs in half precision.
         compile: compile the decode step with `torch.compile`; the first steps take some seconds then.
         calibration: the loss curves of `calibrated`, from `squeeze.read_calibration`.
         prefill_chunk: tokens of the prompt that are prefilled at a time; None: all of them. A sliding window or

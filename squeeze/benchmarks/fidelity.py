@@ -122,13 +122,13 @@ def compare(
         for row in full.running[step].expand(rows).nonzero().flatten().tolist():
             divergences[row].append(kl[row].item())
             agreements[row].append(bool(same[row]))
-    held = zip(run.own_kv_bytes, run.notes, strict=True)
+    held = zip(run.own_bytes, run.notes, strict=True)
     return [
         {
             **{"kl": fmean(kl) if kl else None, "agreement": fmean(same) if kl else None},
             **{"tokens": len(kl), "kv_bytes": kv_bytes, "notes": notes},
         }
-        for kl, same, (kv_bytes, notes) in zip(divergences, agreements, held, strict=True)
+        for kl, same, ((kv_bytes, _), notes) in zip(divergences, agreements, held, strict=True)
     ]
 
 

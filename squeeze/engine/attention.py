@@ -35,9 +35,6 @@ BLOCK = 128
 #: Logits held at a time there, as numbers: what stays in a CPU's cache; on a GPU, what keeps it busy.
 LOGITS = {"cpu": 5 << 20, "cuda": 32 << 20}
 
-#: Numbers of one head that flash-attn's kernel takes at most; keys and values must have as many.
-FLASH_WIDTH = 256
-
 #: Keys walked at a time there end at a multiple of this: oneDNN compiles and keeps a kernel for every shape it meets.
 COLUMNS = 256
 
@@ -94,7 +91,8 @@ def prefill(
         lengths: queries of each sequence, which are its last tokens, padding excluded.
         fused: use PyTorch's fused kernel; otherwise blocks of queries with a float32 softmax.
         observed: of the last queries of each sequence, how many have their attention probabilities summed up, for
-            which they go through the blocks; None: all of them.
+            which they go through the blocks; None: all of them, on a GPU by a kernel after the fused one where it runs
+            (`squeeze.engine.kernels.sums_columns`).
     Returns:
         output, `(batch, heads, tokens, value_dim)` (zeros where there is padding), and scores summed over the observed
         queries and over the heads of each KV head, float32, `(batch, kv_heads, tokens)`; no elements where none are.
@@ -186,7 +184,7 @@ def _fused(
 
 def _sums_after(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule) -> bool:
     """Whether the probabilities of one whole sequence can be summed up after the fused kernel."""
-    fits = rule.plain and queries.shape[1] == keys.shape[1] and keys.shape[2] == values.shape[2] <= FLASH_WIDTH
+    fits = rule.plain and queries.shape[1] == keys.shape[1] and kernels.flash_takes(keys, values)
     return fits and varlen_attn is not None and kernels.sums_columns(queries.device, queries.dtype)
 
 
@@ -297,7 +295,7 @@ def decode(
     else:
         grouped, sinks = layer.arranged(grouped), None if sinks is None else layer.arranged(sinks)
         one_kernel = layer.kernel != "grouped" and rule.plain and varlen_attn is not None
-        if one_kernel and keys.shape[3] == values.shape[3] <= FLASH_WIDTH:
+        if one_kernel and kernels.flash_takes(keys, values):
             attended = _varlen(grouped, layer, rule.scale)
         else:
             attended = _by_group(grouped, layer, rule, sinks, counted)
@@ -410,7 +408,7 @@ def _fused_rows(
     kernel: str,
 ) -> torch.Tensor:
     """`_rows` with flash-attn or with `scaled_dot_product_attention`: the rows as a batch with one KV head."""
-    if kernel == "flash" and keys.shape[2] == values.shape[2] <= FLASH_WIDTH:
+    if kernel == "flash" and kernels.flash_takes(keys, values):
         from flash_attn import flash_attn_with_kvcache
 
         held = None if lengths is None else lengths[:, 0].int()

@@ -210,12 +210,22 @@ class SqueezeCache(Cache):
         """Bytes of all scores and positions (H2O), and of the sinks as they came (StreamingLLM)."""
         return sum(layer.state_bytes for layer in self.squeezed) + sum(part.state_bytes for part in self.schedules)
 
-    def own_kv_bytes(self) -> list[float]:
-        """Bytes of all key and value tensors that each sequence would have alone."""
-        return [
-            sum(layer.kv_bytes // layer.layout.slots * layer.layout.alone(row).slots for layer in self.squeezed)
-            for row in range(len(self.prompt_lengths))
-        ]
+    def own_bytes(self) -> list[tuple[float, float]]:
+        """Bytes of keys and values, and of states, that each sequence would have alone."""
+        batch = len(self.prompt_lengths)
+        found: list[tuple[float, float]] = []
+        for row in range(batch):
+            slots = [layer.layout.alone(row).slots for layer in self.squeezed]
+            pairs = list(zip(self.squeezed, slots, strict=True))
+            keys_values = sum(layer.kv_bytes // layer.layout.slots * count for layer, count in pairs)
+            states = sum(layer.state_bytes // layer.layout.slots * count for layer, count in pairs)
+            found.append((keys_values, states + sum(part.state_bytes for part in self.schedules) / batch))
+        return found
+
+    def equal_shares(self) -> list[tuple[float, float]]:
+        """These bytes, divided evenly."""
+        batch = len(self.prompt_lengths)
+        return [(self.kv_bytes / batch, self.state_bytes / batch)] * batch
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included: what positions and masks are counted by, not what is held."""

@@ -38,7 +38,7 @@ def _sum_columns(
     """A program has some keys of one KV head, and walks the queries that see them."""
     kv_head = tl.program_id(1)
     first_key = tl.program_id(0) * KEYS
-    at_key = first_key + tl.arange(0, KEYS)
+    at_key = (first_key + tl.arange(0, KEYS)).to(tl.int64)  # an offset can pass 2 ** 31
     numbers = tl.arange(0, PADDED)
     key_tile = tl.load(
         keys + kv_head * key_head + at_key[None, :] * key_token + numbers[:, None],
@@ -50,11 +50,11 @@ def _sum_columns(
     found = tl.zeros((KEYS,), dtype=tl.float32)
     end = tl.minimum(tokens, first_key + KEYS - 1 + window)
     for start in range(first_key // QUERIES * QUERIES, end, QUERIES):
-        at_query = start + tl.arange(0, QUERIES)
+        at_query = (start + tl.arange(0, QUERIES)).to(tl.int64)
         distance = at_query[:, None] - at_key[None, :]
         seen = (distance >= 0) & (distance < window) & (at_query[:, None] < tokens)
         for member in range(GROUP):
-            head = kv_head * GROUP + member
+            head = (kv_head * GROUP + member).to(tl.int64)
             query_tile = tl.load(
                 queries + head * query_head + at_query[:, None] * query_token + numbers[None, :],
                 mask=(at_query[:, None] < tokens) & (numbers[None, :] < WIDTH),
@@ -83,21 +83,22 @@ def column_sums(
     kv_heads, tokens, width = keys.shape
     lse = lse.contiguous()
     sums = torch.empty(kv_heads, tokens, dtype=torch.float32, device=keys.device)
-    _sum_columns[(triton.cdiv(tokens, KEYS), kv_heads)](
-        queries,
-        keys,
-        lse,
-        sums,
-        *queries.stride()[:2],
-        *keys.stride()[:2],
-        tokens,
-        tokens if window is None else window,
-        scale,
-        GROUP=len(queries) // kv_heads,
-        WIDTH=width,
-        PADDED=max(triton.next_power_of_2(width), 16),
-        QUERIES=QUERIES,
-        KEYS=KEYS,
-        WIDEN=keys.device.type == "cpu",  # Triton's interpreter knows no products of bfloat16
-    )
+    with torch.cuda.device_of(keys):  # Triton launches on the current device
+        _sum_columns[(triton.cdiv(tokens, KEYS), kv_heads)](
+            queries,
+            keys,
+            lse,
+            sums,
+            *queries.stride()[:2],
+            *keys.stride()[:2],
+            tokens,
+            tokens if window is None else window,
+            scale,
+            GROUP=len(queries) // kv_heads,
+            WIDTH=width,
+            PADDED=max(triton.next_power_of_2(width), 16),
+            QUERIES=QUERIES,
+            KEYS=KEYS,
+            WIDEN=keys.device.type == "cpu",  # Triton's interpreter knows no products of bfloat16
+        )
     return sums

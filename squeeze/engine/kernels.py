@@ -11,8 +11,16 @@ import torch
 #: Dtypes that flash-attn's kernels take, and PyTorch's.
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
+#: Numbers of one head that they take at most.
+FLASH_WIDTH = 256
+
 #: The oldest GPUs that these kernels run on, by compute capability (Ampere).
 OLDEST = 8, 0
+
+
+def flash_takes(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether these kernels take heads of such widths, the last dimension of both."""
+    return keys.shape[-1] == values.shape[-1] <= FLASH_WIDTH and keys.shape[-1] % 8 == 0
 
 
 def decode_kernel(device: torch.device, dtype: torch.dtype, scored: bool) -> str:
@@ -40,6 +48,20 @@ def sums_columns(device: torch.device, dtype: torch.dtype) -> bool:
         reason = f"this GPU has compute capability {own}, and the kernel that sums attention up needs {oldest}"
     elif importlib.util.find_spec("triton") is None:
         reason = "Triton is not installed (pip install triton), and the kernel that sums attention up needs it"
+    else:
+        try:
+            _try_sums(device, dtype)
+        except Exception as error:  # whatever a missing compiler raises, which shows in no other way
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = f"Triton cannot compile the kernel that sums attention up ({line})"
     if reason is not None:
         warnings.warn(f"{reason}: blocks of queries take its place in the prefill", stacklevel=2)
     return reason is None
+
+
+def _try_sums(device: torch.device, dtype: torch.dtype) -> None:
+    """Run the kernel on a few zeros."""
+    from squeeze.engine.column_sums import column_sums
+
+    zeros = torch.zeros(1, 16, 16, device=device, dtype=dtype)
+    column_sums(zeros, zeros, torch.zeros(1, 16, device=device), 1.0, None)

@@ -36,11 +36,11 @@ class PrefillResult:
             layer has fewer heads than others; None before the first prefill.
         kv_bytes: bytes of all key and value tensors that are left.
         state_bytes: bytes of H2O's scores and positions, or of StreamingLLM's sinks as they came.
-        own_kv_bytes: of each sequence, its part of `kv_bytes`; in a batch of several configurations what it would hold
-            alone.
+        own_bytes: of each sequence, its part of `kv_bytes` and of `state_bytes`; in a batch of several configurations
+            what it would hold alone.
         notes: of each sequence, sentences that the user should see, such as that minimum budgets made the total grow.
-        shared_seconds: what the prefill would have taken more, had nothing been taken over: from an earlier one, or by
-            the sequences of a batch from the first one.
+        shared_seconds: that were saved, since the prefill was taken over from an earlier one, or its sequences are one
+            prompt, which was read once.
     """
 
     similarities: np.ndarray | None = None
@@ -48,7 +48,7 @@ class PrefillResult:
     budgets: np.ndarray | None = None
     kv_bytes: int = 0
     state_bytes: int = 0
-    own_kv_bytes: list[float] = field(default_factory=list)
+    own_bytes: list[tuple[float, float]] = field(default_factory=list)
     notes: list[list[str]] = field(default_factory=list)
     shared_seconds: float = 0.0
 
@@ -109,7 +109,7 @@ class Prefill:
     Attributes:
         lengths: tokens of each sequence in the present chunk.
         streams: what entered the layers under way, `(batch, tokens, hidden)`, by their numbers.
-        shared_seconds: what the kept prefill took, where it was taken over.
+        shared_seconds: that were saved so far, see `PrefillResult`.
         similarities: of each chunk and layer so far, what its tokens add to the mean: `(batch,)` float32.
     """
 

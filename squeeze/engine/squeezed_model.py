@@ -48,7 +48,7 @@ class SqueezedModel:
         share_prefills: keep the last prefill, all of its keys and values, for other configurations on the same prompts
             (`use`); what they give is the same as without.
         kept_prefill: the prefill that is kept, between two passes.
-        last: the result of the last prefill; `similarities`, `classes`, `budgets`, `kv_bytes`, `own_kv_bytes`,
+        last: the result of the last prefill; `similarities`, `classes`, `budgets`, `kv_bytes`, `own_bytes`,
             `state_bytes`, `notes` and `shared_seconds` read it.
     """
 
@@ -70,7 +70,7 @@ class SqueezedModel:
     classes = property(lambda self: self.last.classes)
     budgets = property(lambda self: self.last.budgets)
     kv_bytes = property(lambda self: self.last.kv_bytes)
-    own_kv_bytes = property(lambda self: self.last.own_kv_bytes)
+    own_bytes = property(lambda self: self.last.own_bytes)
     state_bytes = property(lambda self: self.last.state_bytes)
     notes = property(lambda self: self.last.notes)
     shared_seconds = property(lambda self: self.last.shared_seconds)
@@ -109,6 +109,8 @@ class SqueezedModel:
         for name in ("evictor", "per", "attn", "prefill_chunk"):
             if any(getattr(config, name) != getattr(first, name) for config, _ in checked):
                 raise InputError(f"the configurations of one batch must agree in {name}, and these do not")
+        if len({config.allocator.observed for config, _ in checked} - {0}) > 1:
+            raise InputError("the allocations of one batch must look at the attention of as many queries each")
         with self.lock:  # nothing is changed by a configuration that is refused
             if self.self_check is not None:
                 self.self_check(evictor.observed is None)
@@ -168,13 +170,14 @@ class SqueezedModel:
         Args:
             positions: of the tokens, where they are not 0, 1, ….
         """
-        self.forget_prefill()
         cache = self.cache(0)
         cache.whole = True
         given: dict[str, Any] = {"input_ids": tokens.to(input_device(self.model)), cache_argument(): cache}
         given |= {} if positions is None else {"position_ids": positions}
-        self.findings.decoder(**given, use_cache=True, return_dict=True)
-        kept, self.kept_prefill = self.kept_prefill, None
+        with self.lock:
+            self.forget_prefill()
+            self.findings.decoder(**given, use_cache=True, return_dict=True)
+            kept, self.kept_prefill = self.kept_prefill, None
         assert kept is not None
         return kept
 
@@ -254,7 +257,7 @@ class SqueezedModel:
         if cache.whole:
             return prefill
         batch = len(cache.prompt_lengths)
-        if len(allocators) not in (1, batch):
+        if batch % len(allocators) != 0:
             raise ValueError(f"run.use(...) had {len(allocators)} configurations, and the batch has {batch} sequences")
         prefill.chunk = self.config.prefill_chunk
         if plain and inputs is not None and prefill.chunk is None:
@@ -285,11 +288,13 @@ class SqueezedModel:
             self.kept_prefill = prefill.kept
         self.last = PrefillResult(
             similarities,
-            None if similarities is None else np.array([budgets.classes for budgets in allocated]),
+            None
+            if any(budgets.classes is None for budgets in allocated)
+            else np.array([budgets.classes for budgets in allocated]),
             by_sequence(cache.budgets, self.per_head),
             cache.kv_bytes,
             cache.state_bytes,
-            cache.own_kv_bytes() if len(self.configs) > 1 else [cache.kv_bytes / len(allocated)] * len(allocated),
+            cache.own_bytes() if len(self.configs) > 1 else cache.equal_shares(),
             [list(budgets.notes) for budgets in allocated],
             prefill.shared_seconds,
         )
@@ -300,7 +305,7 @@ class SqueezedModel:
             spreads = prefill.spreads()
             return [
                 self._allocate(
-                    self._config_of(row),
+                    self._config_of(row, len(cache.prompt_lengths)),
                     length,
                     cache.max_new_tokens,
                     None if similarities is None else similarities[row],
@@ -310,9 +315,9 @@ class SqueezedModel:
                 for row, length in enumerate(cache.prompt_lengths)
             ]
 
-    def _config_of(self, row: int) -> SqueezeConfig:
-        """The configuration of a sequence of the batch."""
-        return self.configs[row] if len(self.configs) > 1 else self.config
+    def _config_of(self, row: int, batch: int) -> SqueezeConfig:
+        """The configuration of a sequence of a batch, which may have as many neighbours for each."""
+        return self.configs[row * len(self.configs) // batch]
 
     def _by_layer(self, allocated: Sequence[Budgets]) -> list[np.ndarray]:
         return by_layer([budgets.tokens for budgets in allocated], self.kv_heads)
@@ -328,7 +333,7 @@ class SqueezedModel:
         """Curves measured on each sequence; None of those whose allocation does not need them."""
         found: list[LossCurves | None] = []
         for row, length in enumerate(lengths):
-            config = self._config_of(row)
+            config = self._config_of(row, len(lengths))
             if config.allocator.needs != "loss_curves":
                 found.append(None)
                 continue
@@ -359,7 +364,7 @@ class SqueezedModel:
         check_budgets(budgets, facts, allocation)
         if per_head:
             budgets = budgets.of_heads(self.kv_heads)
-        if similarities is None or budgets.classes is not None:
+        if similarities is None or budgets.classes is not None or isinstance(allocation, Explicit):
             return budgets
         return replace(budgets, classes=allocation.classify(similarities))
 

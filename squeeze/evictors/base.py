@@ -57,8 +57,8 @@ class Evictor(Strategy, ABC):
         needs_scores: whether the tokens that are held have scores, which `slot` is given. Where a token has left the
             layer's own window or chunk its score is -1, and should be less than any other: it is the first to go.
         observed: of a prompt's last queries, how many have their attention probabilities summed up for `score`; None:
-            all of them, which rules out fused kernels. Or the future whose queries `score` is given the expected
-            attention of. By default all for a method that needs scores.
+            all of them, which the fused kernel alone does not give. Or the future whose queries `score` is given the
+            expected attention of. By default all for a method that needs scores.
         updates: what becomes of the scores of tokens that are held while others are generated. `add`: a new token has
             0, and each step's attention probabilities are added. `replace`: they are the last step's. `fixed`: they
             stay what `score` says of the token alone when it comes. `anew`: what `score` says of all that are held,

@@ -66,11 +66,11 @@ def generate(
     tokens, mask = pad_left(model, prompts)
     device = tokens.device
     cache = DynamicCache(config=model.config)  # the full one; a squeezed model makes its own
-    held = [0.0] * len(prompts), 0.0  # bytes of keys and values of each prompt; others of all
+    held = [(0.0, 0.0)] * len(prompts)  # bytes of keys and values of each prompt, and of states
 
     def measure_cache() -> None:
         nonlocal held
-        held = [held_bytes(cache) / len(prompts)] * len(prompts), 0.0
+        held = [(held_bytes(cache) / len(prompts), 0.0)] * len(prompts)
 
     first = FirstToken(measure_cache)
     start = now(device)
@@ -88,7 +88,7 @@ def generate(
     )[:, tokens.shape[1] :].cpu()
     end = now(device)
     if run is not None:
-        held = run.own_kv_bytes, run.state_bytes
+        held = run.own_bytes
     own = layers_of(cache) if run is None else run.layers
     prefilled = first.time or end
     shared = run.shared_seconds if run is not None else 0.0
@@ -114,8 +114,8 @@ def generate(
             new_tokens=len(new),
             prefill_seconds=(prefilled - start + shared) / len(prompts),
             decode_seconds=(end - prefilled) / len(prompts),
-            kv_bytes=held[0][row],
-            state_bytes=held[1] * held[0][row] / sum(held[0]),
+            kv_bytes=held[row][0],
+            state_bytes=held[row][1],
             full_kv_bytes=full_cache_bytes(own, len(prompt) - (0 if run is None else asked), model.dtype),
             peak_memory_bytes=peak_memory(device),
             **layers,

@@ -84,14 +84,14 @@ def line(entry: Entry, score: Any) -> dict[str, str]:
     Args:
         score: a number, or several by name; None where there is none.
     """
-    summary = entry.summary
+    summary, together = entry.summary, entry.start.get("together", 1)
     return describe(entry.settings, summary) | {
         "dataset": entry.dataset,
         "model": entry.start["model"]["name"],
         "score": _text(score),
         "KV kept": f"{100 * summary['kept']:.1f}%",
         "KV MB": f"{summary['kv_bytes'] / 1e6:.1f}",
-        "tokens/s": f"{summary['tokens_per_second']:.1f}",
+        "tokens/s": f"{summary['tokens_per_second']:.1f}" + (f" ({together} runs at once)" if together > 1 else ""),
         "samples": str(summary["samples"]),
     }
 

@@ -40,6 +40,9 @@ def batches(lengths: Sequence[int], batch_size: int, kinds: Sequence[Any] = ()) 
     return [group[start : start + batch_size] for group in alike for start in range(0, len(group), batch_size)]
 
 
+EVERY = slice(None)
+
+
 @dataclass
 class Group:
     """Runs that work on each batch together: one run, or several whose places in a batch are one prompt's.
@@ -62,9 +65,9 @@ class Group:
         self.together = len(self.samples)
         self._noted = [any(record["stats"].notes for record in samples.records) for samples in self.samples]
 
-    def missing(self, batch: Sequence[int]) -> bool:
-        """Whether a run misses a sample of a batch."""
-        return any(set(batch) & set(samples.missing) for samples in self.samples)
+    def missing(self, batch: Sequence[int], runs: slice = EVERY) -> bool:
+        """Whether one of some runs misses a sample of a batch."""
+        return any(set(batch) & set(samples.missing) for samples in self.samples[runs])
 
     def append(self, fresh: Sequence[list[dict[str, Any]]], runs: slice, bar: tqdm, tell: bool) -> None:
         """Add finished samples, of each of some runs; notes go to the bar, with the run's folder where `tell` is."""
@@ -129,6 +132,9 @@ def _run(group: Group, batch: list[int], bar: tqdm, tell: bool) -> bool:
     done = 0
     while done < len(group.samples):
         runs = slice(done, done + group.together)
+        if not group.missing(batch, runs):
+            done += group.together
+            continue
         fresh = unless_out_of_memory(partial(group.run_batch, batch, runs))
         if fresh is not None:
             group.append(fresh, runs, bar, tell)

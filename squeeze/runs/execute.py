@@ -163,8 +163,6 @@ def load(jobs: Sequence[Job]) -> Iterator[LoadedModel]:
     job.benchmark.check_tokenizer(tokenizer, job.options)
     configs = [job.config for job in jobs if job.config is not None]
     with squeezed(model, configs[0]) if configs else nullcontext() as run:
-        if run is not None:
-            run.share_prefills = len(configs) > 1
         yield LoadedModel(model, tokenizer, run)
 
 
@@ -195,15 +193,20 @@ def work_on(
     measures: dict[bool, Measure[Any]] = {}  # comparisons share what they can
     groups = []
     members = _groups([job for job, _ in jobs], together or TOGETHER[first.device.type])
+    shared = sum(jobs[group[0]][0].config is not None for group in members) > 1
     for group in members:
         own = [jobs[number] for number in group]
         measure = measures.setdefault(own[0][0].spec.fidelity, measure_of(own[0][0]))
-        run_batch = _run_batch([job.config for job, _ in own], measure, workload)
+        run_batch = _run_batch([job.config for job, _ in own], measure, workload, shared)
         groups.append(Group([samples for _, samples in own], run_batch, measure.describe))
     runs = [samples for group in groups for samples in group.samples]
     with progress_bar(runs, prompts, options.batch_size, process) if bar is None else nullcontext(bar) as own_bar:
         batch_size = run_batches(groups, prompts, options.batch_size, process, own_bar)
-    found = {number: group.together for numbers, group in zip(members, groups, strict=True) for number in numbers}
+    found = {}
+    for numbers, done in zip(members, groups, strict=True):
+        for place, number in enumerate(numbers):
+            first_of_batch = place // done.together * done.together
+            found[number] = min(done.together, len(numbers) - first_of_batch)
     attention = None if loaded.squeezed is None else loaded.squeezed.findings.described()
     return Worked(batch_size, [found[number] for number in range(len(jobs))], attention)
 
@@ -228,12 +231,20 @@ def _groups(jobs: Sequence[Job], most: int) -> list[list[int]]:
 
 
 def _batches_with(job: Job, other: Job) -> bool:
-    """Whether two jobs' configurations can be sequences of one batch."""
+    """Whether two jobs' configurations can be sequences of one batch.
+
+    Compiled steps cannot: every prompt would have groups of rows, and so graphs, of its own.
+    """
     one, two = job.config, other.config
     if one is None or two is None or job.options.batch_size > 1 or job.spec.fidelity != other.spec.fidelity:
         return False
-    given = [(each.evictor, each.per, each.attn, each.compile) for each in (one, two)]
-    return given[0] == given[1] and one.prefill_chunk is None and two.prefill_chunk is None
+    if any(
+        each.compile or each.prefill_chunk is not None or each.allocator.needs == "loss_curves" for each in (one, two)
+    ):
+        return False
+    given = [(each.evictor, each.per, each.attn) for each in (one, two)]
+    looking = {one.allocator.observed, two.allocator.observed} - {0}
+    return given[0] == given[1] and len(looking) < 2
 
 
 def _prefills_alike(job: Job) -> tuple[str, int]:
@@ -244,13 +255,18 @@ def _prefills_alike(job: Job) -> tuple[str, int]:
 
 
 def _run_batch(
-    configs: Sequence[SqueezeConfig | None], measure: Measure[Any], workload: Workload
+    configs: Sequence[SqueezeConfig | None], measure: Measure[Any], workload: Workload, shared: bool
 ) -> Callable[[list[int], slice], list[list[dict[str, Any]]]]:
-    """Jobs' part of the work, with the squeezed model in their configurations while a batch is run."""
+    """Jobs' part of the work, with the squeezed model in their configurations while a batch is run.
+
+    Args:
+        shared: whether the prefill is kept for others.
+    """
 
     def run_batch(batch: list[int], runs: slice) -> list[list[dict[str, Any]]]:
         own, squeezed = [config for config in configs[runs] if config is not None], workload.squeezed
         if squeezed is not None:
+            squeezed.share_prefills = shared or len(own) < len(configs)
             squeezed.use(*own) if own else squeezed.forget_prefill()
         samples = measure.run_batch(workload if own else replace(workload, squeezed=None), batch * max(len(own), 1))
         return [samples[start : start + len(batch)] for start in range(0, len(samples), len(batch))]

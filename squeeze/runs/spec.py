@@ -158,7 +158,7 @@ class RunSpec:
     attn: str = flag(
         "auto",
         "attention over the prompt: auto (sdpa), sdpa, eager, or, for the full cache, flash_attention_2; "
-        "h2o needs the probabilities and always computes them in blocks",
+        "h2o needs the probabilities, and but for a GPU in half precision computes them in blocks",
         choices=ATTENTIONS,
     )
     compile: bool = switch(

@@ -52,7 +52,7 @@ the file
     batch_size: 8
 
   The full cache and a uniform budget of every ini_size are added by themselves. Every point is a run of pred.py in its
-  own folder. Runs on one model load it once, and prompts are prefilled once for all that keep the same from it.
+  own folder. Runs on one model and seed load it once, and prompts are prefilled once for all that keep the same of it.
 """
 
 

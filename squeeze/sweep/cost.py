@@ -51,7 +51,8 @@ def describe(groups: Sequence[Sequence[OpenJob]]) -> str:
     lines = [line for group in groups for line in _group(group, total)]
     sentences = [
         table(COLUMNS, lines),
-        "New tokens are the most there can be; KV MB kept is the most that a batch holds while it decodes.",
+        "New tokens are the most there can be; KV MB kept is the most that a run's batch holds while it decodes, and "
+        "runs that decode together hold theirs at once.",
         f"In all {_count(len(lines), 'point')} with {_count(total.samples, 'sample')} to do: {total.prompt_tokens:,} "
         f"prompt tokens, of which {total.prefilled:,} are prefilled, the others shared between runs; "
         f"at most {total.new_tokens:,} new tokens; {total.prefill_bytes / 1e6:,.1f} MB of keys and values in the "

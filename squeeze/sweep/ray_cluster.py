@@ -208,10 +208,7 @@ def _loaded(jobs: Sequence[Job]) -> Any:
         _kept.clear()
         _stack.close()
         _kept[key] = _stack.enter_context(load(jobs))
-    engine = _kept[key]
-    if engine.squeezed is not None:
-        engine.squeezed.share_prefills = len(jobs) > 1
-    return engine
+    return _kept[key]
 
 
 def _lines(watched: Sequence[Samples]) -> int:

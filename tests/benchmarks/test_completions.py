@@ -74,6 +74,21 @@ def test_what_is_sampled_is_scored_by_the_model_itself(tiny):
             assert completion.token_logprobs == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_prompt_under_several_budgets_is_completed_several_times_under_each(tiny):
+    model, tokenizer = tiny
+    prompt = tokenizer(PROMPTS[1], add_special_tokens=False, return_tensors="pt").input_ids[0]
+    configs = [SqueezeConfig("h2o", size, "0.1") for size in ("0.2", "0.6")]
+    decoding = Decoding(max_tokens=10, temperature=0.8, n=2)
+    with squeezed(model, configs[0]) as run:
+        run.use(*configs)
+        together, stats = complete(model, tokenizer, [prompt] * 2, [PROMPTS[1]] * 2, decoding, run, 1)
+        for config, found, measured in zip(configs, together, stats, strict=True):
+            run.use(config)
+            [alone], [expected] = complete(model, tokenizer, [prompt], PROMPTS[1:2], decoding, run, 1)
+            assert [one.text for one in found] == [one.text for one in alone] and len(found) == 2
+            assert measured.kv_bytes == expected.kv_bytes and measured.budgets == expected.budgets
+
+
 def test_samples_depend_on_seed_prompt_and_number_alone(tiny):
     decoding = Decoding(max_tokens=10, temperature=0.8, n=2)
     together, _ = run_all(tiny, decoding)

@@ -61,6 +61,11 @@ def test_sums_are_those_of_one_matrix(tokens, window, heads, kv_heads, width, dt
 
 
 @inside
+def test_the_trial_runs():
+    kernels._try_sums(torch.device("cpu"), torch.bfloat16)
+
+
+@inside
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_scored_prefill_by_both_kernels_is_that_of_the_blocks(monkeypatch, window):
     """Ragged prompts; in the place of PyTorch's kernel, which needs a GPU, what it is documented to give."""
@@ -96,6 +101,15 @@ def test_blocks_are_taken_with_a_sentence_where_the_kernel_does_not_run(monkeypa
         assert not kernels.sums_columns(torch.device("cuda:0"), torch.float16)
     assert not kernels.sums_columns(torch.device("cuda:0"), torch.float16), "said once"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def without_compiler(device, dtype):
+        raise RuntimeError("Failed to find C compiler\nand more")
+
+    monkeypatch.setattr(kernels, "_try_sums", without_compiler)
+    kernels.sums_columns.cache_clear()
+    with pytest.warns(UserWarning, match=r"Triton cannot compile .* \(Failed to find C compiler\): blocks"):
+        assert not kernels.sums_columns(torch.device("cuda:0"), torch.float16)
+    monkeypatch.setattr(kernels, "_try_sums", lambda device, dtype: None)
     kernels.sums_columns.cache_clear()
     assert kernels.sums_columns(torch.device("cuda:0"), torch.float16)
     assert not kernels.sums_columns(torch.device("cuda:0"), torch.float32)

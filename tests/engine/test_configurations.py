@@ -35,15 +35,17 @@ def test_each_sequence_is_what_its_configuration_gives_alone(architecture, algor
         for prompt, config in zip(prompts, configs, strict=True):
             run.use(config)
             alone.append(steps(model, prompt[None], torch.ones(1, len(prompt))))
-            told.append((run.budgets[0].tolist(), run.own_kv_bytes[0], run.kv_bytes, run.classes[0].tolist()))
+            told.append(
+                (run.budgets[0].tolist(), run.own_bytes[0], (run.kv_bytes, run.state_bytes), run.classes[0].tolist())
+            )
         run.use(*configs)
         together = steps(model, *left_pad(prompts))
         assert together.shape[1] == 3 and len({str(budgets) for budgets, *_ in told}) == 3
         torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=2e-4, rtol=1e-3)
         for row, (budgets, own, whole, classes) in enumerate(told):
-            assert run.budgets[row].tolist() == budgets and run.own_kv_bytes[row] == own == whole
+            assert run.budgets[row].tolist() == budgets and run.own_bytes[row] == own == whole
             assert run.classes[row].tolist() == classes
-        assert run.kv_bytes <= 1.02 * sum(run.own_kv_bytes)
+        assert run.kv_bytes <= 1.02 * sum(held for held, _ in run.own_bytes)
 
 
 def test_a_prompt_is_read_once_for_all_and_may_be_taken_over(monkeypatch):
@@ -78,10 +80,14 @@ def test_what_configurations_of_a_batch_have_in_common():
         ):
             with pytest.raises(InputError, match=f"the configurations of one batch must agree in {name}"):
                 run.use(first, other)
-        assert run.configs == [first] and run.evictor == H2O()
+        windows = [SqueezeConfig("h2o", "0.5", allocation=f"cake(window={window})") for window in (8, 64)]
+        with pytest.raises(InputError, match="must look at the attention of as many queries each"):
+            run.use(*windows)
+        run.use(first, windows[0])
         run.use(first, first, first)
+        assert run.configs == [first] * 3 and run.evictor == H2O()
         with pytest.raises(ValueError, match="had 3 configurations, and the batch has 2 sequences"):
             steps(model, inputs, torch.ones_like(inputs))
         run.use(first)
         steps(model, inputs, torch.ones_like(inputs))
-        assert run.own_kv_bytes == [run.kv_bytes / 2] * 2
+        assert run.own_bytes == [(run.kv_bytes / 2, run.state_bytes / 2)] * 2

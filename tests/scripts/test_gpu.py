@@ -9,8 +9,8 @@ from conftest import ROOT
 SCRIPT = ROOT / "script/gpu.sh"
 
 
-def run(*flags):
-    return subprocess.run(["bash", SCRIPT, *flags], capture_output=True, text=True, check=False)
+def run(*flags, **more):
+    return subprocess.run(["bash", SCRIPT, *flags], capture_output=True, text=True, check=False, **more)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,7 @@ def run(*flags):
     [
         (["--fast"], "--fast is no option of this script"),
         (["--only", "steps,speed"], "--only takes tests,kernels,steps,prefill,llama,throughput, not speed"),
+        (["--only", "steps prefill"], "not steps prefill"),
         (["--out"], "--out needs a folder"),
         (["--python", "false"], "false lacks what requirements.txt names"),
     ],
@@ -27,14 +28,15 @@ def test_bad_options_are_a_sentence(flags, said):
     assert done.returncode != 0 and said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_help_teaches():
-    done = run("--help")
+def test_help_teaches(tmp_path):
+    done = run("--help", cwd=tmp_path)
     assert done.returncode == 0 and "--short" in done.stdout and "within 9 minutes" in done.stdout
 
 
 @pytest.mark.slow
 def test_its_commands_run(tmp_path):
-    done = run("--device", "cpu", "--short", "--out", str(tmp_path))
+    done = run("--device", "cpu", "--short", "--out", "out", cwd=tmp_path)
+    tmp_path /= "out"
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 5 and "not finished" not in done.stdout
     for part in ("steps", "prefill-96", "throughput"):

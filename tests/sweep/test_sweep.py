@@ -150,6 +150,24 @@ def test_predictions_of_a_prompt_in_one_batch_are_those_of_runs_alone(place, cap
         assert len(set(found[0].values())) > 6, "budgets make a difference"
 
 
+def test_what_cannot_go_into_one_batch_goes_alone(place):
+    """Allocations that look at the attention of other queries; loss curves of a prompt, which take time."""
+    grid = ["grid.yaml", "batch_size=1", "datasets=qasper", "fidelity=true", "algorithm=[h2o]", "KV_class3=[]"]
+    grid += ["allocation=[cake, 'cake(window=8)', measured]"]
+    found = []
+    for flags, expected in (((), [1, 1, 2, 2]), (("--together", "1"), [1] * 4)):
+        sweep.sweep([*grid, *flags])
+        found.append(published())
+        starts = [json.loads(path.read_text())["datasets"]["qasper"]["starts"] for path in Path().rglob("run.json")]
+        assert sorted(start[0]["together"] for start in starts) == expected
+        shutil.rmtree("pred_Long")
+    assert len(set(found[0].values())) == 4, "budgets make a difference"
+    for one, other in zip(found[0].values(), found[1].values(), strict=True):
+        assert [row["kl"] for row in map(json.loads, one.splitlines())] == pytest.approx(
+            [row["kl"] for row in map(json.loads, other.splitlines())], rel=1e-4
+        )
+
+
 def test_runs_of_other_seeds_sample_and_make_their_own(place):
     sweep.sweep(["grid.yaml", "datasets=qasper", "fidelity=false", "temperature=1", "seed=[1, 2]", "algorithm=[h2o]"])
     together = published()
