@@ -18,7 +18,10 @@ from squeeze.engine.squeezed_model import SqueezedModel
 from squeeze.models.rope import LengthwiseRope
 
 #: Arguments of a decoder's forward pass that prefills may differ in, or must agree in, to be shared.
-SHARED = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache", "return_dict")
+SHARED = (
+    *("input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache", "return_dict"),
+    "logits_to_keep",  # which Gemma 4 hands on, and only its head looks at
+)
 
 #: What models that read more than text take beside tokens.
 MEDIA = ("pixel_values", "pixel_values_videos", "image_features", "input_features", "input_values")

@@ -21,7 +21,7 @@ def steps(model, inputs, mask, **settings):
     return torch.stack(output.logits)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon_h1", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon_h1", "gemma4_text"])
 @pytest.mark.parametrize("algorithm", ["streaming", "h2o", "snapkv(window=8)", "tova"])
 @pytest.mark.parametrize("one_prompt", [True, False])
 def test_each_sequence_is_what_its_configuration_gives_alone(architecture, algorithm, one_prompt):
@@ -40,6 +40,7 @@ def test_each_sequence_is_what_its_configuration_gives_alone(architecture, algor
             )
         run.use(*configs)
         together = steps(model, *left_pad(prompts))
+        assert (run.shared_seconds > 0) == one_prompt, "it is read once"
         assert together.shape[1] == 3 and len({str(budgets) for budgets, *_ in told}) == 3
         torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=2e-4, rtol=1e-3)
         for row, (budgets, own, whole, classes) in enumerate(told):
