@@ -61,6 +61,6 @@ def nothing(queries, *_):
     return torch.zeros_like(queries)
 
 
-def whole(run, length, max_new_tokens, similarities, **measured):
+def whole(run, config, length, max_new_tokens, similarities, **measured):
     """An allocation that gives every layer room for all tokens."""
     return Budgets([length + max_new_tokens] * 4)
