@@ -286,11 +286,10 @@ class SqueezedModel:
             cache.end_prefill()
         if prefill.shared:
             self.kept_prefill = prefill.kept
+        classes = [budgets.classes for budgets in allocated]
         self.last = PrefillResult(
             similarities,
-            None
-            if any(budgets.classes is None for budgets in allocated)
-            else np.array([budgets.classes for budgets in allocated]),
+            None if any(own is None for own in classes) else np.array(classes),
             by_sequence(cache.budgets, self.per_head),
             cache.kv_bytes,
             cache.state_bytes,

@@ -40,6 +40,7 @@ def batches(lengths: Sequence[int], batch_size: int, kinds: Sequence[Any] = ()) 
     return [group[start : start + batch_size] for group in alike for start in range(0, len(group), batch_size)]
 
 
+#: All runs of a group.
 EVERY = slice(None)
 
 
