@@ -75,7 +75,7 @@ def cut_layer(heads, kv_heads, head_dim, batch, slots, dtype, device, ragged):
         if ragged:
             budgets -= np.random.default_rng(0).integers(0, slots // 2, budgets.shape)
         cache.compress([budgets])
-        with cache.step(batch, 1):
+        with cache.step(batch):
             given = layer.update(*(torch.randn(batch, kv_heads, 1, head_dim, **options) for _ in range(2)))
     return layer, *given
 

@@ -4,7 +4,7 @@
 #     bash script/gpu.sh --only steps,prefill       # some of the parts
 #     bash script/gpu.sh --device cpu --short       # the same commands on tiny shapes, to see that they run
 # Parts: tests (pytest -m cuda), kernels (script/decode_kernels.py), steps (decode steps of the small model's shape at
-# batch 1, 128, 32 and 8, squeezed, compiled and peers), prefill (H2O's beside the fused one, 4k to 32k tokens),
+# batch 1, 128, 32 and 8, squeezed, compiled, graphed and peers), prefill (H2O's beside the fused one, 4k to 32k tokens),
 # llama (a step of Llama-3.1-8B's shape, 32 x 8,192 tokens), throughput (Mistral-7B's shape at full memory). Weights are
 # made up: no model is needed. A part that takes longer than it may is ended, and said; what squeeze.bench had measured
 # is kept.
@@ -65,13 +65,13 @@ else
     part tests 50 "$python" -m pytest -q -m cuda
     part kernels 25 "$python" script/decode_kernels.py --device "$device"
     bench steps 150 --random_weights $small --batch_size 1 128 32 8 --prompt_length 2048 --new_tokens 33 --rounds 1 \
-        --caches squeezed compiled --peers
+        --caches squeezed compiled graphed --peers
     for tokens in 4096 16384 32768; do
         bench prefill-$tokens 30 --random_weights $small --batch_size 1 --prompt_length $tokens --new_tokens 3 --rounds 1 \
             --algorithm h2o streaming --caches full
     done
     bench llama 85 --random_weights config/shapes/llama-3.1-8b.json --batch_size 32 --prompt_length 8192 --rounds 1 \
-        --new_tokens 33 --caches squeezed --peers
+        --new_tokens 33 --caches squeezed graphed --peers
     bench throughput 100 --throughput --preset mistral-7b --batch_size 64 224 --new_tokens 129 --rounds 1 \
         --caches squeezed
 fi

@@ -44,6 +44,15 @@ def file_name(text: str) -> str:
     return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+def message_of(error: BaseException) -> str:
+    """A library's error message in one line, after the error's kind where it is only a name or a number."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines[:2] = [" ".join(lines[:2])]
+    kind = "" if lines and " " in lines[0] else f"{type(error).__name__} "
+    return (kind + (lines[0] if lines else "")).strip()
+
+
 def say(text: object, file: TextIO | None = None) -> None:
     """Print one line."""
     print(printable(text), file=file)

@@ -44,6 +44,7 @@ def specs(args: argparse.Namespace, folder: Path, tokens: list[int], identity: d
                     "uniform": {"": uniform},
                     "squeezed": squeezed,
                     "compiled": {per: fields | {"compile": True} for per, fields in squeezed.items()},
+                    "graphed": {per: fields | {"cuda_graph": True} for per, fields in squeezed.items()},
                 }
                 for cache in args.caches:
                     for per, config in configs[cache].items():

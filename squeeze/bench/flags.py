@@ -30,7 +30,7 @@ EXAMPLES = """examples
 
 #: Decode steps of a turn.
 TURN_STEPS = 4
-CACHES = ("full", "uniform", "squeezed", "compiled")
+CACHES = ("full", "uniform", "squeezed", "compiled", "graphed")
 #: The model where none is asked for.
 EMBEDDED = "SmolLM2-135M"
 
@@ -56,7 +56,8 @@ def parser() -> Parser:
         nargs="+",
         default=CACHES[:3],
         choices=CACHES,
-        help="which caches; compiled is squeezed with its decode step compiled (default: full uniform squeezed)",
+        help="which caches; compiled is squeezed with its decode step compiled, graphed with it as one CUDA "
+        "graph (default: full uniform squeezed)",
     )
     made.add_argument(
         "--algorithm", nargs="+", default=["streaming"], choices=EVICTORS.names, help="default: streaming"

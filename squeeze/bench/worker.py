@@ -263,7 +263,7 @@ def main() -> None:
         with redirect_stdout(sys.stderr):  # what peers print is no answer
             result = measure(spec, turn)
     except Exception as error:  # whatever a peer raises is the result, and the benchmark goes on
-        result = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+        result = {"error": f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]}
     print(json.dumps({"result": result}), file=answers, flush=True)
 
 

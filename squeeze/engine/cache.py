@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from squeeze.engine import states
 from squeeze.engine.findings import Findings
 from squeeze.engine.layer import Seen, SqueezeLayer, Step
-from squeeze.engine.schedule import Rows, Schedule
+from squeeze.engine.schedule import Held, Rows, Schedule
 from squeeze.evictors import Evictor
 
 
@@ -41,6 +41,7 @@ class SqueezeCache(Cache):
         whole: whether the prompt is only to be read, and never cut (`SqueezedModel.prefill`).
         whole_buffers: whether decode steps attend to empty slots, too, and mask them: then shapes stay what they are,
             and a compiled step is compiled once.
+        graph: its steps as one CUDA graph, a `squeeze.engine.graph.GraphedStep`; None: kernel by kernel.
         prompt_lengths: tokens of each sequence's prompt, padding excluded.
         columns: tokens of the longest prompt, to which the others are padded on the left.
         budgets: of each layer, tokens `(batch, kv_heads)`; none until every layer is cut.
@@ -59,6 +60,7 @@ class SqueezeCache(Cache):
         self._make_layers(evictor)
         self.owner: tuple[Any, Evictor] = None, evictor
         self.whole = self.whole_buffers = False
+        self.graph: Any = None
         self.max_new_tokens = max_new_tokens
         self.prompt_lengths: list[int] = []
         self.columns = 0
@@ -118,19 +120,31 @@ class SqueezeCache(Cache):
         self.schedules, self.compressed, self.seen = [], False, 0
 
     @contextmanager
-    def step(self, batch: int, tokens: int) -> Iterator[None]:
-        """A decode step, whose pass over the layers runs inside the block.
-
-        Until its end the lengths are those before it, which positions are derived from.
+    def step(self, batch: int) -> Iterator[None]:
+        """A decode step of one token for each sequence, whose pass over the layers runs inside the block.
 
         Raises:
-            ValueError: an earlier step failed, it is not one token for each sequence, or the cache was made for fewer.
+            ValueError: an earlier step failed, or the cache was made for fewer sequences or tokens.
         """
-        if tokens != 1:
-            raise ValueError(f"after prefill a squeezed cache takes one token at a time, got {tokens}")
+        held = self.held(batch)
+        with self.counted():
+            self.begin_step(held)
+            yield
+
+    def held(self, batch: int) -> Held:
+        """What the next step finds, worked out on the host, for which no step waits. Raises as `step` does."""
         self._check_step(batch)
-        for layer, step, seen in self._next_step():
+        return self.rows.held(self._seen(), self.whole_buffers, self.graph is not None)
+
+    def begin_step(self, held: Held) -> None:
+        """Tell the layers what they do in the step that begins."""
+        for layer, step, seen in self._next_step(held):
             layer.begin(step, seen)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """A block in which a step is done: until its end the lengths are those before it, which positions are
+        derived from."""
         self.broken = True  # until the last layer has run
         yield
         self.steps += 1
@@ -156,7 +170,7 @@ class SqueezeCache(Cache):
         for layer in self.squeezed:
             layer.following = []
         for _ in range(tokens):
-            for layer, step, seen in self._next_step():
+            for layer, step, seen in self._next_step(self.rows.held(self._seen(), self.whole_buffers)):
                 layer.following.append((step, seen))
             self.steps += 1
         self.steps, self.broken = before, True
@@ -188,16 +202,19 @@ class SqueezeCache(Cache):
         states.restore(other.layers, kept)
         other.squeezed = [made[layer] for layer in self.squeezed]
         other.by_module = {module: made[layer] for module, layer in self.by_module.items()}
+        other.graph = None if self.graph is None else self.graph.of(other)
         other.schedules = [schedule.of([made[layer] for layer in schedule.layers]) for schedule in self.schedules]
         return other
 
-    def _next_step(self) -> Iterator[tuple[SqueezeLayer, Step, list[Seen]]]:
-        """What each layer does in the next step. Lengths are worked out on the host, too: no step waits for them."""
-        seen = np.array(self.prompt_lengths) + self.steps + 1
-        evicting, groups = self.rows.held(seen, self.whole_buffers)
-        attended = dict(zip(self.squeezed, groups, strict=True))
+    def _seen(self) -> np.ndarray:
+        """Tokens that each sequence has seen, the next step's included."""
+        return np.array(self.prompt_lengths) + self.steps + 1
+
+    def _next_step(self, held: Held) -> Iterator[tuple[SqueezeLayer, Step, list[Seen]]]:
+        """What each layer does in the next step."""
+        attended = dict(zip(self.squeezed, held.seen, strict=True))
         for schedule in self.schedules:
-            for layer, step in zip(schedule.layers, schedule.advance(evicting), strict=True):
+            for layer, step in zip(schedule.layers, schedule.advance(held.evicting), strict=True):
                 yield layer, step, attended[layer]
 
     @property

@@ -11,6 +11,7 @@ from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.findings import AttentionLayer, Findings
 from squeeze.engine.layer import SqueezeLayer
 from squeeze.errors import InputError
+from squeeze.text import message_of
 
 #: Variants of one function: sequences of one length or several, one or more of them, full buffers or not, gradients
 #: off in one way or another.
@@ -27,10 +28,8 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     try:
         torch.compile(torch.sin, dynamic=True)(torch.ones(3, device=device))
     except Exception as error:  # whatever the compiler's absence raises
-        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
         need = "Triton" if device.type == "cuda" else "a C++ compiler such as g++, and Python's headers"
-        reason = lines[0] if lines else type(error).__name__
-        raise InputError(f"--compile needs {need} ({reason}): install it, or leave --compile out") from None
+        raise InputError(f"--compile needs {need} ({message_of(error)}): install it, or leave --compile out") from None
     more: dict[str, Any] = {"recompile_limit": VARIANTS}  # which PyTorch's own type hints forgot
     return torch.compile(function, dynamic=True, **more)
 

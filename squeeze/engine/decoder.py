@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,10 +61,7 @@ def decoder_forward(run: SqueezedModel, original, names: Sequence[str], *args, *
 
         batch, tokens = inputs.shape[:2]
         if cache.compressed:
-            if tokens > 1:
-                return _continue(run, squeezed, cache, given)
-            with cache.step(batch, tokens):
-                return squeezed(**given)
+            return _continue(run, squeezed, cache, given) if tokens > 1 else _step(run, squeezed, cache, given)
         cache.begin(batch, tokens, given.get("attention_mask"))
         return _prefill(run, squeezed, cache, given)
 
@@ -121,6 +119,19 @@ def _prefill(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, 
         return output
 
 
+def _step(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, Any]) -> ModelOutput | tuple:
+    """The decoder's output over one more token of each sequence."""
+    inputs = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    if cache.graph is None:
+        with cache.step(len(inputs)):
+            return forward(**given)
+    return_dict = given.pop("return_dict", run.model.config.return_dict)
+    if given.get("position_ids") is None:
+        given["position_ids"] = inputs.new_full((len(inputs), 1), cache.get_seq_length(), dtype=torch.long)
+    output = cache.graph(partial(forward, return_dict=True), given | {"attention_mask": None})
+    return output.to_tuple() if return_dict is False else output
+
+
 def _continue(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, Any]) -> ModelOutput | tuple:
     """The decoder's output over several tokens that follow on a cut prompt, as if they were generated one by one.
 
@@ -153,8 +164,7 @@ def _continue(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str,
     for start in range(tokens):
         given |= {name: _columns(name, value, start, start + 1) for name, value in whole.items()}
         given |= {} if mask is None else {"attention_mask": mask[:, : seen + start + 1]}
-        with cache.step(batch, 1):
-            parts.append(forward(**given, return_dict=True))
+        parts.append(_step(run, forward, cache, given | {"return_dict": True}))
     return _joined(parts, return_dict)
 
 

@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 
+from squeeze.text import message_of
+
 #: Dtypes that flash-attn's kernels take, and PyTorch's.
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -52,8 +54,7 @@ def sums_columns(device: torch.device, dtype: torch.dtype) -> bool:
         try:
             _try_sums(device, dtype)
         except Exception as error:  # whatever a missing compiler raises, which shows in no other way
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            reason = f"Triton cannot compile the kernel that sums attention up ({line})"
+            reason = f"Triton cannot compile the kernel that sums attention up ({message_of(error)})"
     if reason is not None:
         warnings.warn(f"{reason}: blocks of queries take its place in the prefill", stacklevel=2)
     return reason is None

@@ -391,9 +391,9 @@ class SqueezeLayer(CacheLayerMixin):
 
     def _padded_slots(self) -> torch.Tensor:
         """Slots in the buffer, `(batch, kv_heads, longest)`, of `padded`."""
-        device, longest = self.keys.device, self.padded_length
-        starts, budgets = (torch.from_numpy(part).to(device) for part in (self.layout.starts, self.layout.budgets))
-        return starts[..., None] + torch.minimum(torch.arange(longest, device=device), budgets[..., None] - 1)
+        shape = self.layout.batch, self.layout.heads, 1
+        starts, budgets = (self.restored(rows).view(shape) for rows in (self.bounds[:-1], self.budget))
+        return starts + torch.minimum(torch.arange(self.padded_length, device=starts.device), budgets - 1)
 
     def empty(self, slots: int) -> torch.Tensor:
         """Mask of `padded`'s slots that hold no token, `(batch, kv_heads, slots)`."""

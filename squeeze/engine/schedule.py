@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,23 @@ import torch
 from squeeze.engine.asked import slots_of
 from squeeze.engine.layer import Seen, SqueezeLayer, Step
 from squeeze.engine.layout import Layout
+
+#: What changes of a `Schedule` from step to step.
+STATE = ("position", "evicted", "sinks")
+
+
+class Held(NamedTuple):
+    """How far the rows of all layers are filled in a step.
+
+    Args:
+        evicting: whether some row holds less than its sequence has seen.
+        filling: whether some row has room for more.
+        seen: what each layer attends to.
+    """
+
+    evicting: bool
+    filling: bool
+    seen: list[list[Seen]]
 
 
 class Rows:
@@ -35,17 +52,19 @@ class Rows:
         counts = np.array([group.rows for group in groups])
         self.bounds = counts.cumsum() - counts
 
-    def held(self, seen: np.ndarray, whole: bool) -> tuple[bool, list[list[Seen]]]:
-        """Whether some row holds less than its sequence has seen, and what each layer attends to.
+    def held(self, seen: np.ndarray, whole: bool, alike: bool = False) -> Held:
+        """How far the rows are filled.
 
         Args:
             seen: tokens of each sequence.
             whole: whether empty slots are attended to.
+            alike: whether all rows count as ragged as long as one has room, so that steps are of few kinds.
         """
         seen = seen[self.sequences]
         kept = np.minimum(seen, self.budgets)
         longest = self.slots if whole else np.maximum.reduceat(kept, self.bounds)
-        ragged = np.minimum.reduceat(kept, self.bounds) < longest
+        filling = bool((kept < self.budgets).any())
+        ragged = (np.minimum.reduceat(kept, self.bounds) < longest) | (alike and filling)
         all_slots = longest == self.slots
         told = zip(longest.tolist(), all_slots.tolist(), ragged.tolist(), strict=True)
         groups = [
@@ -55,7 +74,7 @@ class Rows:
             ]
             for layout in self.layouts
         ]
-        return bool((kept < seen).any()), groups
+        return Held(bool((kept < seen).any()), filling, groups)
 
 
 class Schedule:
@@ -92,10 +111,27 @@ class Schedule:
         self.sinks = self._sinks()
 
     def of(self, layers: Sequence[SqueezeLayer]) -> Schedule:
-        """The same for copies of the layers; tensors are never changed in place, so both can share them."""
+        """The same for copies of the layers."""
         other = copy.copy(self)
         other.layers = layers
+        other.own()
         return other
+
+    def own(self) -> list[torch.Tensor]:
+        """Go on with copies of what changes from step to step, and return them."""
+        state = [getattr(self, name).clone() for name in STATE]
+        self.restore(state)
+        return state
+
+    def restore(self, state: Sequence[torch.Tensor]) -> None:
+        """Go on with these tensors."""
+        for name, tensor in zip(STATE, state, strict=True):
+            setattr(self, name, tensor)
+
+    def settle(self, state: Sequence[torch.Tensor]) -> None:
+        """Write what a step has made of a state into these tensors, where a recorded step looks for it."""
+        for name, tensor in zip(STATE, state, strict=True):
+            tensor.copy_(getattr(self, name))
 
     def advance(self, evicting: bool) -> list[Step]:
         """What each layer does in the step that begins; `evicting` if a row will hold less than was seen."""

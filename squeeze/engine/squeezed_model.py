@@ -25,12 +25,13 @@ from squeeze.devices import input_device, section
 from squeeze.engine import loss_curves, states
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.findings import AttentionLayer, squeezable
+from squeeze.engine.graph import GraphedStep, Recorder, check_device
 from squeeze.engine.interface import NAME
 from squeeze.engine.layout import by_layer, by_sequence
 from squeeze.engine.prefill import KeptPrefill, Prefill, PrefillResult
 from squeeze.engine.probe import probe
 from squeeze.errors import InputError
-from squeeze.models.rope import LengthwiseRope
+from squeeze.models.rope import LengthwiseRope, depends_on_length
 from squeeze.numbers import whole_number
 
 
@@ -44,6 +45,7 @@ class SqueezedModel:
         findings: what the probe found out about the model.
         decoder_arguments: names of what its decoder's forward pass takes, in order.
         ropes: the angles of a model whose RoPE depends on the length of a sequence; none of others.
+        recorder: of decode steps as CUDA graphs, where the configuration asks for them.
         lock: held by a forward pass; threads that use the model take turns by it.
         share_prefills: keep the last prefill, all of its keys and values, for other configurations on the same prompts
             (`use`); what they give is the same as without.
@@ -106,7 +108,7 @@ class SqueezedModel:
         """
         checked = [self._checked(config) for config in configs]
         first, evictor = checked[0][0], checked[0][0].evictor
-        for name in ("evictor", "per", "attn", "prefill_chunk"):
+        for name in ("evictor", "per", "attn", "cuda_graph", "prefill_chunk"):
             if any(getattr(config, name) != getattr(first, name) for config, _ in checked):
                 raise InputError(f"the configurations of one batch must agree in {name}, and these do not")
         if len({config.allocator.observed for config, _ in checked} - {0}) > 1:
@@ -116,6 +118,7 @@ class SqueezedModel:
                 self.self_check(evictor.observed is None)
             self.configs, self.config, self.evictor = [config for config, _ in checked], first, evictor
             self.per_head = any(per_head for _, per_head in checked)
+            self.recorder = Recorder()
 
     def _checked(self, config: SqueezeConfig) -> tuple[SqueezeConfig, bool]:
         """A configuration, its algorithm filled in, and whether it has budgets of KV heads; see `use`."""
@@ -141,11 +144,27 @@ class SqueezedModel:
         squeezable(self.findings, evictor, per_head=per_head, prefill_chunk=chunk, **needed)
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
+        if config.cuda_graph:
+            self._check_graph()
         if config.attn != "auto" and not all(layer.interface for layer in self.layers):
             raise InputError(
                 f"attn {config.attn} has no effect on a model that computes attention by itself: leave it out"
             )
         return config, per_head
+
+    def _check_graph(self) -> None:
+        """Raises InputError where decode steps cannot be recorded."""
+        model, findings = self.model, self.findings
+        check_device(model.device)
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            raise InputError("cuda_graph needs the model on one GPU, and this one was spread by a device_map")
+        other = findings.others or any(layer.hybrid or not layer.interface for layer in findings.layers)
+        if other or depends_on_length(model.config) or "position_ids" not in self.decoder_arguments:
+            raise InputError(
+                "cuda_graph needs a model that caches nothing but attention, which goes through transformers' "
+                "AttentionInterface, takes its tokens' positions and has RoPE whose angles do not depend on the "
+                "length: leave cuda_graph out"
+            )
 
     def forget_prefill(self) -> None:
         """Let go of the prefill that is kept for other configurations."""
@@ -159,7 +178,9 @@ class SqueezedModel:
         """
         whole_number("max_new_tokens", max_new_tokens, 0)
         made = SqueezeCache(self.evictor, self.findings, max_new_tokens)
-        made.owner, made.whole_buffers = (self.model, self.evictor), self.compiled
+        made.owner = self.model, self.evictor
+        made.whole_buffers = self.compiled or self.config.cuda_graph
+        made.graph = GraphedStep(made, self.recorder) if self.config.cuda_graph else None
         return made
 
     def prefill(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> KeptPrefill:

@@ -25,6 +25,7 @@ from squeeze.models.model_config import ModelConfig, read_config
 from squeeze.models.model_files import inspect
 from squeeze.models.packing import pack
 from squeeze.models.rope import find_lengthwise, forward_name
+from squeeze.text import message_of
 
 
 def load_tokenizer(folder: Path, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
@@ -37,7 +38,7 @@ def load_tokenizer(folder: Path, config: PretrainedConfig | None = None) -> PreT
         tokenizer("a")  # some of its settings are looked at only when it is used
         return tokenizer
     except Exception as error:
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {message_of(error)}") from error
 
 
 def load(
@@ -85,10 +86,12 @@ def load(
         raise InputError(f"the model in {folder} does not fit on {device} in {dtype}") from None
     except Exception as error:
         if facts.quantization is not None:
-            raise InputError(f"{_quantized(folder, facts)}, which cannot be loaded here: {_reason(error)}") from error
+            raise InputError(
+                f"{_quantized(folder, facts)}, which cannot be loaded here: {message_of(error)}"
+            ) from error
         if isinstance(error, ImportError) and attn == "flash_attention_2":
-            raise InputError(f"--attn {attn} is not installed here: {_reason(error)}") from error
-        raise InputError(f"the model in {folder} cannot be loaded: {_reason(error)}") from error
+            raise InputError(f"--attn {attn} is not installed here: {message_of(error)}") from error
+        raise InputError(f"the model in {folder} cannot be loaded: {message_of(error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(f"the weights in {folder} lack {len(missing)} tensors of the model, among them {missing[0]}")
@@ -96,7 +99,7 @@ def load(
         if device_map is None:
             pack(model)
     except Exception as error:  # whatever an architecture's forward pass raises
-        raise InputError(f"the model in {folder} cannot be run: {_reason(error)}") from error
+        raise InputError(f"the model in {folder} cannot be run: {message_of(error)}") from error
     for name, buffer in model.named_buffers():
         if "inv_freq" in name and not buffer.isfinite().all():
             raise InputError(f"{folder / 'config.json'}: RoPE has no finite frequencies ({name}): see rope_parameters")
@@ -114,12 +117,3 @@ def _offload_folder() -> str:
     folder = tempfile.mkdtemp(prefix="squeeze-offload-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def _reason(error: Exception) -> str:
-    """A library's error message in one line, after the error's kind where it is only a name or a number."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    while len(lines) > 1 and lines[0].endswith(":"):
-        lines[:2] = [" ".join(lines[:2])]
-    kind = "" if lines and " " in lines[0] else f"{type(error).__name__} "
-    return (kind + (lines[0] if lines else "")).strip()

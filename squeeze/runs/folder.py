@@ -72,6 +72,8 @@ def cache_settings(config: SqueezeConfig | None) -> dict[str, Any]:
         settings["calibration"] = config.calibration.sha256
     if config.compile:  # rounds in another way, so that a near tie can fall to another token
         settings["compile"] = True
+    if config.cuda_graph:  # attends to empty slots as well
+        settings["cuda_graph"] = True
     if config.prefill_chunk is not None:
         settings["prefill_chunk"] = config.prefill_chunk
     settings |= ALLOCATIONS.record(allocation, config.allocator)

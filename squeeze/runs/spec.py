@@ -166,6 +166,11 @@ class RunSpec:
         "a C++ compiler on the CPU, Triton on a GPU, and a squeezed cache",
         squeezed=True,
     )
+    cuda_graph: bool = switch(
+        "record the decode step of each batch as one CUDA graph and replay it: steps of small models and batches no "
+        "longer wait for their kernels to be launched; needs a squeezed cache and an NVIDIA GPU",
+        squeezed=True,
+    )
     prefill_chunk: int | None = flag(
         None,
         "prefill so many tokens at a time and evict after each, for sliding_window and streaming with KV_class3 "
@@ -233,8 +238,9 @@ class RunSpec:
         if self.device_map is not None:
             if self.device is not None:
                 raise InputError("--device_map chooses the devices: leave --device out")
-            if self.compile:
-                raise InputError("--compile needs the model on one device: leave --device_map out")
+            for name in ("compile", "cuda_graph"):
+                if getattr(self, name):
+                    raise InputError(f"--{name} needs the model on one device: leave --device_map out")
         for name, known in FLAGS.items():
             value = getattr(self, name)
             if known.choices and value is not None and value not in known.choices:
@@ -282,6 +288,7 @@ class RunSpec:
             start_size=self.start_size,
             attn=self.attn,
             compile=self.compile,
+            cuda_graph=self.cuda_graph,
             prefill_chunk=self.prefill_chunk,
         )
 

@@ -147,9 +147,11 @@ def test_budgets_of_heads_beside_those_of_layers(tmp_path, monkeypatch):
     assert budgets.shape == (2, 5, 2) and (budgets.sum(axis=(1, 2)) == 10 * 60 // 5).all()
     assert (np.ptp(budgets, axis=2) > 0).any(), "heads differ"
     flags[5] = "squeeze-log"
-    args = parser().parse_args([*flags, "--caches", "full", "uniform", "compiled", "--per", "layer", "adakv"])
+    args = parser().parse_args([*flags, "--caches", "full", "graphed", "compiled", "--per", "layer", "adakv"])
     made = {spec["cache"]: spec["config"] for spec in configurations.specs(args, tmp_path / "tiny", tokens, identity)}
-    assert list(made) == ["h2o full", "h2o uniform", "h2o compiled", "h2o compiled per adakv"]
+    graphed = ["h2o graphed", "h2o graphed per adakv"]
+    assert list(made) == ["h2o full", *graphed, "h2o compiled", "h2o compiled per adakv"]
+    assert [name for name, config in made.items() if SqueezeConfig(**config).cuda_graph] == graphed
     assert all(SqueezeConfig(**config).compile == ("compiled" in name) for name, config in made.items())
 
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -110,12 +111,28 @@ def test_fused_kernels_decode_as_grouped_products_do(gpu, monkeypatch, algorithm
     assert (found.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("way", [{"compile": True}, {"cuda_graph": True}, {"compile": True, "cuda_graph": True}])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_compiled_steps_give_the_plain_steps_tokens(gpu, algorithm):
+def test_compiled_and_recorded_steps_give_the_plain_steps_tokens(gpu, algorithm, way):
+    """Budgets by layer and by head; several prompts one after the other, of which the recordings of one must not be
+    taken for another's."""
     model = random_model("llama").to(gpu)
-    expected, _ = generate(model, SqueezeConfig(algorithm, budgets=BUDGETS))
-    found, _ = generate(model, SqueezeConfig(algorithm, budgets=BUDGETS, compile=True))
-    assert found.equal(expected)
+    for budgets in (BUDGETS, [[own, 2 * own // 3 + 3] for own in BUDGETS]):
+        for rows in (slice(0, 3), slice(1, 2), slice(0, 3)):
+            expected, _ = generate(model, SqueezeConfig(algorithm, budgets=budgets), IDS[rows], MASK[rows])
+            found, run = generate(model, SqueezeConfig(algorithm, budgets=budgets, **way), IDS[rows], MASK[rows])
+            assert found.equal(expected)
+            assert not run.recorder.failed and (run.recorder.recorded > 0) == ("cuda_graph" in way)
+
+
+def test_recorded_steps_in_half_precision(gpu):
+    """By PyTorch's kernel for rows of any lengths, and by the fused one."""
+    model = random_model("llama", num_attention_heads=4, hidden_size=64).to(gpu, torch.bfloat16)
+    for budgets in (BUDGETS, [[own, 2 * own // 3 + 3] for own in BUDGETS]):
+        config = SqueezeConfig("streaming", budgets=budgets)
+        expected, _ = generate(model, config)
+        found, run = generate(model, replace(config, cuda_graph=True))
+        assert (found == expected).float().mean() > 0.8 and not run.recorder.failed
 
 
 def peak(model, config, ids, share=False):

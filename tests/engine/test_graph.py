@@ -1,0 +1,254 @@
+"""Recorded decode steps give the plain steps' tokens, whatever the method, the batch and the architecture.
+
+A CUDA graph does the same operations on the same memory with the same numbers, again and again, and none of what the
+host did in between. `Tape` does that on a CPU: so a number that should have been a tensor, or a tensor that is made
+anew where it should have been written into, shows here.
+"""
+
+import warnings
+from dataclasses import replace
+from typing import ClassVar
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import random_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from squeeze import InputError, SqueezeConfig, squeezed
+from squeeze.engine import graph
+from squeeze.evictors import EVICTORS
+from squeeze.models_table.zoo import ZOO, build
+
+IDS = torch.randint(3, 199, (3, 40), generator=torch.Generator().manual_seed(0))
+MASK = (torch.arange(40) >= torch.tensor([[0], [11], [25]])).long()
+
+#: Reading a number, as CUDA forbids while a graph is recorded.
+QUESTIONS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+
+
+#: What makes tensors of the host's numbers, which is a copy to the device that cannot be recorded either.
+FORBIDDEN = dict.fromkeys(("tensor", "from_numpy"), lambda *args, **kwargs: forbidden("a copy"))
+
+
+class Tape(TorchDispatchMode):
+    """Operations, and the tensors that they took and gave. What they changed while recorded is taken back."""
+
+    tapes: ClassVar[list] = []
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before, self.replays = [], [], 0
+        Tape.tapes.append(self)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if operation.name().split(".")[0] in QUESTIONS:
+            forbidden(operation.name())
+        given = [*zip(operation._schema.arguments, args, strict=False)]
+        given += [
+            (argument, kwargs[argument.name]) for argument in operation._schema.arguments if argument.name in kwargs
+        ]
+        for argument, value in given:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before += [(tensor, tensor.clone()) for tensor in tensors(value)]
+        result = operation(*args, **kwargs)
+        self.calls.append((operation, args, kwargs, result))
+        return result
+
+    def record(self, step):
+        try:
+            with self, patch.multiple(torch, **FORBIDDEN), patch.object(torch.Tensor, "tolist", FORBIDDEN["tensor"]):
+                return step()
+        finally:
+            for tensor, value in reversed(self.before):
+                tensor.copy_(value)
+
+    def replay(self):
+        self.replays += 1
+        for operation, args, kwargs, result in self.calls:
+            given = {storage(tensor) for tensor in tensors((args, kwargs))}
+            for old, new in zip(tensors(result), tensors(operation(*args, **kwargs)), strict=True):
+                if storage(old) not in given:  # a view, or what was changed in place, is there already
+                    old.copy_(new)
+
+
+def forbidden(what):
+    raise RuntimeError(f"operation not permitted when stream is capturing ({what})\nmore")
+
+
+def tensors(nested):
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, torch.Tensor)]
+
+
+def storage(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    monkeypatch.setitem(graph.RECORDINGS, "cpu", Tape)
+    monkeypatch.setattr(Tape, "tapes", [])
+    return Tape.tapes
+
+
+def settings(new):
+    return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+
+
+def answers(model, *configs, rows=slice(0, 3), new=30):
+    """Tokens of a batch, the cache, and how many recordings were made."""
+    with squeezed(model, configs[0]) as run, torch.no_grad():
+        run.use(*configs)
+        cache = run.cache(max_new_tokens=new)
+        tokens = model.generate(IDS[rows], attention_mask=MASK[rows], past_key_values=cache, **settings(new))
+        return tokens, cache, run.recorder
+
+
+def replays():
+    return sum(tape.replays for tape in Tape.tapes)
+
+
+@pytest.mark.parametrize("budgets", [[7, 19, 40, 50, 60], [[7, 9], [19, 7], [40, 41], [50, 20], [60, 9]]])
+@pytest.mark.parametrize("name", EVICTORS.names)
+def test_recorded_steps_give_the_plain_steps_tokens_and_buffers(tapes, name, budgets):
+    """A batch whose rows fill first and evict later, then one prompt."""
+    if name == "tova" and isinstance(budgets[0], list):
+        pytest.skip("its heads agree")
+    model, config = (
+        random_model("llama"),
+        SqueezeConfig({"snapkv": "snapkv(window=4)"}.get(name, name), budgets=budgets),
+    )
+    for rows in (slice(0, 3), slice(1, 2)):
+        expected, plain, _ = answers(model, config, rows=rows)
+        tapes.clear()
+        found, graphed, recorder = answers(model, replace(config, cuda_graph=True), rows=rows)
+        assert found.equal(expected)
+        for one, other in zip(plain.layers, graphed.layers, strict=True):
+            torch.testing.assert_close(other.keys, one.keys, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(other.scores, one.scores, atol=1e-4, rtol=1e-4)
+            assert other.slot_positions.equal(one.slot_positions)
+        assert 1 <= recorder.recorded == len(tapes) <= 3, "however many layers fill one after the other"
+        assert replays() >= 29 - 3, "of every kind one step is not"
+
+
+#: What they bring: windows and softcaps, layers that share a cache, sink logits, chunks, latent attention, one that
+#: gives other widths, several kinds of positions, and experts that ask the host, with which nothing can be recorded.
+SOME = ("gemma2", "gemma3n_text", "gpt_oss", "llama4_text", "deepseek_v3", "gpt2", "dbrx", "jetmoe")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
+)
+def test_every_architecture_gives_the_same_tokens_or_a_sentence(tapes, name):
+    model, sizes = build(name), {"ini_size": "0.4", "allocation": "uniform"}
+    try:
+        expected, _, _ = answers(model, SqueezeConfig("sliding_window", **sizes), new=12)
+    except InputError:
+        return  # it cannot be squeezed, or not so
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            found, _, recorder = answers(model, SqueezeConfig("sliding_window", **sizes, cuda_graph=True), new=12)
+        except InputError as error:
+            assert "cuda_graph needs a model that caches nothing but attention" in str(error)
+            return
+    assert found.equal(expected)
+    told = [str(one.message) for one in said if "CUDA graph" in str(one.message)]
+    assert recorder.failed == bool(told) and len(told) < 2
+    assert replays() == (0 if recorder.failed else 10)
+    assert all("\n" not in text and "not permitted" in text for text in told)
+
+
+def test_some_of_them_are_recorded(tapes):
+    """And the test above does not only see refusals."""
+    for name, failed in {"gemma2": False, "deepseek_v3": False, "dbrx": True, "jetmoe": True}.items():
+        config = SqueezeConfig("sliding_window", "0.4", allocation="uniform", cuda_graph=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert answers(build(name), config, new=4)[2].failed == failed, name
+
+
+def test_what_has_failed_once_is_not_tried_again(tapes):
+    """The check of a model that is just squeezed finds it out."""
+    model, config = build("dbrx"), SqueezeConfig("h2o", "0.4", allocation="uniform", cuda_graph=True)
+    with (
+        pytest.warns(UserWarning, match="without a CUDA graph, which could not be recorded: .*not permitted"),
+        squeezed(model, config) as run,
+        torch.no_grad(),
+    ):
+        assert run.recorder.failed
+        model.generate(IDS, attention_mask=MASK, **settings(8))
+    assert len(tapes) == 1
+
+
+@pytest.mark.parametrize("algorithm", ["streaming(sinks=6)", "h2o"])
+def test_copies_and_several_tokens_go_on_by_themselves(tapes, algorithm):
+    """A cache is copied in the middle of recorded steps; both go on, one of them with several tokens at once. The
+    prompts are shorter than the sinks."""
+    model, said = random_model("llama"), []
+    answer = torch.randint(3, 199, (2, 40), generator=torch.Generator().manual_seed(1))
+    for graphed in (False, True):
+        config = SqueezeConfig(algorithm, budgets=[7, 12, 20, 31, 60], cuda_graph=graphed)
+        with squeezed(model, config) as run, torch.no_grad():
+            logits, cache = [], run.cache(60)
+            model(IDS[:2, :5], past_key_values=cache)
+
+            def feed(cache, *tokens, logits=logits):
+                logits += [model(part, past_key_values=cache).logits for part in tokens]
+
+            feed(cache, *answer[:, :12].split(1, dim=1))
+            other = cache.copy()
+            for start in (12, 18, 24):
+                tokens = answer[:, start : start + 6]
+                feed(cache, tokens, *tokens.split(1, dim=1))
+                feed(other, *tokens.split(1, dim=1))
+            said.append(torch.cat(logits, dim=1))
+    torch.testing.assert_close(said[1], said[0], atol=1e-4, rtol=0)
+    assert replays() > 30
+
+
+def test_several_configurations_are_recorded_as_one_batch(tapes):
+    model, budgets = random_model("llama"), ([9] * 5, [40] * 5, [7, 19, 40, 50, 60])
+    plain = [SqueezeConfig("h2o", budgets=own) for own in budgets]
+    graphed = [replace(config, cuda_graph=True) for config in plain]
+    expected, found = (answers(model, *configs)[0] for configs in (plain, graphed))
+    assert found.equal(expected) and replays() > 20
+    with squeezed(model, graphed[0]) as run, pytest.raises(InputError, match="must agree in cuda_graph"):
+        run.use(graphed[0], plain[1])
+
+
+def test_the_output_is_not_changed_by_later_steps(tapes):
+    """Nor is it another kind of output: hidden states, and tuples."""
+    model = random_model("llama")
+    with squeezed(model, SqueezeConfig("h2o", "0.4", "0.3", cuda_graph=True)) as run, torch.no_grad():
+        cache, kept = run.cache(9), []
+        model(IDS[:1], past_key_values=cache)
+        for step in range(8):
+            output = model.model(IDS[:1, step : step + 1], past_key_values=cache, output_hidden_states=True)
+            kept.append((output, output.last_hidden_state.clone(), output.hidden_states[2].clone()))
+        assert all(
+            one.last_hidden_state.equal(last) and one.hidden_states[2].equal(third) for one, last, third in kept
+        )
+        assert len({one.last_hidden_state.sum().item() for one, _, _ in kept}) == 8
+        assert isinstance(model.model(IDS[:1, :1], past_key_values=cache, return_dict=False), tuple)
+
+
+def test_where_nothing_can_be_recorded_there_is_a_sentence(tapes, monkeypatch):
+    config, dynamic = SqueezeConfig("h2o", "0.4", "0.3", cuda_graph=True), {"rope_type": "dynamic", "factor": 2.0}
+    spread = random_model("llama")
+    spread.hf_device_map = {"model.embed_tokens": "cpu", "lm_head": "disk"}
+    for model, sentence in (
+        (spread, "cuda_graph needs the model on one GPU"),
+        (build("jamba"), "cuda_graph needs a model that caches nothing but attention"),
+        (random_model("llama", rope_parameters=dynamic | {"rope_theta": 1e4}), "angles do not depend on the length"),
+    ):
+        with pytest.raises(InputError, match=sentence), squeezed(model, config):
+            pass
+    monkeypatch.delitem(graph.RECORDINGS, "cpu")
+    with (
+        pytest.raises(InputError, match="on an NVIDIA GPU, and it is on cpu: leave"),
+        squeezed(build("llama"), config),
+    ):
+        pass
