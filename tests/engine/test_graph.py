@@ -186,14 +186,18 @@ def test_what_has_failed_once_is_not_tried_again(tapes):
 @pytest.mark.parametrize("algorithm", ["streaming(sinks=6)", "h2o"])
 def test_copies_and_several_tokens_go_on_by_themselves(tapes, algorithm):
     """A cache is copied in the middle of recorded steps; both go on, one of them with several tokens at once. The
-    prompts are shorter than the sinks."""
+    second sequence is shorter than the sinks, which come while the first one evicts."""
     model, said = random_model("llama"), []
     answer = torch.randint(3, 199, (2, 40), generator=torch.Generator().manual_seed(1))
     for graphed in (False, True):
         config = SqueezeConfig(algorithm, budgets=[7, 12, 20, 31, 60], cuda_graph=graphed)
         with squeezed(model, config) as run, torch.no_grad():
             logits, cache = [], run.cache(60)
-            model(IDS[:2, :5], past_key_values=cache)
+            model(
+                IDS[:2, :20],
+                attention_mask=(torch.arange(20) >= torch.tensor([[0], [17]])).long(),
+                past_key_values=cache,
+            )
 
             def feed(cache, *tokens, logits=logits):
                 logits += [model(part, past_key_values=cache).logits for part in tokens]
