@@ -28,7 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from squeeze import SqueezeConfig, squeezed
 from squeeze.cli.tables import table
-from squeeze.engine.attention import Rule, decode
+from squeeze.engine.attention import Rule
+from squeeze.engine.decode_attention import decode
 from squeeze.engine.kernels import FLASH_DTYPES
 
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}

@@ -202,7 +202,7 @@ class SqueezeCache(Cache):
         states.restore(other.layers, kept)
         other.squeezed = [made[layer] for layer in self.squeezed]
         other.by_module = {module: made[layer] for module, layer in self.by_module.items()}
-        other.graph = None if self.graph is None else self.graph.of(other)
+        other.graph = None if self.graph is None else self.graph.of_a_copy()
         other.schedules = [schedule.of([made[layer] for layer in schedule.layers]) for schedule in self.schedules]
         return other
 

@@ -128,7 +128,8 @@ def _step(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, Any
     return_dict = given.pop("return_dict", run.model.config.return_dict)
     if given.get("position_ids") is None:
         given["position_ids"] = inputs.new_full((len(inputs), 1), cache.get_seq_length(), dtype=torch.long)
-    output = cache.graph(partial(forward, return_dict=True), given | {"attention_mask": None})
+    forward = partial(forward, return_dict=True, **{cache_argument(): given.pop(cache_argument())})
+    output = cache.graph(cache, forward, given | {"attention_mask": None})
     return output.to_tuple() if return_dict is False else output
 
 

@@ -92,7 +92,8 @@ class GraphedStep:
 
     The first step of a kind is run kernel by kernel, which loads them as well; the second one is recorded, and it and
     all that follow are replayed. Of kinds there are at most four: whether some row has empty slots, and whether
-    something was evicted.
+    something was evicted. The cache is not held here, which holds this: so its memory is free as soon as nobody else
+    holds it.
 
     Attributes:
         kind: of the last step.
@@ -100,45 +101,51 @@ class GraphedStep:
         inputs, output: the tensors that it reads, by their arguments' names, and what it fills.
     """
 
-    def __init__(self, cache: SqueezeCache, recorder: Recorder):
-        self.cache, self.recorder = cache, recorder
+    def __init__(self, recorder: Recorder):
+        self.recorder = recorder
         self.kind: tuple[Any, ...] | None = None
         self.recording: Recording | None = None
         self.inputs: dict[str, torch.Tensor] = {}
         self.output: Any = None
 
-    def __call__(self, forward: Callable[..., ModelOutput], given: dict[str, Any]) -> ModelOutput:
+    def __call__(self, cache: SqueezeCache, forward: Callable[..., ModelOutput], given: dict[str, Any]) -> ModelOutput:
         """The decoder's output over one more token of each sequence.
 
         Args:
-            forward: its own pass, which returns no tuple.
-            given: its arguments, positions among them; without a mask, which squeezed attention does not look at.
+            cache: always the same.
+            forward: the decoder's own pass on it, which returns no tuple.
+            given: its other arguments, positions among them, but no mask, which squeezed attention does not look at.
         """
         inputs = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-        held = self.cache.held(len(inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]))
-        kind = _kind(given, inputs, held)
+        held = cache.held(len(inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]))
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in inputs.items()}
+        kind = held.evicting, held.filling, shapes, {name: given[name] for name in given if name not in inputs}
         if kind != self.kind:
             self.kind, self.recording = kind, None
         elif self.recording is None and not self.recorder.failed:
-            self._record(forward, given, inputs, held)
-        with self.cache.counted():
+            self._record(cache, forward, given, inputs, held)
+        with cache.counted():
             if self.recording is None:
-                self.cache.begin_step(held)
+                cache.begin_step(held)
                 return forward(**given)
             for name, tensor in inputs.items():
                 self.inputs[name].copy_(tensor)
             self.recording.replay()
-        return _copied(self.output)
+        return _copied(self.output, {OWN: cache})
 
-    def of(self, cache: SqueezeCache) -> GraphedStep:
+    def of_a_copy(self) -> GraphedStep:
         """The same for a copy of the cache, whose steps are recorded anew."""
-        return GraphedStep(cache, self.recorder)
+        return GraphedStep(self.recorder)
 
     def _record(
-        self, forward: Callable[..., ModelOutput], given: dict[str, Any], inputs: dict[str, torch.Tensor], held: Held
+        self,
+        cache: SqueezeCache,
+        forward: Callable[..., ModelOutput],
+        given: dict[str, Any],
+        inputs: dict[str, torch.Tensor],
+        held: Held,
     ) -> None:
         """Record a step, of which nothing is done yet."""
-        cache = self.cache
         self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         schedules = [(schedule, schedule.own()) for schedule in cache.schedules]
 
@@ -156,20 +163,20 @@ class GraphedStep:
             for schedule, state in schedules:
                 schedule.restore(state)
         if made is not None:
-            self.recording, self.output = made
+            self.recording, output = made
+            self.output = _copied(output, {cache: OWN}, tensors=False)
 
 
-def _kind(given: dict[str, Any], inputs: dict[str, torch.Tensor], held: Held) -> tuple[Any, ...]:
-    """What steps must agree in to be replays of one another."""
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in inputs.items()}
-    others = {name: value for name, value in given.items() if name not in inputs}
-    return held.evicting, held.filling, shapes, others
+#: Stands for the cache in the output of a recorded step.
+OWN = object()
 
 
-def _copied(output: Any) -> Any:
-    """An output of a recorded step, whose tensors the next replay does not change."""
+def _copied(output: Any, others: dict[Any, Any], tensors: bool = True) -> Any:
+    """An output with others of its parts, and with copies of its tensors, which the next replay does not change."""
     if isinstance(output, torch.Tensor):
-        return output.clone()
+        return output.clone() if tensors else output
     if isinstance(output, ModelOutput):
-        return type(output)(**{name: _copied(value) for name, value in output.items()})
-    return tuple(map(_copied, output)) if isinstance(output, tuple) else output
+        return type(output)(**{name: _copied(value, others, tensors) for name, value in output.items()})
+    if isinstance(output, tuple):
+        return tuple(_copied(part, others, tensors) for part in output)
+    return next((other for part, other in others.items() if part is output), output)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PretrainedConfig
 
-from squeeze.engine import attention
+from squeeze.engine import decode_attention, prefill_attention
+from squeeze.engine.attention import Rule
 from squeeze.engine.autocast import as_autocast, without_autocast
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.compiling import Compiled
@@ -109,7 +110,7 @@ def attend(
         key, value: `(batch, kv_heads, keys, head_dim)`.
         attention_mask: not looked at, since the cache knows each sequence's length.
         scaling: of the products; None: one over the root of `head_dim`.
-        softcap, s_aux: see `attention.Rule`.
+        softcap, s_aux: see `Rule`.
     Returns:
         `(batch, tokens, heads, head_dim)`, and no probabilities.
     """
@@ -121,7 +122,7 @@ def attend(
         return _break_graph(module, query, key, value, scaling=scaling, softcap=softcap, s_aux=s_aux)
     facts = layer.facts
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rule = attention.Rule(scale, facts.window, facts.chunk, softcap, s_aux)
+    rule = Rule(scale, facts.window, facts.chunk, softcap, s_aux)
     # The module whose keys these are; others may look at them again (Gemma 3n).
     own = not layer.shared or module is facts.module
     [query] = as_autocast(query)
@@ -131,32 +132,32 @@ def attend(
             if layer.following:
                 attended = _one_by_one(asking, key, value, layer, rule)
             else:
-                attended = attention.decode(asking, key, value, layer, rule, own)
+                attended = decode_attention.decode(asking, key, value, layer, rule, own)
             return attended.to(query.dtype).transpose(1, 2), None
         reading, observed = layer.reading, layer.evictor.observed if own else 0
         future = observed if isinstance(observed, Future) else None
         now = 0 if isinstance(observed, Future) else observed
-        attended, scores = attention.prefill(
+        attended, scores = prefill_attention.prefill(
             query, key, value, layer.places, reading.lengths, rule, fused=reading.fused, observed=now
         )
         if own and layer.pending is not None:  # DiffLlama attends twice
             if future is not None:
                 scores = expected_attention(query, key, reading.lengths, scale, facts.rotation, future)
             if reading.looking:
-                layer.spread = attention.spread(query, key, reading.lengths, rule, reading.looking)
+                layer.spread = prefill_attention.spread(query, key, reading.lengths, rule, reading.looking)
             layer.take(scores)
     return attended.transpose(1, 2), None
 
 
 def _one_by_one(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: SqueezeLayer, rule: attention.Rule
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: SqueezeLayer, rule: Rule
 ) -> torch.Tensor:
     """Attention of several tokens on a cut cache, each of which is taken in before the next one asks."""
     attended = []
     for number, (step, seen) in enumerate(layer.following):
         query, key, value = (part[:, :, number : number + 1] for part in (queries, keys, values))
         layer.begin(step, seen)
-        attended.append(attention.decode(query, *layer.take_in(key, value), layer, rule, counted=True))
+        attended.append(decode_attention.decode(query, *layer.take_in(key, value), layer, rule, counted=True))
     return torch.cat(attended, dim=2)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from functools import cache
+from inspect import signature
+from typing import Any
 
 import torch
 
@@ -18,6 +21,18 @@ FLASH_WIDTH = 256
 
 #: The oldest GPUs that these kernels run on, by compute capability (Ampere).
 OLDEST = 8, 0
+
+
+def _varlen_kernel() -> Callable[..., Any] | None:
+    """PyTorch's attention for sequences of any lengths, where it is there and takes how much of each is used."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before PyTorch 2.10
+        return None
+    return varlen_attn if "seqused_k" in signature(varlen_attn).parameters else None
+
+
+varlen_attn = _varlen_kernel()
 
 
 def flash_takes(keys: torch.Tensor, values: torch.Tensor) -> bool:

@@ -67,7 +67,8 @@ class KeptPrefill:
         layers: keys, values and scores of each attention layer, see `SqueezeLayer`.
         states: of the layers that are no attention, see `squeeze.engine.states`.
         similarities: of each layer, `(batch,)` float32; none where they were not measured.
-        spreads: of the attention of how many last queries, and of each layer, `(batch, 2)`; see `attention.spread`.
+        spreads: of the attention of how many last queries, and of each layer, `(batch, 2)`; see
+            `prefill_attention.spread`.
         output: the decoder's, `(batch, tokens, hidden)`.
         made: the class of the decoder's output.
         seconds: that the pass took.

@@ -180,7 +180,7 @@ class SqueezedModel:
         made = SqueezeCache(self.evictor, self.findings, max_new_tokens)
         made.owner = self.model, self.evictor
         made.whole_buffers = self.compiled or self.config.cuda_graph
-        made.graph = GraphedStep(made, self.recorder) if self.config.cuda_graph else None
+        made.graph = GraphedStep(self.recorder) if self.config.cuda_graph else None
         return made
 
     def prefill(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> KeptPrefill:

@@ -7,7 +7,8 @@ from transformers import AttentionInterface
 import modify_transformers
 from squeeze import compatibility
 from squeeze.allocations.base import Budgets
-from squeeze.engine import attention, patch, probe
+from squeeze.engine import decode_attention, patch, probe
+from squeeze.engine import prefill_attention as prefilling
 
 
 def test_this_environment_passes(capsys):
@@ -31,9 +32,13 @@ def test_this_environment_passes(capsys):
             "AttentionInterface",
         ),
         (lambda m: m.setattr(probe, "find_residuals", lambda layers, *_: [None] * len(layers)), "probe", "llama"),
-        (lambda m: m.setattr(attention, "prefill", nothing_attended), "attention interface", "differ from its own"),
         (
-            lambda m: m.setattr(patch, "self_check", lambda *_: m.setattr(attention, "decode", nothing)),
+            lambda m: m.setattr(prefilling, "prefill", nothing_attended),
+            "attention interface",
+            "differ from its own",
+        ),
+        (
+            lambda m: m.setattr(patch, "self_check", lambda *_: m.setattr(decode_attention, "decode", nothing)),
             "llama",
             "differs",
         ),

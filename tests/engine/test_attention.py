@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from squeeze.engine import attention
+from squeeze.engine import prefill_attention
 from squeeze.engine.attention import Rule
 
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 6, 2, 8, 8
@@ -28,7 +28,7 @@ def tensors(tokens, batch=2, seed=0, dtype=torch.float32, value_dim=VALUE_DIM):
 def prefill(queries, keys, values, lengths, rule, fused, observed):
     """Of whole prompts."""
     positions = [[(keys.shape[1], torch.arange(length))] for length in lengths]
-    return attention.prefill(queries, keys, values, positions, lengths, rule, fused, observed)
+    return prefill_attention.prefill(queries, keys, values, positions, lengths, rule, fused, observed)
 
 
 def whole(queries, keys, values, length, rule):
@@ -56,8 +56,8 @@ def whole(queries, keys, values, length, rule):
 @pytest.mark.parametrize("logits", [1, 600, 1200, 4 << 20])
 def test_blocks_of_any_size_give_what_one_matrix_gives(monkeypatch, logits, rule, dtype):
     """From a query at a time to the whole prompt at once; 47 and 50 tokens are no multiple of a block."""
-    monkeypatch.setattr(attention, "BLOCK", 16 if logits == 1200 else 128)
-    monkeypatch.setitem(attention.LOGITS, "cpu", logits)
+    monkeypatch.setattr(prefill_attention, "BLOCK", 16 if logits == 1200 else 128)
+    monkeypatch.setitem(prefill_attention.LOGITS, "cpu", logits)
     queries, keys, values = tensors(50, dtype=dtype, value_dim=5)
     lengths = [50, 47]
     output, scores = prefill(queries, keys, values, lengths, rule, fused=True, observed=None)
@@ -102,7 +102,7 @@ def test_the_last_queries_alone_are_observed(rule, fused):
 @pytest.mark.parametrize("window", [None, 1000])
 def test_the_memory_of_scored_attention_does_not_grow_with_the_prompt_squared(monkeypatch, window, dtype):
     """All that is allocated, were nothing ever freed: one block's logits, and what grows with the tokens."""
-    monkeypatch.setitem(attention.LOGITS, "cpu", 1 << 18)
+    monkeypatch.setitem(prefill_attention.LOGITS, "cpu", 1 << 18)
     tokens = 2000
     queries, keys, values = tensors(tokens, batch=1, dtype=dtype)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

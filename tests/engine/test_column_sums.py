@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from squeeze.engine import attention, kernels
+from squeeze.engine import kernels, prefill_attention
 from squeeze.engine.attention import Rule
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -81,15 +81,17 @@ def test_a_scored_prefill_by_both_kernels_is_that_of_the_blocks(monkeypatch, win
     queries, keys, values = (part.repeat(2, 1, 1, 1) for part in (queries, keys, values))
     lengths = [90, 37]
     rest = [[(2, torch.arange(length))] for length in lengths], lengths, Rule(0.3, window), True, None
-    exact = attention.prefill(queries.float(), keys.float(), values.float(), *rest)
-    blocks = attention.prefill(queries, keys, values, *rest)
+    exact = prefill_attention.prefill(queries.float(), keys.float(), values.float(), *rest)
+    blocks = prefill_attention.prefill(queries, keys, values, *rest)
     monkeypatch.setattr(kernels, "sums_columns", lambda device, dtype: True)
-    monkeypatch.setattr(attention, "varlen_attn", varlen)
-    for one, other, of_blocks in zip(attention.prefill(queries, keys, values, *rest), exact, blocks, strict=True):
+    monkeypatch.setattr(kernels, "varlen_attn", varlen)
+    for one, other, of_blocks in zip(
+        prefill_attention.prefill(queries, keys, values, *rest), exact, blocks, strict=True
+    ):
         torch.testing.assert_close(one.float(), other, atol=0.01, rtol=0.01)
         assert not one.equal(of_blocks), "which round products to 16 bits"
-    monkeypatch.setattr(attention, "varlen_attn", None)
-    for one, other in zip(attention.prefill(queries, keys, values, *rest), blocks, strict=True):
+    monkeypatch.setattr(kernels, "varlen_attn", None)
+    for one, other in zip(prefill_attention.prefill(queries, keys, values, *rest), blocks, strict=True):
         assert one.equal(other), "without it, blocks"
 
 

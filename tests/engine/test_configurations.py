@@ -7,7 +7,7 @@ from conftest import random_model
 from test_patch import left_pad
 
 from squeeze import H2O, InputError, SqueezeConfig, squeezed
-from squeeze.engine import attention
+from squeeze.engine import prefill_attention
 from squeeze.models_table.zoo import build
 
 PROMPTS = [torch.arange(3, 143) % 199, torch.arange(20, 90), torch.arange(5, 70)]
@@ -54,8 +54,8 @@ def test_a_prompt_is_read_once_for_all_and_may_be_taken_over(monkeypatch):
     configs = [SqueezeConfig("h2o", size, class3, per="adakv") for size, class3 in SIZES]
     inputs = PROMPTS[0].repeat(3, 1)
     with squeezed(model, configs[0]) as run:
-        calls, original = [], attention.prefill
-        monkeypatch.setattr(attention, "prefill", lambda *a, **k: calls.append(len(a[0])) or original(*a, **k))
+        calls, original = [], prefill_attention.prefill
+        monkeypatch.setattr(prefill_attention, "prefill", lambda *a, **k: calls.append(len(a[0])) or original(*a, **k))
         run.use(*configs)
         first = steps(model, inputs, torch.ones_like(inputs))
         assert calls == [1] * len(run.layers), "each layer has read one sequence"

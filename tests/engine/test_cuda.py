@@ -19,8 +19,8 @@ import pred
 from squeeze import SqueezeConfig, squeezed
 from squeeze.benchmarks.longbench.data import generation_lengths
 from squeeze.devices import unless_out_of_memory
-from squeeze.engine import attention, kernels, loss_curves
 from squeeze.engine import cache as cache_module
+from squeeze.engine import kernels, loss_curves, prefill_attention
 from squeeze.engine.attention import Rule
 from squeeze.models.loading import load
 
@@ -264,8 +264,8 @@ def test_fused_attention_and_sums_after_it_are_those_of_one_matrix(gpu, dtype, w
     lengths = [700, 333]
     rule, places = Rule(width**-0.5, window), [[(kv_heads, torch.arange(length, device=gpu))] for length in lengths]
     assert kernels.sums_columns(gpu, dtype), "on a GPU of this age"
-    found = attention.prefill(*drawn, places, lengths, rule, True, None)
-    exact = attention.prefill(*(part.float() for part in drawn), places, lengths, rule, True, None)
+    found = prefill_attention.prefill(*drawn, places, lengths, rule, True, None)
+    exact = prefill_attention.prefill(*(part.float() for part in drawn), places, lengths, rule, True, None)
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one.float(), other, atol=0.02, rtol=0.02)
 

@@ -12,7 +12,7 @@ from reference import Reference
 from torch.nn.utils.rnn import pad_sequence
 
 from squeeze import SqueezeConfig, squeezed
-from squeeze.engine import attention, patch
+from squeeze.engine import decode_attention, kernels, patch
 from squeeze.engine import layer as layer_module
 from squeeze.models.loading import load
 
@@ -205,7 +205,7 @@ def test_fused_decoding_matches_the_reference(monkeypatch, algorithm, kernel):
 
     `varlen` is for rows of several lengths, which the others take group by group.
     """
-    fused = attention.scaled_dot_product_attention
+    fused = decode_attention.scaled_dot_product_attention
 
     def laid_out(*args, **kwargs):
         """Its result in memory as GPUs' kernels leave it: tokens before heads."""
@@ -213,8 +213,8 @@ def test_fused_decoding_matches_the_reference(monkeypatch, algorithm, kernel):
 
     other = "sdpa" if kernel == "varlen" else kernel
     monkeypatch.setattr(layer_module, "decode_kernel", lambda device, dtype, scored: other)
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", laid_out)
-    monkeypatch.setattr(attention, "varlen_attn", flash_reference.varlen_attn if kernel == "varlen" else None)
+    monkeypatch.setattr(decode_attention, "scaled_dot_product_attention", laid_out)
+    monkeypatch.setattr(kernels, "varlen_attn", flash_reference.varlen_attn if kernel == "varlen" else None)
     monkeypatch.setitem(sys.modules, "flash_attn", flash_reference)
     monkeypatch.setattr(patch, "self_check", lambda *_: None)  # which would do the same on a few tokens
     flash_reference.calls.clear()

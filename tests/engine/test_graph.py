@@ -5,7 +5,9 @@ host did in between. `Tape` does that on a CPU: so a number that should have bee
 anew where it should have been written into, shows here.
 """
 
+import gc
 import warnings
+import weakref
 from dataclasses import replace
 from typing import ClassVar
 from unittest.mock import patch
@@ -237,6 +239,21 @@ def test_the_output_is_not_changed_by_later_steps(tapes):
         )
         assert len({one.last_hidden_state.sum().item() for one, _, _ in kept}) == 8
         assert isinstance(model.model(IDS[:1, :1], past_key_values=cache, return_dict=False), tuple)
+
+
+def test_a_cache_is_gone_as_soon_as_nobody_holds_it(tapes):
+    """And not when Python next looks for cycles: a prompt's keys and values would stay beside the next one's."""
+    gc.collect()
+    gc.disable()
+    try:
+        _, cache, _ = answers(random_model("llama"), SqueezeConfig("h2o", budgets=[9] * 5, cuda_graph=True))
+        there = weakref.ref(cache)
+        assert replays() > 20
+        tapes.clear()
+        del cache
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def test_where_nothing_can_be_recorded_there_is_a_sentence(tapes, monkeypatch):

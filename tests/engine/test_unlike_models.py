@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from squeeze import H2O, Explicit, InputError, SlidingWindow, Squeeze, SqueezeConfig, Uniform, squeezed
 from squeeze.devices import input_device
-from squeeze.engine import attention, patch
+from squeeze.engine import decode_attention, patch
 from squeeze.generation.generate import generate
 from squeeze.generation.stats import summarize
 from squeeze.models_table.zoo import build
@@ -142,9 +142,9 @@ def test_another_kind_of_method_is_checked_as_well(monkeypatch):
 )
 def test_a_quantized_model_may_round_more(monkeypatch, off, quantized, passes):
     """Some round what goes into a layer to 8 bits; a fault is larger than that."""
-    model, decode = build("llama"), attention.decode
+    model, decode = build("llama"), decode_attention.decode
     model.is_quantized = quantized
-    monkeypatch.setattr(attention, "decode", lambda *given: decode(*given) * (1 + off))
+    monkeypatch.setattr(decode_attention, "decode", lambda *given: decode(*given) * (1 + off))
     refused = pytest.raises(InputError, match=r"cannot be squeezed here: .* differ from its own")
     with nullcontext() if passes else refused, squeezed(model, SlidingWindow(), Uniform(0.3)):
         pass

@@ -18,7 +18,7 @@ from squeeze import InputError, SqueezeConfig, squeezed
 from squeeze.benchmarks import fidelity
 from squeeze.benchmarks.longbench.data import generation_lengths
 from squeeze.cli.run import run_command
-from squeeze.engine import attention, patch
+from squeeze.engine import patch, prefill_attention
 from squeeze.models import loading
 from squeeze.sweep import command as sweep
 
@@ -96,8 +96,10 @@ def test_a_sweep_gives_what_its_runs_give_one_by_one(place, capsys):
 def test_prompts_are_prefilled_once_for_all_that_share_them(place, monkeypatch):
     """Two ways of prefilling, with scores for H2O and without, however many runs there are."""
     monkeypatch.setattr(patch, "self_check", lambda *_: None)  # which would do the same on a few tokens
-    calls, original = [], attention.prefill
-    monkeypatch.setattr(attention, "prefill", lambda *a, **k: calls.append(k["observed"] is None) or original(*a, **k))
+    calls, original = [], prefill_attention.prefill
+    monkeypatch.setattr(
+        prefill_attention, "prefill", lambda *a, **k: calls.append(k["observed"] is None) or original(*a, **k)
+    )
     sweep.sweep(["grid.yaml"])
     layers, batches = 5, 3 + 2
     assert calls.count(True) == calls.count(False) == layers * batches
