@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.device = str(device)  # a GPU with its number
     for dtype in args.dtype:
         pick_dtype(dtype, device)
+    if "graphed" in args.caches:
+        from squeeze.engine.graph import check_device
+
+        check_device(device)
     todo = specs(args, folder, tokens, identity)
     records: list[dict[str, Any]] = []
     shared: dict[str, Any] = {}
@@ -75,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for record in records:
         if "error" in record["result"]:
             say(f"{record['spec']['engine']} {record['spec']['cache']}: {record['result']['error']}")
+    if all("error" in record["result"] for record in records):
+        raise InputError("nothing could be measured")
     if args.throughput:
         print("\n".join(lines(records, todo[0]["memory"])))
     elif args.memory_gb:

@@ -95,6 +95,10 @@ def prepare(spec: RunSpec, process: Ranks, read: Reader | None = None) -> Job:
 
     device = devices.pick_device(spec.device, process.local)
     dtype = devices.pick_dtype(spec.dtype, device)
+    if spec.cuda_graph:
+        from squeeze.engine.graph import check_device
+
+        check_device(device)
     location = [getattr(spec, name) for name in benchmark.locations]
     data: list[DataSet] = [read(benchmark.read, dataset, *location) for dataset in datasets]
     model = resolve(spec, read)

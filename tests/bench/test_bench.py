@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import ROOT, random_model
 from tiny import save_rows, save_tiny
 from transformers import DynamicCache
 
@@ -18,6 +18,7 @@ from squeeze.bench.flags import TURN_STEPS, parser
 from squeeze.models import sources
 
 SPEC = {"engine": "squeeze", "cache": "h2o squeezed", "dtype": "float32", "batch_size": 4, "prompt_length": 64}
+SHAPE = ["--random_weights", str(ROOT / "config/shapes/smollm2-135m.json")]
 
 
 def record(batch_size=4, peak=1e9, step=0.1, **spec):
@@ -203,8 +204,21 @@ def test_what_fails_is_named_and_the_rest_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--rounds", "0"], ["--batch_size", "0"], ["--ini_size", "2"], ["--model", "none"], ["--dtype", "int8"]]
+    "flags",
+    [
+        *(["--rounds", "0"], ["--batch_size", "0"], ["--ini_size", "2"], ["--model", "none"], ["--dtype", "int8"]),
+        [*SHAPE, "--device", "cpu", "--caches", "graphed"],
+    ],
 )
 def test_bad_input(flags):
     with pytest.raises(InputError):
         bench.main(flags)
+
+
+def test_where_all_fails_there_is_an_error_and_what_there_is_is_kept(tmp_path, monkeypatch, capsys):
+    failed = [{"spec": SPEC, "result": {"error": "OSError: no such model"}}]
+    monkeypatch.setattr(bench, "run", lambda group, shared, bar: failed)
+    with pytest.raises(InputError, match="nothing could be measured"):
+        bench.main([*SHAPE, "--device", "cpu", "--batch_size", "1", "--dtype", "float32", "--out", str(tmp_path)])
+    assert "squeeze h2o squeezed: OSError: no such model" in capsys.readouterr().out
+    assert json.loads((tmp_path / "bench.json").read_text())["runs"] == 3 * failed

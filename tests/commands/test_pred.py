@@ -324,6 +324,7 @@ def test_compiled_decoding_is_a_setting_of_the_run(place, monkeypatch):
         (["--datasets", "trec"], "trec.jsonl is not there: data has samsum"),
         (["--model_arch", "Mistral", *SQUEEZE], "the model's own architecture is llama"),
         (["--chat"], "tiny has no chat template of its own"),
+        ([*SQUEEZE, "--device", "cpu", "--cuda_graph"], "cuda_graph needs the model on an NVIDIA GPU"),
         (["--model", "half"], "has no weights"),
         (["--model", "broken"], "cannot be loaded"),
         (["--model", "t5"], "is of type t5, which is no decoder"),
