@@ -58,8 +58,8 @@ class SqueezeConfig:
         attn: prefill attention; `auto` and `sdpa` use PyTorch's fused kernel, `eager` explicit blocks of queries
             with a float32 softmax. H2O, which needs the probabilities, uses the latter but on GPUs in half precision.
         compile: compile the decode step with `torch.compile`; the first steps take some seconds then.
-        cuda_graph: record the decode step of each batch as one CUDA graph and replay it, so that no step waits for
-            its kernels to be launched: on an NVIDIA GPU, for models that cache nothing but attention.
+        cuda_graph: record the decode step of each batch as one CUDA graph and replay it, for which its kernels are
+            launched at once: on an NVIDIA GPU, for models that cache nothing but attention.
         calibration: the loss curves of `calibrated`, from `squeeze.read_calibration`.
         prefill_chunk: tokens of the prompt that are prefilled at a time; None: all of them. A sliding window or
             StreamingLLM whose budgets do not depend on similarities then holds no layer's whole prompt: every chunk is

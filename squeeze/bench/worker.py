@@ -238,6 +238,8 @@ def generate(model, ids: torch.Tensor, spec: dict[str, Any], turn: Turn) -> tupl
         )
     if engine == "squeeze":
         measured["importance_seconds"] = seconds_of["importance"]
+        if run.recorder.failed is not None:
+            raise RuntimeError(f"its steps could not be recorded: {run.recorder.failed}")
     return clock.seconds, measured
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     except Exception as error:  # whatever the compiler's absence raises
         need = "Triton" if device.type == "cuda" else "a C++ compiler such as g++, and Python's headers"
         raise InputError(f"--compile needs {need} ({message_of(error)}): install it, or leave --compile out") from None
-    more: dict[str, Any] = {"recompile_limit": VARIANTS}  # which PyTorch's own type hints forgot
+    more: dict[str, Any] = {}
+    if "recompile_limit" in signature(torch.compile).parameters:  # which its type hints forgot
+        more["recompile_limit"] = VARIANTS
     return torch.compile(function, dynamic=True, **more)
 
 

@@ -122,7 +122,8 @@ def _prefill(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, 
 def _step(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, Any]) -> ModelOutput | tuple:
     """The decoder's output over one more token of each sequence."""
     inputs = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    if cache.graph is None:
+    padded = min(cache.prompt_lengths) < cache.columns  # after which some models make their positions of the mask
+    if cache.graph is None or (padded and given.get("position_ids") is None):
         with cache.step(len(inputs)):
             return forward(**given)
     return_dict = given.pop("return_dict", run.model.config.return_dict)

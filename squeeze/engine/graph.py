@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
+from squeeze.engine.autocast import autocast_dtype
 from squeeze.engine.cache import Held, SqueezeCache
+from squeeze.engine.schedule import Schedule
 from squeeze.errors import InputError
 from squeeze.text import message_of
 
@@ -23,29 +27,61 @@ from squeeze.text import message_of
 class Recording(Protocol):
     """What a device does in a step, to be done again."""
 
+    def __init__(self, device: torch.device) -> None: ...
+
+    @staticmethod
+    def watched(step: Callable[[], Any]) -> tuple[Any, str | None]:
+        """What `step` returns, which is done, and why it cannot be recorded, as far as that can be seen from it."""
+
     def record(self, step: Callable[[], Any]) -> Any:
-        """What `step` returns, whose tensors are filled by `replay`."""
+        """What `step` returns, whose tensors are filled by `replay`; nothing of it is done."""
 
     def replay(self) -> None:
         """Have the device do it."""
 
 
 class CudaGraph:
-    """`torch.cuda.CUDAGraph`. Other threads may use the GPU while it is recorded."""
+    """`torch.cuda.CUDAGraph`. While it is recorded, no other thread may call `torch.cuda.synchronize`."""
 
-    def __init__(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.graph = device, torch.cuda.CUDAGraph()
+
+    @staticmethod
+    def watched(step: Callable[[], Any]) -> tuple[Any, str | None]:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                output = step()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        waits = []
+        for one in said:
+            if "synchronizing CUDA operation" in str(one.message):
+                waits.append(f"{one.filename}:{one.lineno} waits for the GPU")
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        return output, next(iter(waits), None)
 
     def record(self, step: Callable[[], Any]) -> Any:
-        stream, own = torch.cuda.current_stream(), torch.cuda.Stream()
-        own.wait_stream(stream)
-        with torch.cuda.stream(own):
-            self.graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                output = step()
-            finally:
+        with torch.cuda.device(self.device), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="The CUDA Graph is empty")
+            stream, own = torch.cuda.current_stream(), torch.cuda.Stream()
+            own.wait_stream(stream)
+            with torch.cuda.stream(own):
+                torch._C._cuda_clearCublasWorkspaces()  # a graph's own is gone with it
+                with torch.inference_mode(False):
+                    self.graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    output = step()
+                except BaseException:
+                    with suppress(Exception):  # which says no more than that something failed before
+                        self.graph.capture_end()
+                    raise
                 self.graph.capture_end()
-        stream.wait_stream(own)
+                torch._C._cuda_clearCublasWorkspaces()
+            stream.wait_stream(own)
         return output
 
     def replay(self) -> None:
@@ -66,48 +102,64 @@ class Recorder:
     """Records the steps of a model's caches, until that has failed once.
 
     Attributes:
-        failed: whether it has.
+        failed: what did not work; None: nothing yet.
         recorded: how many recordings were made.
     """
 
-    def __init__(self) -> None:
-        self.failed, self.recorded = False, 0
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.failed: str | None = None
+        self.recorded = 0
+        self._kept: list[Recording] = []
 
-    def record(self, step: Callable[[], Any], device: torch.device) -> tuple[Recording, Any] | None:
-        """A recording, and what `step` returns; None, and a warning that says why, where there can be none."""
-        recording = RECORDINGS[device.type]()
+    def watch(self, step: Callable[[], Any]) -> Any:
+        """What `step` returns, which is done; says whether it can be recorded."""
+        output, asks = RECORDINGS[self.device.type].watched(step)
+        if asks is not None:
+            self._fail(asks)
+        return output
+
+    def record(self, step: Callable[[], Any]) -> tuple[Recording, Any] | None:
+        """A recording, and what `step` returns; None where there can be none."""
+        recording = RECORDINGS[self.device.type](self.device)
         try:
             output = recording.record(step)
-        except Exception as error:  # whatever a kernel, or a question to the host, raises while it is recorded
-            self.failed = True
-            message = f"decode steps go on without a CUDA graph, which could not be recorded: {message_of(error)}"
-            warnings.warn(message, stacklevel=2)
+        except torch.OutOfMemoryError:  # which a smaller batch may not meet
+            return None
+        except Exception as error:  # whatever a kernel raises while it is recorded
+            self._kept.append(recording)  # whose memory PyTorch may still write to
+            self._fail(message_of(error))
             return None
         self.recorded += 1
         return recording, output
+
+    def _fail(self, reason: str) -> None:
+        self.failed = reason
+        warnings.warn(f"decode steps go on without a CUDA graph, which could not be recorded: {reason}", stacklevel=2)
 
 
 class GraphedStep:
     """The decode steps of one cache, whose attention looks at empty slots, too, so that shapes stay what they are.
 
-    The first step of a kind is run kernel by kernel, which loads them as well; the second one is recorded, and it and
-    all that follow are replayed. Of kinds there are at most four: whether some row has empty slots, and whether
-    something was evicted. The cache is not held here, which holds this: so its memory is free as soon as nobody else
-    holds it.
+    The first step of a kind is run kernel by kernel, which loads them and shows whether they wait for the host; the
+    second one is recorded, and it and all that follow are replayed. Kinds are few: before and after the last row is
+    full, and before and after a first token is evicted. The cache is not held here, which holds this: so its memory is
+    free as soon as nobody else holds it.
 
     Attributes:
         kind: of the last step.
         recording: of steps of this kind; None before there is one.
+        tried: whether one was to be made.
         inputs, output: the tensors that it reads, by their arguments' names, and what it fills.
+        states: of the cache's schedules, which it counts up.
     """
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
         self.kind: tuple[Any, ...] | None = None
-        self.recording: Recording | None = None
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.output: Any = None
+        self._forget()
 
+    @torch.no_grad()
     def __call__(self, cache: SqueezeCache, forward: Callable[..., ModelOutput], given: dict[str, Any]) -> ModelOutput:
         """The decoder's output over one more token of each sequence.
 
@@ -118,16 +170,30 @@ class GraphedStep:
         """
         inputs = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
         held = cache.held(len(inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]))
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in inputs.items()}
-        kind = held.evicting, held.filling, shapes, {name: given[name] for name in given if name not in inputs}
+
+        def step() -> ModelOutput:
+            cache.begin_step(held)
+            return forward(**given)
+
+        others = {name: value for name, value in given.items() if name not in inputs}
+        if self.recorder.failed or any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(others)):
+            self._forget()
+            with cache.counted():
+                return step()
+        kind = held.evicting, held.filling, _shapes(inputs), others, _settings(cache, self.recorder.device)
         if kind != self.kind:
-            self.kind, self.recording = kind, None
-        elif self.recording is None and not self.recorder.failed:
+            self.kind = kind
+            self._forget()
+            with cache.counted():
+                return self.recorder.watch(step)
+        if not self.tried:
             self._record(cache, forward, given, inputs, held)
         with cache.counted():
             if self.recording is None:
-                cache.begin_step(held)
-                return forward(**given)
+                return step()
+            for schedule, state in self.states:  # after steps that were not recorded
+                schedule.settle(state)
+                schedule.restore(state)
             for name, tensor in inputs.items():
                 self.inputs[name].copy_(tensor)
             self.recording.replay()
@@ -136,6 +202,14 @@ class GraphedStep:
     def of_a_copy(self) -> GraphedStep:
         """The same for a copy of the cache, whose steps are recorded anew."""
         return GraphedStep(self.recorder)
+
+    def _forget(self) -> None:
+        """Let go of a recording, and of its memory."""
+        self.recording: Recording | None = None
+        self.tried = False
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.output: Any = None
+        self.states: list[tuple[Schedule, list[torch.Tensor]]] = []
 
     def _record(
         self,
@@ -146,21 +220,25 @@ class GraphedStep:
         held: Held,
     ) -> None:
         """Record a step, of which nothing is done yet."""
-        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        schedules = [(schedule, schedule.own()) for schedule in cache.schedules]
+        self.tried = True
+        with torch.inference_mode(False), torch.no_grad():  # as tensors that may be written into in any mode
+            self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        self.states = [(schedule, schedule.own()) for schedule in cache.schedules]
+        dtype, kind = autocast_dtype(self.recorder.device), self.recorder.device.type
 
-        @torch.no_grad()
         def step() -> ModelOutput:
             cache.begin_step(held)
-            output = forward(**given | self.inputs)
-            for schedule, state in schedules:
+            # What autocast has cast is cast anew: what it keeps is gone when its block ends.
+            with nullcontext() if dtype is None else torch.autocast(kind, dtype=dtype, cache_enabled=False):
+                output = forward(**given | self.inputs)
+            for schedule, state in self.states:
                 schedule.settle(state)
             return output
 
         try:
-            made = self.recorder.record(step, cache.squeezed[0].keys.device)
+            made = self.recorder.record(step)
         finally:
-            for schedule, state in schedules:
+            for schedule, state in self.states:
                 schedule.restore(state)
         if made is not None:
             self.recording, output = made
@@ -169,6 +247,17 @@ class GraphedStep:
 
 #: Stands for the cache in the output of a recorded step.
 OWN = object()
+
+
+def _shapes(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in inputs.items()}
+
+
+def _settings(cache: SqueezeCache, device: torch.device) -> tuple[Any, ...]:
+    """What a model's pass depends on beside its arguments."""
+    model = cache.owner[0]
+    asked = (getattr(model.config, name, None) for name in ("output_hidden_states", "output_router_logits"))
+    return model.training, autocast_dtype(device), *asked
 
 
 def _copied(output: Any, others: dict[Any, Any], tensors: bool = True) -> Any:

@@ -29,7 +29,7 @@ def _varlen_kernel() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # before PyTorch 2.10
         return None
-    return varlen_attn if "seqused_k" in signature(varlen_attn).parameters else None
+    return varlen_attn if {"seqused_k", "enable_gqa"} <= signature(varlen_attn).parameters.keys() else None
 
 
 varlen_attn = _varlen_kernel()

@@ -55,7 +55,7 @@ def squeezed(
         model: of transformers, or what PEFT (adapters), torch.compile or DistributedDataParallel made of one.
         config: an eviction method, None for the architecture's default; or a SqueezeConfig, which says everything.
         allocation: what makes the budgets of the layers.
-        options: `attn`, `compile`, `prefill_chunk`, see SqueezeConfig.
+        options: `attn`, `compile`, `cuda_graph`, `prefill_chunk`, see SqueezeConfig.
     Raises:
         InputError: the model's architecture is not supported, or `config` does not fit the model.
         UntestedVersion: the installed transformers is not one that the patch was tested with.

@@ -129,9 +129,10 @@ class Schedule:
             setattr(self, name, tensor)
 
     def settle(self, state: Sequence[torch.Tensor]) -> None:
-        """Write what a step has made of a state into these tensors, where a recorded step looks for it."""
+        """Write what steps have made of a state into these tensors, where a recorded step looks for it."""
         for name, tensor in zip(STATE, state, strict=True):
-            tensor.copy_(getattr(self, name))
+            if getattr(self, name) is not tensor:
+                tensor.copy_(getattr(self, name))
 
     def advance(self, evicting: bool) -> list[Step]:
         """What each layer does in the step that begins; `evicting` if a row will hold less than was seen."""

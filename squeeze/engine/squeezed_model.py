@@ -31,6 +31,7 @@ from squeeze.engine.layout import by_layer, by_sequence
 from squeeze.engine.prefill import KeptPrefill, Prefill, PrefillResult
 from squeeze.engine.probe import probe
 from squeeze.errors import InputError
+from squeeze.evictors import Evictor
 from squeeze.models.rope import LengthwiseRope, depends_on_length
 from squeeze.numbers import whole_number
 
@@ -118,7 +119,7 @@ class SqueezedModel:
                 self.self_check(evictor.observed is None)
             self.configs, self.config, self.evictor = [config for config, _ in checked], first, evictor
             self.per_head = any(per_head for _, per_head in checked)
-            self.recorder = Recorder()
+            self.recorder = Recorder(self.model.device)
 
     def _checked(self, config: SqueezeConfig) -> tuple[SqueezeConfig, bool]:
         """A configuration, its algorithm filled in, and whether it has budgets of KV heads; see `use`."""
@@ -145,19 +146,24 @@ class SqueezedModel:
         if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("compile needs the model on one device, and this one was spread by a device_map")
         if config.cuda_graph:
-            self._check_graph()
+            self._check_graph(evictor)
         if config.attn != "auto" and not all(layer.interface for layer in self.layers):
             raise InputError(
                 f"attn {config.attn} has no effect on a model that computes attention by itself: leave it out"
             )
         return config, per_head
 
-    def _check_graph(self) -> None:
+    def _check_graph(self, evictor: Evictor) -> None:
         """Raises InputError where decode steps cannot be recorded."""
         model, findings = self.model, self.findings
         check_device(model.device)
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise InputError("cuda_graph needs the model on one GPU, and this one was spread by a device_map")
+        if not evictor.built_in:
+            raise InputError(
+                f"cuda_graph is for the eviction methods of this project: what {evictor.name} answers is checked at "
+                "every step, for which a GPU would wait"
+            )
         other = findings.others or any(layer.hybrid or not layer.interface for layer in findings.layers)
         if other or depends_on_length(model.config) or "position_ids" not in self.decoder_arguments:
             raise InputError(
@@ -179,8 +185,9 @@ class SqueezedModel:
         whole_number("max_new_tokens", max_new_tokens, 0)
         made = SqueezeCache(self.evictor, self.findings, max_new_tokens)
         made.owner = self.model, self.evictor
-        made.whole_buffers = self.compiled or self.config.cuda_graph
-        made.graph = GraphedStep(self.recorder) if self.config.cuda_graph else None
+        graphed = self.config.cuda_graph and self.recorder.failed is None
+        made.whole_buffers = self.compiled or graphed
+        made.graph = GraphedStep(self.recorder) if graphed else None
         return made
 
     def prefill(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> KeptPrefill:
@@ -223,6 +230,7 @@ class SqueezedModel:
         if self.evictor.observed not in (0, prefill.observed):
             raise ValueError("the prefill has no scores for this evictor: make it again after run.use(...)")
         cache, sequences = self.cache(max_new_tokens), len(budgets)
+        cache.graph = None  # a replay would pass by what stands in for decoder layers (`squeeze.engine.replay`)
         cache.begin(sequences, prefill.inputs.shape[1], None)
         counts = [sequences] * len(cache.squeezed) if running is None else [max(count, 1) for count in running]
         for layer, count, parts in zip(cache.squeezed, counts, prefill.layers, strict=True):
