@@ -62,7 +62,8 @@ if [ -n "$short" ]; then
     bench prefill-96 300 --random_weights $small --batch_size 1 --algorithm h2o --caches full --peers "${sizes[@]}"
     bench throughput 300 --throughput --random_weights $small --batch_size 1 2 --caches squeezed "${sizes[@]}"
 else
-    part tests 50 "$python" -m pytest -q -m cuda
+    part tests-graphs 40 "$python" -m pytest -q -m cuda -k "recorded"
+    part tests 50 "$python" -m pytest -q -m cuda -k "not recorded"
     part kernels 25 "$python" script/decode_kernels.py --device "$device"
     bench steps 150 --random_weights $small --batch_size 1 128 32 8 --prompt_length 2048 --new_tokens 33 --rounds 1 \
         --caches squeezed compiled graphed --peers

@@ -25,6 +25,7 @@ def make_run(folder, dataset="samsum", samples=6, right=0.5, seed=42, model="M",
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(f"{folder.name}{right}")
     keep_similarities, lengths = more.pop("similarities", True), more.pop("lengths", [12] * samples)
+    together = more.pop("together", 1)
     squeezed = "ini_size" in more
     settings = {"model": {}, "max_length": 900, "dtype": "float32", "attn": "sdpa", "seed": seed}
     settings |= {"cache": "squeezed" if squeezed else "full"}
@@ -45,6 +46,7 @@ def make_run(folder, dataset="samsum", samples=6, right=0.5, seed=42, model="M",
                 "model": {"name": model},
                 "device": "cpu",
                 "versions": {"torch": "2.14.1", "git": None},
+                "together": together,
             }
         ],
         "data": {"sha256": f"of {dataset}"},

@@ -10,6 +10,7 @@ import pandas as pd
 from squeeze.allocations.calibration import Calibration
 from squeeze.report.layer_figures import MANY_PROMPTS, head_shares
 from squeeze.report.results import shown_score
+from squeeze.runs.inventory import at_once
 
 SCORE = (
     "Higher is better, further left is smaller. The grey line is the full cache and its band the 95% bootstrap "
@@ -263,7 +264,7 @@ def run_cells(row: dict[Any, Any]) -> dict[str, tuple[Any, ...]]:
         "95% interval": (interval, -1.0 if pd.isna(low) else low),
         "KV kept": number(row["kept"], "{:.1%}"),
         "KV MB": number(None if pd.isna(row.get("kv_bytes")) else row["kv_bytes"] / 1e6, "{:.1f}"),
-        "tokens/s": number(row.get("tokens_per_second"), "{:.1f}"),
+        "tokens/s": number(row.get("tokens_per_second"), "{:.1f}" + at_once(row.get("together", 1))),
         "classes 1/2/3": ("-" if pd.isna(row.get("layers_per_class")) else row["layers_per_class"],),
         "device": (row["device"],),
         "settings": (row["settings"],),

@@ -15,7 +15,7 @@ from squeeze.cli.run import run_command
 from squeeze.cli.tables import table
 from squeeze.errors import InputError
 from squeeze.report import distance, paired
-from squeeze.runs.inventory import COLUMNS, Entry, Inventory, describe, find
+from squeeze.runs.inventory import COLUMNS, Entry, Inventory, at_once, describe, find
 from squeeze.storage.files import read_json, write_whole, writing
 from squeeze.text import printable, say
 
@@ -91,7 +91,7 @@ def line(entry: Entry, score: Any) -> dict[str, str]:
         "score": _text(score),
         "KV kept": f"{100 * summary['kept']:.1f}%",
         "KV MB": f"{summary['kv_bytes'] / 1e6:.1f}",
-        "tokens/s": f"{summary['tokens_per_second']:.1f}" + (f" ({together} runs at once)" if together > 1 else ""),
+        "tokens/s": f"{summary['tokens_per_second']:.1f}" + at_once(together),
         "samples": str(summary["samples"]),
     }
 

@@ -29,7 +29,7 @@ WITHIN = (1, 3, 5)
 COMMON = [*GROUP, "algorithm", "allocation", "ini_size", "KV_class3", "seed", "samples"]
 RUN_COLUMNS = [
     *COMMON,
-    *("score", "low", "high", "kept", "kv_bytes", "tokens_per_second", "layers_per_class"),
+    *("score", "low", "high", "kept", "kv_bytes", "tokens_per_second", "together", "layers_per_class"),
     *dict.fromkeys(column for benchmark in BENCHMARKS.values() for column in benchmark.score_columns),
     *("device", "settings", "versions", "command", "data", "folder"),
 ]
@@ -129,6 +129,7 @@ def _common(entry: Entry) -> dict[str, Any]:
 def _run(entry: Entry) -> dict[str, Any]:
     """A row of `Results.runs`; InputError if the predictions are damaged."""
     row = _common(entry) | {key: entry.summary[key] for key in ("kv_bytes", "tokens_per_second")}
+    row["together"] = entry.start.get("together", 1)
     count, scores = entry.benchmark.read_scores(entry.folder, entry.dataset)
     check_count(entry.folder, entry.dataset, count)
     return row | scores

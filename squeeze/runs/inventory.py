@@ -128,6 +128,11 @@ def _read(folder: Path, inventory: Inventory) -> None:
         inventory.problems.append(f"{folder} has no data set yet: {GO_ON}")
 
 
+def at_once(together: int) -> str:
+    """What is said after a run's speed, its share of a batch's where several runs decoded as one."""
+    return f" ({together:g} runs at once)" if together > 1 else ""
+
+
 def describe(settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
     """A run's algorithm, allocation and sizes as text, and how its layers fell into classes."""
     if settings["cache"] == "full":

@@ -16,7 +16,9 @@ from tiny import save_rows, save_tiny
 import pred
 from squeeze import InputError
 from squeeze.benchmarks.longbench.data import generation_lengths
+from squeeze.report import command as report
 from squeeze.report import layer_figures, results
+from squeeze.report.captions import run_cells
 from squeeze.report.layers import chosen, parse_layers
 from squeeze.runs import inventory
 
@@ -279,3 +281,16 @@ def test_what_a_layers_own_window_reaches(kinds, reached):
 def test_the_same_run_by_two_ways_is_one():
     make_run(Path("runs/full"))
     assert len(read("runs", "runs/full", "./runs/../runs").runs) == 1
+
+
+def test_a_speed_that_is_a_share_of_a_batchs_is_told(capsys):
+    """In the text, on the page, and in the numbers behind it."""
+    make_run(Path("pred_Long/M/full"))
+    make_run(Path("pred_Long/M/cut"), ini_size=0.2, KV_class3=0.12, together=8)
+    found = read("pred_Long")
+    full, cut = (row(found.runs, Path(f"pred_Long/M/{name}")) for name in ("full", "cut"))
+    assert (full["together"], cut["together"]) == (1, 8)
+    assert run_cells(full)["tokens/s"] == ("10.0", 10)
+    assert run_cells(cut)["tokens/s"] == ("50.0 (8 runs at once)", 50)
+    report.main(["pred_Long"])
+    assert "| 50.0 (8 runs at once) |" in capsys.readouterr().out
