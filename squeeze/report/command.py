@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from squeeze.bench import tables as bench
 from squeeze.bench.files import bandwidth, full_speeds, read_bench
@@ -15,11 +15,13 @@ from squeeze.cli.run import run_command
 from squeeze.cli.tables import table
 from squeeze.errors import InputError
 from squeeze.report import distance, paired
-from squeeze.runs.inventory import COLUMNS, Entry, Inventory, at_once, describe, find
+from squeeze.runs.inventory import COLUMNS, GO_ON, Entry, Inventory, at_once, describe, find
 from squeeze.storage.files import read_json, write_whole, writing
 from squeeze.text import printable, say
 
 FIDELITY_COLUMNS = (*COLUMNS[:6], "KL", "95% interval", "agreement", "KV kept", "tokens")
+#: So many data sets that are not finished are each named in a line of their own.
+UNFINISHED = 5
 EXAMPLES = """examples
   every run below pred_Long as a table, with the scores that eval.py wrote:
     python -m squeeze.report pred_Long
@@ -232,8 +234,7 @@ def report(argv: Sequence[str] | None = None) -> None:
             print_tables(inventory)
         else:
             print_paired(inventory, args.against, args.wide, args.figure, command)
-        for problem in inventory.problems:
-            say(f"left out: {problem}", sys.stderr)
+        say_left_out(inventory.problems, sys.stderr)
         return
 
     from squeeze.report import page, results, sections  # pandas and matplotlib, of which the text tables know nothing
@@ -247,11 +248,21 @@ def report(argv: Sequence[str] | None = None) -> None:
     scores |= {(row["folder"], row["dataset"]): None for row in read.fidelity.to_dict("records")}
     print_tables(inventory, scores)
     made = sections.make(read)
-    for problem in made.problems:
-        say(f"left out: {problem}")
+    say_left_out(made.problems)
     for scorer in read.unscored:
         say(f"not scored yet: {scorer}")
     say(write_folder(args.out, page.files(made, command)))
+
+
+def say_left_out(problems: Sequence[str], file: TextIO | None = None) -> None:
+    """A line for each thing that was left out, but one for all that are only not finished, where these are many."""
+    unfinished = [problem for problem in problems if problem.endswith(GO_ON)]
+    many = len(unfinished) > UNFINISHED
+    for problem in problems:
+        if not (many and problem in unfinished):
+            say(f"left out: {problem}", file)
+    if many:
+        say(f"left out: {len(unfinished)} data sets of runs that are not finished, such as {unfinished[0]}", file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -88,6 +88,18 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     assert "a/bad/run.json line 1 is not JSON" in (tmp_path / "out/index.html").read_text()
 
 
+@pytest.mark.parametrize(("count", "lines"), [(5, 6), (6, 2)])
+def test_many_that_are_not_finished_are_one_line(tmp_path, capsys, count, lines):
+    make_run(tmp_path / "full")
+    (make_run(tmp_path / "bad", ini_size=0.4, KV_class3=0.2) / "run.json").write_text("{")
+    for number in range(count):
+        write_run(tmp_path / f"part{number}", SETTINGS, {"settings": {}})
+    assert report.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == lines and all(line.startswith("left out: ") for line in said)
+    assert (f"left out: {count} data sets of runs that are not finished, such as" in said[-1]) == (lines == 2)
+
+
 def test_fidelity_and_bench_as_text(tmp_path, capsys):
     make_fidelity(tmp_path / "0.4/20/fidelity", 0.25, ini_size=0.4, KV_class3=0.2)
     make_bench(tmp_path / "bench.json")
