@@ -44,7 +44,7 @@ from squeeze.benchmarks.registry import BENCHMARKS
 from squeeze.cli.tables import table
 from squeeze.engine.loss_curves import MULTIPLES, divergences, measure
 from squeeze.models import loading, sources
-from squeeze.report.paired import mean_over_data_sets
+from squeeze.report.paired import mean_over_data_sets, shown
 from squeeze.runs.manifest import Manifest
 from squeeze.storage.files import read_json, read_jsonl
 
@@ -249,8 +249,7 @@ def show(args):
                         tasks.setdefault(index[1], []).append(mine[index] - uniform[index])
                 line[size] = "-"
                 if tasks:
-                    mean, low, high = mean_over_data_sets(list(tasks.values()))
-                    line[size] = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+                    line[size] = shown(*mean_over_data_sets(list(tasks.values())))
             lines.append(line)
         counts = Counter(task for size, task, _ in uniform if size == SIZES[0])
         print(f"\n{algorithm}, prompts: {', '.join(f'{task} {count}' for task, count in sorted(counts.items()))}\n")

@@ -156,8 +156,8 @@ def _leads(run: Measured, other: Measured) -> list[float]:
 
 
 def _is_noise(leads: Sequence[float]) -> bool:
-    """True if the 95% interval of the mean holds 0; a single lead has no interval, and no leads are noise."""
-    low, high = interval(leads) if leads else (0.0, 0.0)
+    """True if the 95% interval of the mean holds 0, or there are less than two leads, which have no interval."""
+    low, high = interval(leads) if len(leads) > 1 else (0.0, 0.0)
     return low <= 0 <= high
 
 

@@ -1,7 +1,8 @@
 """What each allocation gains over another on the same samples: `python -m squeeze.report --against`.
 
 The KL divergence from the full cache, mean of the data sets' means, so that each counts the same, and the difference
-from the other allocation's sample by sample, with its 95% bootstrap interval over the samples within each data set.
+from the other allocation's sample by sample, with its 95% bootstrap interval over the samples within each data set;
+where one has a single sample, whose spread nobody knows, over the data sets.
 """
 
 from __future__ import annotations
@@ -102,22 +103,33 @@ def _cells(kl: Divergences, other: Divergences, against: str) -> dict[str, str]:
         return dict.fromkeys(("KL", f"less {against}", "closer on", "samples"), "-")
     cells = {"KL": f"{statistics.fmean(means.values()):.4f}", f"less {against}": "", "closer on": ""}
     if kl is not other:
-        mean, low, high = mean_over_data_sets(differences)
-        cells[f"less {against}"] = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+        cells[f"less {against}"] = shown(*mean_over_data_sets(differences))
         cells["closer on"] = str(sum(one < 0 for own in differences for one in own))
     cells["samples"] = str(sum(map(len, differences)))
     return cells | {dataset: f"{mean:.4f}" for dataset, mean in means.items()}
 
 
-def mean_over_data_sets(differences: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Mean of the data sets' means, and its 95% bootstrap interval over the samples within each data set.
+def shown(mean: float, interval: tuple[float, float] | None) -> str:
+    """A difference, and its interval where there is one."""
+    return f"{mean:+.4f}" + ("" if interval is None else f" [{interval[0]:+.4f}, {interval[1]:+.4f}]")
+
+
+def mean_over_data_sets(differences: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float] | None]:
+    """Mean of the data sets' means, and its 95% bootstrap interval.
 
     Args:
         differences: of each data set, one or more.
+    Returns:
+        the interval is over the samples within each data set; where one has a single sample, over the data sets, each
+        counting as one; None where that is one, too.
     """
     import numpy as np  # half a second to import, of which --help knows nothing
 
+    means = list(map(statistics.fmean, differences))
+    parts = differences if min(map(len, differences)) > 1 else [means]
+    if min(map(len, parts)) < 2:
+        return statistics.fmean(means), None
     rng = np.random.default_rng(0)
-    resampled = sum(rng.choice(np.array(own), (RESAMPLES, len(own))).mean(axis=1) for own in differences)
-    low, high = np.percentile(resampled / len(differences), [2.5, 97.5])
-    return statistics.fmean(map(statistics.fmean, differences)), float(low), float(high)
+    resampled = sum(rng.choice(np.array(own), (RESAMPLES, len(own))).mean(axis=1) for own in parts)
+    low, high = np.percentile(resampled / len(parts), [2.5, 97.5])
+    return statistics.fmean(means), (float(low), float(high))

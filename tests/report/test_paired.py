@@ -49,6 +49,17 @@ def test_a_line_for_each_method_and_a_figure(place, capsys):
     assert rows(capsys)[2][3].startswith(f"+{MEAN:.4f} [+"), "no worse one is bold"
 
 
+def test_a_single_sample_has_no_spread_of_its_own(place, capsys):
+    """Where one data set has no more, the interval is over the data sets; of one sample alone there is none."""
+    for path, kl in (("0.2/20", 0.4), ("0.2/10", 0.2)):
+        write_lines(Path("a", path, "fidelity/samsum.jsonl"), [{"kl": kl}, {"kl": None}, {"kl": None}])
+    report(["a", "b", "--against", "uniform"])
+    lcc = -(0.25 + 0.25 + 0.05) / 3  # and -0.2 on samsum
+    assert rows(capsys)[3][4] == f"{(lcc - 0.2) / 2:+.4f} [-0.2000, {lcc:+.4f}]"
+    report(["a", "--against", "uniform", "--wide"])
+    assert rows(capsys)[2][3] == "-0.2000", "and nothing is bold"
+
+
 def test_sizes_of_class_3_and_models_have_lines_of_their_own(place, capsys):
     more = {"dataset": "samsum", "ini_size": 0.2, "samples": 3}
     other = make_fidelity(Path("a/0.2/4/fidelity"), 1, KV_class3=0.04, **more)
