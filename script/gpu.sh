@@ -72,7 +72,7 @@ else
             --algorithm h2o streaming --caches full
     done
     bench llama 85 --random_weights config/shapes/llama-3.1-8b.json --batch_size 32 --prompt_length 8192 --rounds 1 \
-        --new_tokens 33 --caches squeezed graphed --peers
+        --new_tokens 33 --caches squeezed --peers
     bench throughput 100 --throughput --preset mistral-7b --batch_size 64 224 --new_tokens 129 --rounds 1 \
         --caches squeezed
 fi

@@ -143,8 +143,9 @@ class SqueezedModel:
             per_head = per_head or config.allocator.per_head
         chunk = config.prefill_chunk
         squeezable(self.findings, evictor, per_head=per_head, prefill_chunk=chunk, **needed)
-        if config.compile and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-            raise InputError("compile needs the model on one device, and this one was spread by a device_map")
+        for name in ("compile", "cuda_graph"):
+            if getattr(config, name) and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+                raise InputError(f"{name} needs the model on one device, and this one was spread by a device_map")
         if config.cuda_graph:
             self._check_graph(evictor)
         if config.attn != "auto" and not all(layer.interface for layer in self.layers):
@@ -157,8 +158,6 @@ class SqueezedModel:
         """Raises InputError where decode steps cannot be recorded."""
         model, findings = self.model, self.findings
         check_device(model.device)
-        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-            raise InputError("cuda_graph needs the model on one GPU, and this one was spread by a device_map")
         if not evictor.built_in:
             raise InputError(
                 f"cuda_graph is for the eviction methods of this project: what {evictor.name} answers is checked at "

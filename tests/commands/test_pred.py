@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_graph import Tape
 from tiny import LISTS, save_rows, save_tiny, tiny_tokenizer
 
 import eval
@@ -17,6 +18,7 @@ from squeeze import InputError, SqueezeConfig, squeezed
 from squeeze.benchmarks.longbench.data import build_prompt, generation_lengths
 from squeeze.benchmarks.longbench.prompts import encode_prompt
 from squeeze.cli.run import run_command
+from squeeze.engine import graph
 from squeeze.generation import generate as generation
 from squeeze.generation.generate import generate
 from squeeze.models import loading
@@ -313,6 +315,21 @@ def test_compiled_decoding_is_a_setting_of_the_run(place, monkeypatch):
         predict(*SQUEEZE, "--sample_num", "2", "--compile")
     predict(*SQUEEZE, "--sample_num", "2", "--compile", "--overwrite")
     assert read(folder / "samsum.jsonl") == plain
+
+
+def test_recorded_steps_are_a_setting_of_the_run(place, monkeypatch):
+    """A tape of operations stands in for a CUDA graph."""
+    monkeypatch.setitem(graph.RECORDINGS, "cpu", Tape)
+    monkeypatch.setattr(Tape, "tapes", [])
+    predict(*SQUEEZE, "--sample_num", "2")
+    folder = Path("pred_Long/tiny/0.3/12.6")
+    plain = read(folder / "samsum.jsonl")
+    assert not Tape.tapes
+    with pytest.raises(InputError, match=r"cuda_graph null \(now true\): --overwrite"):
+        predict(*SQUEEZE, "--sample_num", "2", "--cuda_graph")
+    predict(*SQUEEZE, "--sample_num", "2", "--cuda_graph", "--overwrite")
+    assert read(folder / "samsum.jsonl") == plain
+    assert sum(tape.replays for tape in Tape.tapes) > 2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ anew where it should have been written into, shows here.
 import gc
 import warnings
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar
 from unittest.mock import patch
@@ -95,7 +96,7 @@ def tensors(nested):
 
 
 def storage(tensor):
-    return tensor.untyped_storage()._cdata
+    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage()._cdata  # weights that were packed have none
 
 
 @pytest.fixture
@@ -301,12 +302,67 @@ def test_a_cache_is_gone_as_soon_as_nobody_holds_it(tapes):
         gc.enable()
 
 
+def test_what_fails_while_cuda_records_is_told_and_the_recording_ended(monkeypatch):
+    """The order of calls alone, of a CUDA that is not there."""
+    calls = []
+
+    class Fake:
+        def __init__(self, name="graph"):
+            self.name = name
+
+        def __getattr__(self, name):
+            def call(*args, **kwargs):
+                calls.append(f"{self.name}.{name}")
+                if name == "capture_end":
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+            return call
+
+    @contextmanager
+    def within(what):
+        calls.append(f"in {what if isinstance(what, torch.device) else what.name}")
+        yield
+
+    fakes = {"CUDAGraph": Fake, "Stream": lambda: Fake("own"), "current_stream": lambda: Fake("stream")}
+    for name, fake in {**fakes, "stream": within, "device": within}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+
+    def step():
+        calls.append("step")
+        raise RuntimeError("the step's own error")
+
+    recorder = graph.Recorder(torch.device("cuda:1"))
+    with pytest.warns(UserWarning, match="could not be recorded: the step's own error"):
+        assert recorder.record(step) is None
+    assert recorder.failed == "the step's own error"
+    began = ["in cuda:1", "own.wait_stream", "in own", "graph.capture_begin"]
+    assert calls == [*began, "step", "graph.capture_end"]
+
+
+def test_what_waits_is_seen_where_a_step_is_run_as_it_is(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+        return 3
+
+    with pytest.warns(UserWarning, match="another") as said:
+        output, asks = graph.CudaGraph.watched(step)
+    assert output == 3 and asks.startswith(__file__) and asks.endswith("waits for the GPU")
+    assert len(said) == 1 and modes == ["warn", 0]
+    assert graph.CudaGraph.watched(lambda: 4) == (4, None)
+
+
 def test_where_nothing_can_be_recorded_there_is_a_sentence(tapes, monkeypatch):
     config, dynamic = SqueezeConfig("h2o", "0.4", "0.3", cuda_graph=True), {"rope_type": "dynamic", "factor": 2.0}
     spread = random_model("llama")
     spread.hf_device_map = {"model.embed_tokens": "cpu", "lm_head": "disk"}
     for model, sentence in (
-        (spread, "cuda_graph needs the model on one GPU"),
+        (spread, "cuda_graph needs the model on one device"),
         (build("jamba"), "cuda_graph needs a model that caches nothing but attention"),
         (random_model("llama", rope_parameters=dynamic | {"rope_theta": 1e4}), "angles do not depend on the length"),
     ):
