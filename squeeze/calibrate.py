@@ -68,7 +68,7 @@ def parser() -> Parser:
     )
     FLAGS["model"].add_to(made, help="as in pred.py")
     FLAGS["model_path"].add_to(made, help="as in pred.py")
-    FLAGS["algorithm"].add_to(made, help="sliding_window, streaming or h2o (default: the architecture's)")
+    FLAGS["algorithm"].add_to(made, help="any eviction method that pred.py takes (default: the architecture's)")
     replace(FLAGS["start_size"], also=()).add_to(made, help="as in pred.py (default: 4)")
     made.add_argument(
         "--per",

@@ -94,7 +94,7 @@ def compare(
 
     Args:
         prompts: token ids of each, (tokens,); of a model that is squeezed in several configurations each has its own.
-        full: the answer to them; of one prompt, where all are the same one.
+        full: the answer to them, or to the first ones, where the others are these again and again.
         run: what `squeezed` gave.
         max_new_tokens: that the budgets count on.
         asked: tokens at the end of each prompt that squeezed caches read when what precedes them is cut.
@@ -109,17 +109,18 @@ def compare(
     next(_steps(model, inputs[:, :cut], mask[:, :cut], cache))
     divergences: list[list[float]] = [[] for _ in prompts]
     agreements: list[list[bool]] = [[] for _ in prompts]
-    tokens = full.tokens.expand(rows, -1)
+    answered = len(full.tokens)
+    tokens = full.tokens.repeat(rows // answered, 1)
     fed = inputs[:, cut:] if asked else tokens[:, :1]
     steps, first = _steps(model, fed, torch.cat([mask[:, :cut], torch.ones_like(fed)], dim=1), cache), int(not asked)
     found = next(steps) if first < len(full.logprobs) else []
     for step in range(first, len(full.logprobs)):
         if not found:
             found = steps.send(tokens[:, step - 1 : min(step - 1 + AHEAD, len(full.logprobs) - 1)])
-        expected, logprobs = full.logprobs[step], found.pop(0)
-        kl = (expected.exp() * (expected - logprobs)).sum(dim=-1)
-        same = expected.argmax(dim=-1) == logprobs.argmax(dim=-1)
-        for row in full.running[step].expand(rows).nonzero().flatten().tolist():
+        expected, logprobs = full.logprobs[step], found.pop(0).unflatten(0, (-1, answered))
+        kl = (expected.exp() * (expected - logprobs)).sum(dim=-1).flatten()
+        same = (expected.argmax(dim=-1) == logprobs.argmax(dim=-1)).flatten()
+        for row in full.running[step].repeat(rows // answered).nonzero().flatten().tolist():
             divergences[row].append(kl[row].item())
             agreements[row].append(bool(same[row]))
     held = zip(run.own_bytes, run.notes, strict=True)

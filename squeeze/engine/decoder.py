@@ -104,7 +104,8 @@ def _prefill(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, 
         once = prefill.copies > 1 and prefill.kept is None
         if once:
             assert inputs is not None
-            prefill.kept = run.prefill(inputs[:1], None if positions is None else positions[:1])
+            places, mask = (_first(prefill.prompts, part) for part in (positions, given.get("attention_mask")))
+            prefill.kept = run.prefill(inputs[: prefill.prompts], places, mask)
         if prefill.kept is not None:
             output = prefill.take_over(prefill.kept)
             prefill.shared_seconds -= prefill.kept.seconds if once else 0.0
@@ -117,6 +118,11 @@ def _prefill(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, 
         output = forward(**given)
         prefill.keep(inputs, positions, output, now(inputs.device) - start)
         return output
+
+
+def _first(prompts: int, given: torch.Tensor | None) -> torch.Tensor | None:
+    """What an argument says of the first prompts of a batch."""
+    return None if given is None else given[:prompts]
 
 
 def _step(run: SqueezedModel, forward, cache: SqueezeCache, given: dict[str, Any]) -> ModelOutput | tuple:

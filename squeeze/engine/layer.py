@@ -235,21 +235,27 @@ class SqueezeLayer(CacheLayerMixin):
         return other
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> None:
-        """Hold a whole left-padded prompt, `(batch, kv_heads, tokens, head_dim)`, until `compress`."""
+        """Hold whole left-padded prompts, `(prompts, kv_heads, tokens, head_dim)`, until `compress`."""
         self.keys, self.values, self.scores = keys, values, scores
         self.is_initialized = True
 
     def compress(self, lengths: Sequence[int], budgets: np.ndarray, most: Sequence[int] | None = None) -> None:
-        """Keep what budgets `(batch, kv_heads)` allow; padding is dropped, and the prompt's own tensors let go.
+        """Keep what budgets `(batch, kv_heads)` allow; padding is dropped, and the prompts' own tensors let go.
+
+        The batch may have the prompts that the layer was filled with again and again, each time with other budgets.
 
         Args:
+            lengths: tokens of each sequence.
             most: of each sequence, tokens that a head can hold, where its heads share what budgets give them by the
                 scores of the prompt (`squeeze.engine.adakv`); None: they keep to the budgets.
         """
-        of_rows = self._prompt_scores(lengths)
+        prompts = len(self.keys)
+        of_prompts = self._prompt_scores(lengths[:prompts])
         if most is not None:
-            least, given = self.evictor.minimum_budget, zip(of_rows, budgets[:, 0].tolist(), most, strict=True)
-            budgets = np.array([shared(scores, budget, min(least, cap), cap) for scores, budget, cap in given])
+            least, given = self.evictor.minimum_budget, enumerate(zip(budgets[:, 0].tolist(), most, strict=True))
+            budgets = np.array(
+                [shared(of_prompts[row % prompts], budget, min(least, cap), cap) for row, (budget, cap) in given]
+            )
         self.layout = layout = Layout(budgets)
         slots, device = layout.slots, self.keys.device
         keys, values = (part.new_zeros(slots, part.shape[3]) for part in (self.keys, self.values))
@@ -258,14 +264,14 @@ class SqueezeLayer(CacheLayerMixin):
         slot_positions = keys.new_full((slots if placed else 0,), -1, dtype=torch.int32)
         for row, length in enumerate(lengths):
             for piece, budget in layout.pieces(row):
-                piece_scores = piece.part(of_rows[row]) if of_rows else self.scores
+                piece_scores = piece.part(of_prompts[row % prompts]) if of_prompts else self.scores
                 kept = kept_of(self.evictor, length, budget, piece_scores, piece.rows)
                 kept = kept.to(device).expand(piece.rows, -1)
                 count = kept.shape[1]
                 for buffer, prompt in ((keys, self.keys), (values, self.values)):
                     index = kept[..., None].expand(-1, -1, prompt.shape[3])
                     # Straight into the buffer: what is kept never exists twice.
-                    own = piece.part(prompt[row, :, -length:])
+                    own = piece.part(prompt[row % prompts, :, -length:])
                     torch.gather(own, 1, index, out=piece.view(buffer)[:, :count])
                 if scored:
                     piece.view(scores)[:, :count] = piece_scores.gather(1, kept)
@@ -278,7 +284,7 @@ class SqueezeLayer(CacheLayerMixin):
         self.kernel = decode_kernel(device, keys.dtype, self.evictor.watches)
 
     def _prompt_scores(self, lengths: Sequence[int]) -> list[torch.Tensor]:
-        """Scores of each sequence's tokens, `(kv_heads, length)`; none where the evictor has none."""
+        """Scores of each prompt's tokens, `(kv_heads, length)`; none where the evictor has none."""
         if not self.evictor.scores_prompts:
             return []
         heads, device = self.keys.shape[1], self.keys.device

@@ -99,7 +99,7 @@ class Prefill:
         measured: whether similarities are.
         looking: of the prompts' last queries, how many have the spread of their attention measured.
         chunk: columns of a chunk; None where the prompts are read in one pass.
-        copies: the sequences of the batch, where all of them are one prompt, which is read once; else 1.
+        copies: how many times the batch has the same prompts, one time after the other: they are read once.
         shared: whether the prefill is kept for other configurations, and may be taken over from one that was.
         kept: the prefill that is taken over, and at the end the one to keep.
         losses: loss curves of each sequence, where budgets are made from them, as `_allocate` takes them.
@@ -129,6 +129,11 @@ class Prefill:
     streams: dict[int, torch.Tensor] = field(default_factory=dict)
     shared_seconds: float = 0.0
     similarities: list[list[torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def prompts(self) -> int:
+        """The prompts of the batch, without their copies: its first sequences."""
+        return len(self.cache.prompt_lengths) // self.copies
 
     @property
     def observed(self) -> int | Future | None:
@@ -184,7 +189,8 @@ class Prefill:
         """Whether a prefill of `inputs`, `(batch, tokens)` token ids, would give what `kept` holds."""
         lengths = self.cache.prompt_lengths
         if self.copies > 1:
-            lengths, inputs, positions = lengths[:1], inputs[:1], None if positions is None else positions[:1]
+            lengths, inputs = lengths[: self.prompts], inputs[: self.prompts]
+            positions = None if positions is None else positions[: self.prompts]
         settings = lengths, self.attn, self.observed, autocast_dtype(inputs.device)
         return (
             (kept.prompt_lengths, kept.attn, kept.observed, kept.autocast) == settings
@@ -201,17 +207,18 @@ class Prefill:
             The decoder's output, `(batch, tokens, hidden)`.
         """
         for layer, contents in zip(self.cache.squeezed, kept.layers, strict=True):
-            layer.fill(*map(self._of_all, contents))
+            layer.fill(*contents)  # of each prompt once: the layer is cut for all of its copies
         for layer, spread in zip(self.cache.squeezed, kept.spreads[1], strict=True):
             layer.spread = self._of_all(spread)
-        states.restore(self.cache.layers, kept.states, None if self.copies == 1 else self.copies)
+        rows = [len(self.cache.prompt_lengths)] * len(self.cache.layers)
+        states.restore(self.cache.layers, kept.states, None if self.copies == 1 else rows, self.prompts)
         self.similarities = [[self._of_all(one) for one in kept.similarities]]
         self.shared_seconds = kept.seconds * self.copies
         return self._of_all(kept.output)
 
     def _of_all(self, part: torch.Tensor) -> torch.Tensor:
-        """What the first sequence has, `(1, …)`, for all where they are copies of it."""
-        return part if self.copies == 1 or not part.numel() else part.expand(self.copies, *part.shape[1:])
+        """What the prompts have, `(prompts, …)`, for all of their copies."""
+        return part.expand(self.copies, *part.shape).flatten(0, 1) if part.numel() else part
 
     def keep(
         self, inputs: torch.Tensor, positions: torch.Tensor | None, output: ModelOutput, seconds: float

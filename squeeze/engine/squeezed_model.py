@@ -100,8 +100,9 @@ class SqueezedModel:
         raise ValueError("a squeezed model cannot be copied or pickled: leave the `with squeezed(...)` block first")
 
     def use(self, *configs: SqueezeConfig) -> None:
-        """Go on with another configuration, from the next prompt on; or with several, one for each sequence of every
-        batch from the next one on. A batch that is one prompt, again and again, is prefilled once.
+        """Go on with another configuration, from the next prompt on; or with several, from the next batch on, of which
+        each configuration has an equal part, one after the other. What every part has is prefilled once: one prompt,
+        or the same prompts in the same order.
 
         Raises:
             InputError: one does not fit the model, or they do not agree in what a batch has in common.
@@ -189,18 +190,22 @@ class SqueezedModel:
         made.graph = GraphedStep(self.recorder) if graphed else None
         return made
 
-    def prefill(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> KeptPrefill:
-        """Prefill prompts of one length, `(batch, tokens)`, and return all of it for `fork`.
+    def prefill(
+        self, tokens: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> KeptPrefill:
+        """Prefill prompts, `(batch, tokens)`, and return all of it, for `fork` where it is one prompt.
 
         A prefill that is kept for other configurations is let go of first, unless the prefill under way takes it over.
 
         Args:
             positions: of the tokens, where they are not 0, 1, ….
+            mask: 0 where there is padding, on the left; `(batch, tokens)`.
         """
         cache = self.cache(0)
         cache.whole = True
         given: dict[str, Any] = {"input_ids": tokens.to(input_device(self.model)), cache_argument(): cache}
         given |= {} if positions is None else {"position_ids": positions}
+        given |= {} if mask is None else {"attention_mask": mask}
         with self.lock:
             self.forget_prefill()
             self.findings.decoder(**given, use_cache=True, return_dict=True)
@@ -232,9 +237,12 @@ class SqueezedModel:
         cache.graph = None  # a replay would pass by what stands in for decoder layers (`squeeze.engine.replay`)
         cache.begin(sequences, prefill.inputs.shape[1], None)
         counts = [sequences] * len(cache.squeezed) if running is None else [max(count, 1) for count in running]
-        for layer, count, parts in zip(cache.squeezed, counts, prefill.layers, strict=True):
-            layer.fill(*(part.expand(count, -1, *part.shape[2:]) if part.numel() else part for part in parts))
-        states.restore(cache.layers, prefill.states, sequences)
+        for layer, parts in zip(cache.squeezed, prefill.layers, strict=True):
+            layer.fill(*parts)
+        rows = [sequences] * len(cache.layers)
+        for facts, count in zip(self.layers, counts, strict=True):
+            rows[facts.index] = count
+        states.restore(cache.layers, prefill.states, rows)
         own = by_layer(budgets, self.kv_heads)
         cache.compress([tokens[:count] for tokens, count in zip(own, counts, strict=True)])
         return cache
@@ -289,8 +297,7 @@ class SqueezedModel:
             raise ValueError(f"run.use(...) had {len(allocators)} configurations, and the batch has {batch} sequences")
         prefill.chunk = self.config.prefill_chunk
         if plain and inputs is not None and prefill.chunk is None:
-            if len(allocators) > 1 and _one_prompt(cache, inputs, positions):
-                prefill.copies = batch
+            prefill.copies = _copies(cache, inputs, positions, len(allocators))
             if self.share_prefills:
                 prefill.shared = True
                 if self.kept_prefill is not None and prefill.may_take_over(self.kept_prefill, inputs, positions):
@@ -396,8 +403,19 @@ class SqueezedModel:
         return replace(budgets, classes=allocation.classify(similarities))
 
 
-def _one_prompt(cache: SqueezeCache, inputs: torch.Tensor, positions: torch.Tensor | None) -> bool:
-    """Whether all sequences of a batch are the same tokens, `(batch, tokens)`, at the same positions."""
-    same = all(length == cache.columns for length in cache.prompt_lengths)
-    at = positions is None or (positions.ndim == 2 and bool((positions == positions[:1]).all()))
-    return same and at and bool((inputs == inputs[:1]).all())
+def _copies(cache: SqueezeCache, inputs: torch.Tensor, positions: torch.Tensor | None, configs: int) -> int:
+    """How many times a batch for some configurations has the same prompts, one time after the other.
+
+    Args:
+        inputs, positions: `(batch, tokens)`.
+    """
+    if configs == 1 or (positions is not None and positions.ndim != 2):
+        return 1
+    lengths, parts = cache.prompt_lengths, [inputs]
+    parts += [] if positions is None or len(positions) == 1 else [positions]
+    for prompts in (1, len(inputs) // configs):
+        again = len(inputs) // prompts
+        same = lengths == lengths[:prompts] * again
+        if same and all(bool((part.unflatten(0, (again, prompts)) == part[:prompts]).all()) for part in parts):
+            return again
+    return 1

@@ -6,6 +6,7 @@ They have one size whatever the prompt, and stay as the model makes them. Some l
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,18 +52,20 @@ def copied(layers: list[Any]) -> dict[int, dict[str, Any]]:
     }
 
 
-def restore(layers: list[Any], states: dict[int, dict[str, Any]], rows: int | None = None) -> None:
+def restore(
+    layers: list[Any], states: dict[int, dict[str, Any]], rows: Sequence[int] | None = None, prompts: int = 1
+) -> None:
     """Put copies of states back.
 
     Args:
-        rows: sequences of a batch, for which states of one sequence are repeated; a layer may hold fewer.
+        rows: of each layer, the sequences that it holds, where the states are those of a few prompts, again and again.
+        prompts: that the states are of.
     """
     for index, state in states.items():
         layer = layers[index]
         vars(layer).update(copy.deepcopy(state))
         if rows is not None:
-            held = layer.keys.shape[0] if isinstance(layer, HybridLayer) else rows
-            LinearAttentionCacheLayerMixin.reorder_cache(layer, torch.zeros(held, dtype=torch.long))
+            LinearAttentionCacheLayerMixin.reorder_cache(layer, torch.arange(rows[index]) % prompts)
 
 
 def _names(layer: Any) -> set[str]:

@@ -29,8 +29,9 @@ EXAMPLES = """examples
     python -m squeeze.report pred_Long --out report
   several benchmarks, and the measurements of python -m squeeze.bench:
     python -m squeeze.report pred_Long pred_e pred_xsum bench/bench.json --out report
-  of runs of pred.py --fidelity: what each allocation gains over uniform budgets, on the same samples:
+  of runs of pred.py --fidelity: what each allocation gains over uniform budgets, on the same samples; and in scores:
     python -m squeeze.report pred_Long --against uniform --wide --figure kl.png
+    python -m squeeze.report pred_ruler --against uniform --wide --score
 
 The page, report/index.html, is one file that needs nothing beside it, no network and no server. The figures lie beside
 it as SVG and PNG, and what they show as CSV. A run that is not finished, or damaged, is named and left out. Nothing is
@@ -66,10 +67,13 @@ def parser() -> Parser:
     )
     made.add_argument("--wide", action="store_true", help="with --against: a line for each method and size")
     made.add_argument(
+        "--score", action="store_true", help="with --against: the scores of predictions, and how much more they are"
+    )
+    made.add_argument(
         "--figure",
         type=as_path,
         metavar="FILE",
-        help="with --against: draw KL over size into this .png or .svg, a panel for each method",
+        help="with --against: draw KL, or scores, over size into this .png or .svg, a panel for each method",
     )
     return made
 
@@ -188,25 +192,27 @@ def print_bench(path: Path, records: Sequence[Any]) -> None:
         print(table(bench.COLUMNS, made))
 
 
-def print_paired(inventory: Inventory, against: str, wide: bool, figure: Path | None, command: str) -> None:
+def print_paired(
+    inventory: Inventory, against: str, quantity: paired.Quantity, wide: bool, figure: Path | None, command: str
+) -> None:
     """Print what each allocation gains over another, and draw it; see `squeeze.report.paired`.
 
     Raises:
         InputError: there is nothing to compare, the figure would have several models, or cannot be written.
     """
-    found = paired.lines(inventory, against)
-    shown = paired.side_by_side(found, against) if wide else found
+    found = paired.lines(inventory, against, quantity)
+    shown = paired.side_by_side(found, against, quantity) if wide else found
     columns = list(dict.fromkeys(name for line in shown for name in line))
     print(table(columns, [dict.fromkeys(columns, "-") | line for line in shown]))
     if figure is not None:
         from squeeze.report.figures import render
-        from squeeze.report.paired_figure import kl_over_size
+        from squeeze.report.paired_figure import over_size
 
         if "model" in columns:
             raise InputError("--figure draws the runs of one model: name its folder alone")
         with writing(figure):
             figure.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(figure, render(kl_over_size(found), figure.suffix[1:], command))
+            write_whole(figure, render(over_size(found, quantity), figure.suffix[1:], command))
 
 
 def report(argv: Sequence[str] | None = None) -> None:
@@ -216,7 +222,7 @@ def report(argv: Sequence[str] | None = None) -> None:
         InputError: there is no finished run, or the folder of `--out` is not the command's own.
     """
     args = parser().parse_args(argv)
-    for flag, value in (("wide", args.wide), ("figure", args.figure is not None)):
+    for flag, value in (("wide", args.wide), ("score", args.score), ("figure", args.figure is not None)):
         if value and args.against is None:
             raise InputError(f"--{flag} is for --against")
     if args.against is not None and args.out is not None:
@@ -233,7 +239,8 @@ def report(argv: Sequence[str] | None = None) -> None:
         if args.against is None:
             print_tables(inventory)
         else:
-            print_paired(inventory, args.against, args.wide, args.figure, command)
+            quantity = paired.SCORE if args.score else paired.KL
+            print_paired(inventory, args.against, quantity, args.wide, args.figure, command)
         say_left_out(inventory.problems, sys.stderr)
         return
 

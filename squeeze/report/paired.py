@@ -1,14 +1,15 @@
 """What each allocation gains over another on the same samples: `python -m squeeze.report --against`.
 
-The KL divergence from the full cache, mean of the data sets' means, so that each counts the same, and the difference
-from the other allocation's sample by sample, with its 95% bootstrap interval over the samples within each data set;
-where one has a single sample, whose spread nobody knows, over the data sets.
+The KL divergence from the full cache, or the score, mean of the data sets' means, so that each counts the same, and
+the difference from the other allocation's sample by sample, with its 95% bootstrap interval over the samples within
+each data set; where one has a single sample, whose spread nobody knows, over the data sets.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from squeeze.benchmarks.records import Compared
 from squeeze.benchmarks.scores import RESAMPLES
@@ -17,101 +18,153 @@ from squeeze.runs.folder import check_count
 from squeeze.runs.inventory import Entry, Inventory, describe
 from squeeze.storage.files import read_jsonl
 
-#: Of one allocation, by data set: nats a token on each sample, None where no token was compared.
-Divergences = dict[str, list[float | None]]
+#: Of one allocation, by data set: what each sample has; None of samples that have none.
+Values = dict[str, list[float | None]]
 
 
-def lines(inventory: Inventory, against: str) -> list[dict[str, str]]:
-    """A line for each method, size and allocation of the comparisons with the full cache; `against` comes first.
+class Quantity(NamedTuple):
+    """What allocations are compared in.
+
+    Args:
+        name: of its column.
+        digits: that are shown.
+        sign: of a difference that is a gain.
+        gained: the column that counts samples with a gain.
+        missing: said where nobody has it.
+    """
+
+    name: str
+    digits: int
+    sign: int
+    gained: str
+    missing: str
+
+
+KL = Quantity(
+    "KL", 4, -1, "closer on", "comparisons with the full cache beside those of {}: pred.py --fidelity makes them"
+)
+SCORE = Quantity("score", 2, 1, "better on", "predictions that are scored here beside those of {}: pred.py makes them")
+
+
+def lines(inventory: Inventory, against: str, quantity: Quantity = KL) -> list[dict[str, str]]:
+    """A line for each method, size and allocation, `against` first; of scores, one for the full cache before them.
 
     Args:
         against: the allocation that the others are compared with, as tables call it.
     Raises:
         InputError: there is nothing that could be compared with it.
     """
-    found = []
-    for name, allocations in _by_method(inventory).items():
-        if against not in allocations:
-            inventory.problems.append(f"{', '.join(name)}: no run of {against} was compared with the full cache")
+    found, full = [], []
+    for name, allocations in _by_method(inventory, quantity).items():
+        columns = dict(zip(("model", "algorithm", "ini_size"), name, strict=True))
+        if "-" in allocations:
+            full.append(columns | {"allocation": "-"} | _cells(allocations["-"], allocations["-"], against, quantity))
             continue
-        for allocation, kl in sorted(allocations.items(), key=lambda item: (item[0] != against, item[0])):
-            columns = dict(zip(("model", "algorithm", "ini_size"), name, strict=True))
-            found.append(columns | {"allocation": allocation} | _cells(kl, allocations[against], against))
+        if against not in allocations:
+            inventory.problems.append(f"{', '.join(name)}: there is no run of {against} to compare with")
+            continue
+        for allocation, values in sorted(allocations.items(), key=lambda item: (item[0] != against, item[0])):
+            cells = _cells(values, allocations[against], against, quantity)
+            found.append(columns | {"allocation": allocation} | cells)
     if not found:
-        raise InputError(
-            f"there are no comparisons with the full cache beside those of {against}: pred.py --fidelity makes them"
-        )
+        raise InputError(f"there are no {quantity.missing.format(against)}")
+    found = full + found
     if len({line["model"] for line in found}) == 1:
         found = [{key: value for key, value in line.items() if key != "model"} for line in found]
     return found
 
 
-def side_by_side(found: Sequence[dict[str, str]], against: str) -> list[dict[str, str]]:
-    """`lines` as a line for each method and size: each allocation's difference, bold where its interval is below 0."""
+def side_by_side(found: Sequence[dict[str, str]], against: str, quantity: Quantity = KL) -> list[dict[str, str]]:
+    """`lines` as a line for each method and size: each allocation's difference, bold where its interval is a gain."""
     made: dict[tuple[str, ...], dict[str, str]] = {}
     for line in found:
         names: dict[str, str] = {name: line[name] for name in ("model", "algorithm", "ini_size") if name in line}
         cells = made.setdefault(tuple(names.values()), names)
-        if line["allocation"] == against:
-            cells[against] = line["KL"]
+        if line["allocation"] in (against, "-"):
+            cells[against] = line[quantity.name]
         else:
             difference = line[f"less {against}"]
-            below = difference.endswith("]") and float(difference.split(", ")[1].rstrip("]")) < 0
-            cells[line["allocation"]] = f"**{difference}**" if below else difference
+            cells[line["allocation"]] = f"**{difference}**" if _is_gain(difference, quantity) else difference
     return list(made.values())
 
 
-def _by_method(inventory: Inventory) -> dict[tuple[str, str, str], dict[str, Divergences]]:
-    """Model, algorithm and size → allocation → its divergences; what is damaged goes to the problems."""
+def _is_gain(difference: str, quantity: Quantity) -> bool:
+    """Whether all of a difference's interval, as `shown` gives it, is on the side of a gain."""
+    if not difference.endswith("]"):
+        return False
+    low, high = map(float, difference[difference.index("[") + 1 : -1].split(", "))
+    return high < 0 if quantity.sign < 0 else low > 0
+
+
+def _by_method(inventory: Inventory, quantity: Quantity) -> dict[tuple[str, str, str], dict[str, Values]]:
+    """Model, algorithm and size → allocation → its values; what is damaged goes to the problems."""
     runs: dict[tuple[str, str, str], list[tuple[Entry, list[float | None]]]] = {}
     for entry in inventory.entries:
-        if entry.fidelity:
+        if entry.fidelity == (quantity is KL):
             try:
-                rows = read_jsonl(entry.folder / f"{entry.dataset}.jsonl", Compared)
-                check_count(entry.folder, entry.dataset, len(rows))
+                values = _values(entry)
             except InputError as error:
                 inventory.problems.append(str(error))
                 continue
             told = describe(entry.settings, entry.summary)
             name = entry.start["model"]["name"], told["algorithm"], told["ini_size"]
-            runs.setdefault(name, []).append((entry, [row["kl"] for _, row in rows]))
-    found: dict[tuple[str, str, str], dict[str, Divergences]] = {}
+            runs.setdefault(name, []).append((entry, values))
+    found: dict[tuple[str, str, str], dict[str, Values]] = {}
     for name, own in runs.items():
         sizes: dict[str, set[str]] = {}
         for entry, _ in own:
             told = describe(entry.settings, entry.summary)
             sizes.setdefault(told["allocation"], set()).add(told["KV_class3"])
-        for entry, kl in own:
+        for entry, values in own:
             told = describe(entry.settings, entry.summary)
             allocation = told["allocation"]
             if allocation != "uniform" and len(sizes[allocation]) > 1:
                 allocation += f" {told['KV_class3']}"
-            found.setdefault(name, {}).setdefault(allocation, {})[entry.dataset] = kl
+            found.setdefault(name, {}).setdefault(allocation, {})[entry.dataset] = values
     return found
 
 
-def _cells(kl: Divergences, other: Divergences, against: str) -> dict[str, str]:
+def _values(entry: Entry) -> list[float | None]:
+    """Of each sample its nats a token, or its score in percent; InputError where that is damaged, or not to be had."""
+    if entry.fidelity:
+        rows = read_jsonl(entry.folder / f"{entry.dataset}.jsonl", Compared)
+        check_count(entry.folder, entry.dataset, len(rows))
+        return [row["kl"] for _, row in rows]
+    if entry.benchmark.scorer is not None:
+        raise InputError(f"{entry.folder}: {entry.dataset} is scored by {entry.benchmark.scorer}, as a whole")
+    predictions = entry.benchmark.predictions(entry.folder / f"{entry.dataset}.jsonl", entry.dataset)
+    check_count(entry.folder, entry.dataset, len(predictions))
+    return [100 * score for score in entry.benchmark.sample_scores(entry.dataset, predictions)]
+
+
+def _cells(values: Values, other: Values, against: str, quantity: Quantity) -> dict[str, str]:
     """The columns of one allocation, on the data sets and samples that both have."""
     means, differences = {}, []
-    for dataset, values in kl.items():
-        pairs = zip(values, other.get(dataset, []), strict=False)
+    for dataset, own in values.items():
+        pairs = zip(own, other.get(dataset, []), strict=False)
         both = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
         if both:
             means[dataset] = statistics.fmean(mine for mine, _ in both)
             differences.append([mine - theirs for mine, theirs in both])
     if not means:
-        return dict.fromkeys(("KL", f"less {against}", "closer on", "samples"), "-")
-    cells = {"KL": f"{statistics.fmean(means.values()):.4f}", f"less {against}": "", "closer on": ""}
-    if kl is not other:
-        cells[f"less {against}"] = shown(*mean_over_data_sets(differences))
-        cells["closer on"] = str(sum(one < 0 for own in differences for one in own))
+        return dict.fromkeys((quantity.name, f"less {against}", quantity.gained, "samples"), "-")
+    digits = quantity.digits
+    cells = {
+        quantity.name: f"{statistics.fmean(means.values()):.{digits}f}",
+        f"less {against}": "",
+        quantity.gained: "",
+    }
+    if values is not other:
+        cells[f"less {against}"] = shown(*mean_over_data_sets(differences), digits)
+        cells[quantity.gained] = str(sum(one * quantity.sign > 0 for own in differences for one in own))
     cells["samples"] = str(sum(map(len, differences)))
-    return cells | {dataset: f"{mean:.4f}" for dataset, mean in means.items()}
+    return cells | {dataset: f"{mean:.{digits}f}" for dataset, mean in means.items()}
 
 
-def shown(mean: float, interval: tuple[float, float] | None) -> str:
+def shown(mean: float, interval: tuple[float, float] | None, digits: int = 4) -> str:
     """A difference, and its interval where there is one."""
-    return f"{mean:+.4f}" + ("" if interval is None else f" [{interval[0]:+.4f}, {interval[1]:+.4f}]")
+    limits = "" if interval is None else f" [{interval[0]:+.{digits}f}, {interval[1]:+.{digits}f}]"
+    return f"{mean:+.{digits}f}{limits}"
 
 
 def mean_over_data_sets(differences: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float] | None]:

@@ -1,4 +1,4 @@
-"""The figure of allocations beside each other: KL over size."""
+"""The figure of allocations beside each other: KL, or scores, over size."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from squeeze.report.figures import OTHERS, SERIES, STYLE
+from squeeze.report.paired import KL, Quantity
 
 #: Panels in a row.
 COLUMNS = 5
 
 
-def kl_over_size(lines: Sequence[dict[str, str]]) -> Figure:
-    """KL over size on logarithmic axes: a panel for each method, a line for each allocation.
+def over_size(lines: Sequence[dict[str, str]], quantity: Quantity) -> Figure:
+    """KL on a logarithmic axis, or scores, over size: a panel for each method, a line for each allocation.
 
     Args:
         lines: see `squeeze.report.paired`, of one model.
     """
-    frame = pd.DataFrame([line for line in lines if line["KL"] != "-"])
-    frame = frame.assign(KL=frame["KL"].astype(float), size=100 * frame["ini_size"].astype(float))
+    full = [float(line[quantity.name]) for line in lines if line["allocation"] == "-"]
+    frame = pd.DataFrame([line for line in lines if line[quantity.name] != "-" and line["allocation"] != "-"])
+    frame = frame.assign(value=frame[quantity.name].astype(float), size=100 * frame["ini_size"].astype(float))
     methods, sizes = list(dict.fromkeys(frame["algorithm"])), sorted(set(frame["size"]))
     others = sorted(set(frame["allocation"]) - set(SERIES))
     series = SERIES | dict(zip(others, itertools.cycle(OTHERS), strict=False))
@@ -39,17 +41,21 @@ def kl_over_size(lines: Sequence[dict[str, str]]) -> Figure:
                 own = frame[(frame["algorithm"] == method) & (frame["allocation"] == allocation)].sort_values("size")
                 if len(own):
                     drawn = {"color": color, "marker": marker, "linestyle": style, "label": allocation}
-                    [handles[allocation]] = axes.plot(own["size"], own["KL"], markersize=4, linewidth=1.2, **drawn)
+                    [handles[allocation]] = axes.plot(own["size"], own["value"], markersize=4, linewidth=1.2, **drawn)
             axes.set_xscale("log")
-            axes.set_yscale("log")
             axes.set_xticks(sizes, labels=[f"{size:g}" for size in sizes])
             axes.set_xlabel("ini_size, %")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            if quantity is KL:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            for score in full:
+                axes.axhline(score, color="0.4", linewidth=1, linestyle=":")
             axes.minorticks_off()
         for axes in panels[len(methods) :]:
             axes.set_axis_off()
-        figure.supylabel("KL from the full cache, nats a token", fontsize=9)
+        scores = "score, %; dotted: the full cache" if full else "score, %"
+        figure.supylabel("KL from the full cache, nats a token" if quantity is KL else scores, fontsize=9)
         ordered = {name: handles[name] for name in series if name in handles}
         figure.legend(ordered.values(), ordered.keys(), loc="outside lower center", ncols=6, handlelength=2.6)
     return figure

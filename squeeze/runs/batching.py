@@ -46,7 +46,7 @@ EVERY = slice(None)
 
 @dataclass
 class Group:
-    """Runs that work on each batch together: one run, or several whose places in a batch are one prompt's.
+    """Runs that work on each batch together: one run, or several, for each of which the batch has all prompts.
 
     Args:
         samples: of each run, those that are finished, and those that are missing.
@@ -100,7 +100,7 @@ def run_batches(
     Where memory is short, fewer runs of a group go together, and then a batch is halved, as are those after it.
 
     Args:
-        groups: of runs on the same prompts; of several only where `batch_size` is 1.
+        groups: of runs on the same prompts.
         ranks: of several processes, each takes its share of the batches.
         bar: is moved on by a sample of a run at a time.
     Returns:

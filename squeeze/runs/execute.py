@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from squeeze.config import SqueezeConfig
     from squeeze.engine.squeezed_model import SqueezedModel
 
-#: Runs that go into one batch at most, by the kind of device.
+#: Sequences, of several runs, that go into one batch at most, by the kind of device.
 TOGETHER = {"cpu": 8, "cuda": 64}
 
 
@@ -181,7 +181,7 @@ def work_on(
         index: the data set's number.
         process: the share of the batches that is run.
         bar: to move on; None: one of its own.
-        together: jobs that go into one batch at most; None: `TOGETHER`.
+        together: jobs that go into one batch at most; None: as many as make `TOGETHER` sequences.
     """
     from squeeze.runs.batching import Group, progress_bar, run_batches
 
@@ -192,7 +192,8 @@ def work_on(
     workload = Workload(loaded.model, loaded.tokenizer, data, prompts, loaded.squeezed, options)
     measures: dict[bool, Measure[Any]] = {}  # comparisons share what they can
     groups = []
-    members = _groups([job for job, _ in jobs], together or TOGETHER[first.device.type])
+    most = together or max(TOGETHER[first.device.type] // options.batch_size, 1)
+    members = _groups([job for job, _ in jobs], most)
     shared = sum(jobs[group[0]][0].config is not None for group in members) > 1
     for group in members:
         own = [jobs[number] for number in group]
@@ -236,7 +237,7 @@ def _batches_with(job: Job, other: Job) -> bool:
     Compiled steps cannot: every prompt would have groups of rows, and so graphs, of its own.
     """
     one, two = job.config, other.config
-    if one is None or two is None or job.options.batch_size > 1 or job.spec.fidelity != other.spec.fidelity:
+    if one is None or two is None or job.spec.fidelity != other.spec.fidelity:
         return False
     if any(
         each.compile or each.prefill_chunk is not None or each.allocator.needs == "loss_curves" for each in (one, two)

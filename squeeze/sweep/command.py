@@ -106,8 +106,8 @@ def parser() -> Parser:
         "--together",
         type=whole(1),
         metavar="N",
-        help="runs with one eviction method that decode after a prompt as one batch of up to so many, where "
-        "batch_size is 1; fewer where memory is short (default: 8 on a CPU, 64 on a GPU; 1: each by itself)",
+        help="runs with one eviction method that decode as one batch, up to so many, each of them batch_size prompts; "
+        "fewer where memory is short (default: as many as make 8 sequences on a CPU, 64 on a GPU; 1: each by itself)",
     )
     made.add_argument("--engine", default="local", help="local (default: this process) or ray")
     made.add_argument(

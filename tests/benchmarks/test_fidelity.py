@@ -79,11 +79,15 @@ def test_a_question_after_a_cut_context_is_compared_as_a_slow_loop_does(algorith
             assert one["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-3, abs=1e-5)
             assert one["kl"] > 1e-3 and one["agreement"] == sum(same) / len(same)
         some = [SqueezeConfig(algorithm, size, "0.2") for size in ("0.4", "0.6", "0.9")]
-        full = fidelity.answer(model, PROMPTS[2:], SETTINGS)
         run.use(*some)
-        together = fidelity.compare(model, PROMPTS[2:] * 3, full, run, SETTINGS["max_new_tokens"], asked)
-        assert together[0]["kl"] == pytest.approx(found[2]["kl"], rel=1e-5, abs=1e-5)
-        assert together[0]["kl"] > together[1]["kl"] > together[2]["kl"]
+        for prompts, alone in ((PROMPTS[2:], found[2:]), (PROMPTS, found)):
+            full, count = fidelity.answer(model, prompts, SETTINGS), len(prompts)
+            together = fidelity.compare(model, prompts * 3, full, run, SETTINGS["max_new_tokens"], asked)
+            for one, other in zip(together[:count], alone, strict=True):
+                assert one["kl"] == pytest.approx(other["kl"], rel=1e-5, abs=1e-5)
+                assert (one["tokens"], one["agreement"]) == (other["tokens"], other["agreement"])
+            means = [sum(one["kl"] for one in together[at : at + count]) for at in range(0, 3 * count, count)]
+            assert means[0] > means[1] > means[2]
 
 
 @pytest.fixture

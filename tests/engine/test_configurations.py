@@ -23,16 +23,18 @@ def steps(model, inputs, mask, **settings):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon_h1", "gemma4_text"])
 @pytest.mark.parametrize("algorithm", ["streaming", "h2o", "snapkv(window=8)", "tova"])
-@pytest.mark.parametrize("one_prompt", [True, False])
-def test_each_sequence_is_what_its_configuration_gives_alone(architecture, algorithm, one_prompt):
+@pytest.mark.parametrize("read", ["one prompt", "two prompts, for each configuration", "prompts of their own"])
+def test_each_sequence_is_what_its_configuration_gives_alone(architecture, algorithm, read):
     model = build(architecture)
     configs = [SqueezeConfig(algorithm, size, class3) for size, class3 in SIZES]
-    prompts = [PROMPTS[0][:60]] * 3 if one_prompt else PROMPTS
+    rows, prompts = configs, {"one prompt": [PROMPTS[0][:60]] * 3, "prompts of their own": PROMPTS}.get(read)
+    if prompts is None:
+        rows, prompts = [config for config in configs for _ in range(2)], PROMPTS[:2] * 3
     if architecture == "falcon_h1":
         prompts = [prompt[:60] for prompt in prompts]  # a state space reads padding
     with squeezed(model, configs[0]) as run:
         alone, told = [], []
-        for prompt, config in zip(prompts, configs, strict=True):
+        for prompt, config in zip(prompts, rows, strict=True):
             run.use(config)
             alone.append(steps(model, prompt[None], torch.ones(1, len(prompt))))
             told.append(
@@ -40,8 +42,8 @@ def test_each_sequence_is_what_its_configuration_gives_alone(architecture, algor
             )
         run.use(*configs)
         together = steps(model, *left_pad(prompts))
-        assert (run.shared_seconds > 0) == one_prompt, "it is read once"
-        assert together.shape[1] == 3 and len({str(budgets) for budgets, *_ in told}) == 3
+        assert (run.shared_seconds > 0) == (read != "prompts of their own"), "each is read once"
+        assert together.shape[1] == len(rows) and len({str(budgets) for budgets, *_ in told}) >= 3
         torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=2e-4, rtol=1e-3)
         for row, (budgets, own, whole, classes) in enumerate(told):
             assert run.budgets[row].tolist() == budgets and run.own_bytes[row] == own == whole

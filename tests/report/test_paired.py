@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from made_runs import make_fidelity, write_lines
+from made_runs import ANSWER, make_fidelity, make_helm, make_run, write_lines
 
 from squeeze import InputError
 from squeeze.report.command import report
@@ -49,6 +49,38 @@ def test_a_line_for_each_method_and_a_figure(place, capsys):
     assert rows(capsys)[2][3].startswith(f"+{MEAN:.4f} [+"), "no worse one is bold"
 
 
+def test_scores_are_compared_in_the_same_way_and_more_is_better(place, capsys):
+    """Answers that are all right, or all wrong: 4 of 4, 1 of 4 and 3 of 4."""
+    for folder, right, sizes in (
+        ("s/full", 4, {}),
+        ("s/0.2/20", 1, {"ini_size": 0.2, "KV_class3": 0.2}),
+        ("s/0.2/10", 3, {"ini_size": 0.2, "KV_class3": 0.1}),
+    ):
+        run = make_run(Path(folder), dataset="samsum", samples=4, **sizes)
+        words = [ANSWER if index < right else "no" for index in range(4)]
+        lines = [{"pred": word, "answers": [ANSWER], "all_classes": None, "length": 12} for word in words]
+        write_lines(run / "samsum.jsonl", lines)
+    report(["s", "a", "--against", "uniform", "--score"])
+    heading, _, full, uniform, squeezed = rows(capsys)
+    assert heading[:4] == ["algorithm", "ini_size", "allocation", "score"]
+    assert heading[4:] == ["less uniform", "better on", "samples", "samsum"]
+    assert full == ["full cache", "-", "-", "100.00", "", "", "4", "100.00"]
+    assert uniform[2:] == ["uniform", "25.00", "", "", "4", "25.00"]
+    assert squeezed[2:4] == ["squeeze", "75.00"] and squeezed[5:] == ["2", "4", "75.00"]
+    assert squeezed[4] == "+50.00 [+0.00, +100.00]"
+    report(["s", "--against", "uniform", "--score", "--wide", "--figure", "score.png"])
+    _, _, full, line = rows(capsys)
+    assert full == ["full cache", "-", "100.00", "-"] and line == ["streaming", "0.2", "25.00", squeezed[4]]
+    assert Path("score.png").read_bytes().startswith(b"\x89PNG")
+    lines = [{"pred": "no", "answers": [ANSWER], "all_classes": None, "length": 12}] * 4
+    write_lines(Path("s/0.2/20/samsum.jsonl"), lines)
+    report(["s", "--against", "uniform", "--score", "--wide"])
+    assert rows(capsys)[3][2:] == ["0.00", "**+75.00 [+25.00, +100.00]**"]
+    make_helm(Path("s/h"), (30, 10, 20))
+    report(["s", "--against", "uniform", "--score"])
+    assert "xsum is scored by" in capsys.readouterr().err
+
+
 def test_a_single_sample_has_no_spread_of_its_own(place, capsys):
     """Where one data set has no more, the interval is over the data sets; of one sample alone there is none."""
     for path, kl in (("0.2/20", 0.4), ("0.2/10", 0.2)):
@@ -80,6 +112,8 @@ def test_sizes_of_class_3_and_models_have_lines_of_their_own(place, capsys):
     [
         (["--wide"], "--wide is for --against"),
         (["--figure", "f.png"], "--figure is for --against"),
+        (["--score"], "--score is for --against"),
+        (["--against", "uniform", "--score"], "no predictions that are scored here beside those of uniform"),
         (["--against", "uniform", "--out", "page"], "leave --out out"),
         (["--against", "uniform", "--figure", "f.pdf"], "must end in .png or .svg"),
         (["--against", "pyramid"], "no comparisons with the full cache beside those of pyramid"),
@@ -94,5 +128,5 @@ def test_what_has_no_partner_is_named(place, capsys):
     make_fidelity(Path("a/h2o/0.2/10/fidelity"), 1, algorithm="h2o", dataset="samsum", ini_size=0.2, KV_class3=0.1)
     report(["a", "--against", "uniform"])
     told = capsys.readouterr()
-    assert "h2o, 0.2: no run of uniform was compared with the full cache" in told.err
+    assert "h2o, 0.2: there is no run of uniform to compare with" in told.err
     assert "| h2o" not in told.out

@@ -66,7 +66,7 @@ def samples(path):
 
 
 def test_a_sweep_gives_what_its_runs_give_one_by_one(place, capsys):
-    sweep.sweep(["grid.yaml"])
+    sweep.sweep(["grid.yaml", "--together", "1"])
     said = capsys.readouterr().out
     assert "python -m squeeze.report pred_Long --out report" in said
     together = published()
@@ -127,11 +127,12 @@ def test_comparisons_that_go_on_give_what_they_would_have_given(place, monkeypat
     assert published() == whole
 
 
-def test_predictions_of_a_prompt_in_one_batch_are_those_of_runs_alone(place, capsys, monkeypatch):
+@pytest.mark.parametrize(("batch_size", "most"), [(1, 8), (2, 4)])
+def test_predictions_of_runs_in_one_batch_are_those_of_runs_alone(place, batch_size, most):
     """With budgets of their own, sampled or greedy, on the whole prompt or on its context."""
     grid = [
         "grid.yaml",
-        "batch_size=1",
+        f"batch_size={batch_size}",
         "ini_size=[0.3, 0.5]",
         "allocation=[squeeze, pyramid, cake]",
         "fidelity=false",
@@ -145,7 +146,7 @@ def test_predictions_of_a_prompt_in_one_batch_are_those_of_runs_alone(place, cap
             manifests = list(Path("pred_Long").rglob("run.json"))
             starts = [json.loads(path.read_text("utf-8"))["datasets"]["qasper"]["starts"][0] for path in manifests]
             together = sorted(start["together"] for start in starts)
-            sizes = {(): [8] * 16, lone[1:]: [1] * 16}.get(flags, [2] * 4 + [3] * 12)
+            sizes = {(): [most] * 16, lone[1:]: [1] * 16}.get(flags, [2] * 4 + [3] * 12)
             assert together == [1, *sizes]
             Path("pred_Long").rename(f"{number}-{len(found)}")
         assert found[0] == found[1] == found[2]
