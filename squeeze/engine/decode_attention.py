@@ -37,7 +37,7 @@ def decode(
         attended = _together(grouped, keys, values, layer, rule, sinks, counted)
     else:
         grouped, sinks = layer.arranged(grouped), None if sinks is None else layer.arranged(sinks)
-        one_kernel = layer.kernel != "grouped" and rule.plain and kernels.varlen_attn is not None
+        one_kernel = layer.kernel in ("flash", "sdpa") and rule.plain and kernels.varlen_attn is not None
         if one_kernel and kernels.flash_takes(keys, values):
             attended = _varlen(grouped, layer, rule.scale)
         else:
@@ -121,7 +121,9 @@ def _rows(
         `(rows, group, value_dim)`, and the probabilities, float32 `(rows, group, slots)`; none where the kernel is
         fused.
     """
-    if kernel != "grouped" and rule.plain:
+    # Heads of two widths have no fused kernel on a CPU.
+    takes = kernel != "grouped" and (kernel != "sdpa by group" or keys.shape[-1] == values.shape[-1])
+    if takes and rule.plain:
         return _fused_rows(queries, keys, values, lengths, rule.scale, kernel), torch.empty(0)
     logits = rule.bend_(torch.bmm(queries * rule.scale, keys.transpose(1, 2)))
     if lengths is not None:

@@ -41,13 +41,19 @@ def flash_takes(keys: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 def decode_kernel(device: torch.device, dtype: torch.dtype, scored: bool) -> str:
-    """Kernel of decode steps: `grouped` matrix products, or a fused one, `flash` (flash-attn) or `sdpa` (PyTorch).
+    """Kernel of decode steps: `grouped` matrix products, or a fused one.
 
-    On CPUs, and on GPUs in float32, grouped products are faster, by measurement (docs/gpu.md). With `scored` attention
-    probabilities are wanted, which fused kernels do not give.
+    In float32 grouped products are as fast or faster, by measurement (docs/speed.md, docs/gpu.md). With `scored`
+    attention probabilities are wanted, which fused kernels do not give.
+
+    Returns:
+        `grouped`; on a GPU `flash` (flash-attn) or `sdpa` (PyTorch), or for rows of several lengths PyTorch's
+        `varlen_attn`; on a CPU `sdpa by group`: PyTorch's, for rows of one length after those of another.
     """
-    if device.type != "cuda" or dtype not in FLASH_DTYPES or scored:
+    if dtype not in FLASH_DTYPES or scored:
         return "grouped"
+    if device.type != "cuda":
+        return "sdpa by group"
     return "flash" if importlib.util.find_spec("flash_attn") is not None else "sdpa"
 
 

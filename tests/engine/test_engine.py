@@ -198,10 +198,10 @@ def test_a_split_model_holds_each_buffer_where_its_layer_is(embedded, prompts, a
         assert {t.device for t in (*layer.contents, layer.slot_positions, layer.rows)} == {device}
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flash", "varlen"])
+@pytest.mark.parametrize("kernel", ["sdpa by group", "sdpa", "flash", "varlen"])
 @pytest.mark.parametrize("algorithm", ["sliding_window", "streaming"])
 def test_fused_decoding_matches_the_reference(monkeypatch, algorithm, kernel):
-    """The paths of GPUs, on the CPU: with PyTorch's kernels, and with flash-attn's as slow functions of their meaning.
+    """That of CPUs in 16 bits, and those of GPUs: flash-attn's and `varlen_attn` as slow functions of their meaning.
 
     `varlen` is for rows of several lengths, which the others take group by group.
     """
@@ -228,7 +228,7 @@ def test_fused_decoding_matches_the_reference(monkeypatch, algorithm, kernel):
     config = SqueezeConfig(algorithm, "0.5", "0.2")
     with squeezed(model, config):
         fused = model.generate(ids, attention_mask=mask, max_new_tokens=24, min_new_tokens=24, do_sample=False)
-    groups = {"sdpa": 0, "flash": 2, "varlen": 1}[kernel]
+    groups = {"flash": 2, "varlen": 1}.get(kernel, 0)
     assert len(flash_reference.calls) == 23 * 5 * groups
     monkeypatch.undo()
     with squeezed(model, config):
@@ -240,7 +240,9 @@ def test_the_kernel_is_chosen_by_device_dtype_and_what_is_installed(monkeypatch)
     asked = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: asked.append(name))
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert layer_module.decode_kernel(cpu, torch.bfloat16, scored=False) == "grouped"
+    assert layer_module.decode_kernel(cpu, torch.float32, scored=False) == "grouped"
+    assert layer_module.decode_kernel(cpu, torch.bfloat16, scored=True) == "grouped"
+    assert layer_module.decode_kernel(cpu, torch.bfloat16, scored=False) == "sdpa by group"
     assert layer_module.decode_kernel(gpu, torch.bfloat16, scored=True) == "grouped"
     assert asked == [] and "flash_attn" not in sys.modules, "on a CPU nobody looks for it"
     assert layer_module.decode_kernel(gpu, torch.bfloat16, scored=False) == "sdpa"
