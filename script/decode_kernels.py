@@ -1,10 +1,11 @@
-"""How to decode on a GPU: grouped products, PyTorch's fused attention or flash-attn, timed on one layer's buffer.
+"""How to decode: grouped products, PyTorch's fused attention or flash-attn, timed on one layer's buffer.
 
     python script/decode_kernels.py
+    python script/decode_kernels.py --device cpu
 
 One new token a sequence in a layer that StreamingLLM has cut; heads of SmolLM2-135M and of Llama-3-8B; rows of one
-length, or ragged, for which sdpa stands for PyTorch's varlen_attn, in half precision alone. Microseconds, the median
-of 30.
+length, or ragged, for which on a GPU sdpa stands for PyTorch's varlen_attn, in half precision alone. Microseconds, the
+median of 30.
 `squeeze.engine.kernels.decode_kernel` chooses by what this showed.
 """
 
@@ -34,7 +35,7 @@ from squeeze.engine.kernels import FLASH_DTYPES
 
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}
 SHAPES = ((1, 1536), (16, 1536), (16, 7000), (120, 1000))
-KERNELS = ("grouped", "sdpa", "flash")
+KERNELS = {"cuda": ("grouped", "sdpa", "flash"), "cpu": ("grouped", "sdpa by group")}
 
 
 @torch.inference_mode()
@@ -86,7 +87,7 @@ def measure(heads, kv_heads, head_dim, batch, slots, dtype, device, ragged):
     layer, *attended = cut_layer(heads, kv_heads, head_dim, batch, slots, dtype, device, ragged)
     queries = torch.randn(batch, heads, 1, head_dim, device=device, dtype=dtype)
     found, rule = {}, Rule(head_dim**-0.5)
-    for layer.kernel in KERNELS if device.type == "cuda" else KERNELS[:1]:
+    for layer.kernel in KERNELS[device.type]:
         half = dtype in FLASH_DTYPES
         if layer.kernel == "flash" and (ragged or not half or importlib.util.find_spec("flash_attn") is None):
             continue
@@ -111,7 +112,7 @@ def main():
                     line = {"heads of": name, "batch": str(batch), "tokens": str(slots)}
                     line |= {"dtype": str(dtype)[6:], "lengths": "ragged" if ragged else "even"}
                     found = measure(*heads, batch, slots, dtype, device, ragged)
-                    lines.append(line | dict.fromkeys(KERNELS, "-") | found)
+                    lines.append(line | dict.fromkeys(KERNELS[device.type], "-") | found)
     print(torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "PyTorch", torch.__version__)
     print(table(list(lines[0]), lines))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from squeeze.engine import prefill_attention
+from squeeze.engine import decode_attention, prefill_attention
 from squeeze.engine.attention import Rule
 
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 6, 2, 8, 8
@@ -110,3 +110,18 @@ def test_the_memory_of_scored_attention_does_not_grow_with_the_prompt_squared(mo
     allocated = sum(max(0, event.cpu_memory_usage) for event in profile.events() if event.cpu_parent is None)
     logits = 6 << 18  # float32, and 16 bits beside it
     assert 0 < allocated < logits + 32 * (queries.nbytes + keys.nbytes + values.nbytes), allocated
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [None, (17, 1, 9, 16, 3)])
+@pytest.mark.parametrize("value_dim", [8, 4])
+def test_the_kernels_of_a_cpu_decode_alike(dtype, lengths, value_dim):
+    """Where heads have two widths no fused one takes them, and grouped products stand in."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = (5, 3, 8), (5, 17, 8), (5, 17, value_dim)
+    given = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    given.append(None if lengths is None else torch.tensor(lengths)[:, None])
+    plain, _ = decode_attention._rows(*given, None, Rule(0.3), None, "grouped")
+    fused, probabilities = decode_attention._rows(*given, None, Rule(0.3), None, "sdpa by group")
+    torch.testing.assert_close(fused, plain, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=1e-5)
+    assert (probabilities.numel() == 0) == (value_dim == 8), "a fused kernel gives none"
