@@ -120,8 +120,8 @@ class Measure(ABC, Generic[Stats]):
         """Work on some prompts together.
 
         Args:
-            batch: indices of prompts that are equal in `kind`; or one of them again and again, for a squeezed model in
-                several configurations (`SqueezedModel.use`), each of which has its own place in the batch.
+            batch: indices of prompts that are equal in `kind`; for a squeezed model in several configurations
+                (`SqueezedModel.use`) the same prompts once for each of them, one after the other: `a, b, a, b`.
         Returns:
             A `sample` for each.
         """

@@ -39,8 +39,8 @@ class PrefillResult:
         own_bytes: of each sequence, its part of `kv_bytes` and of `state_bytes`; in a batch of several configurations
             what it would hold alone.
         notes: of each sequence, sentences that the user should see, such as that minimum budgets made the total grow.
-        shared_seconds: that were saved, since the prefill was taken over from an earlier one, or its sequences are one
-            prompt, which was read once.
+        shared_seconds: that were saved, since the prefill was taken over from an earlier one, or the batch has prompts
+            again and again, which were read once.
     """
 
     similarities: np.ndarray | None = None

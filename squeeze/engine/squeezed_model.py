@@ -229,8 +229,11 @@ class SqueezedModel:
             running: of each layer, for how many sequences, from the first on, it will run (`squeeze.engine.replay`):
                 it holds no others, though always the first. None: for all.
         Raises:
-            ValueError: the configuration that it was made in had an evictor that observed other queries.
+            ValueError: it is of several prompts, or the configuration that it was made in had an evictor that observed
+                other queries.
         """
+        if len(prefill.prompt_lengths) != 1:
+            raise ValueError(f"a prefill of one prompt can be forked, and this is of {len(prefill.prompt_lengths)}")
         if self.evictor.observed not in (0, prefill.observed):
             raise ValueError("the prefill has no scores for this evictor: make it again after run.use(...)")
         cache, sequences = self.cache(max_new_tokens), len(budgets)
@@ -311,6 +314,8 @@ class SqueezedModel:
 
     def _end_prefill(self, cache: SqueezeCache, prefill: Prefill) -> None:
         """Turn what was measured into budgets, cut the cache to them if it is not yet, and publish the result."""
+        if not prefill.shared:
+            prefill.kept = None  # so that each layer's whole prompts are let go of when it is cut
         similarities = prefill.mean_similarities()
         if similarities is not None and not np.isfinite(similarities).all():
             raise InputError(f"the model's hidden states are not finite in {self.model.dtype}: use another dtype")

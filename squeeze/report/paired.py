@@ -18,8 +18,8 @@ from squeeze.runs.folder import check_count
 from squeeze.runs.inventory import Entry, Inventory, describe
 from squeeze.storage.files import read_jsonl
 
-#: Of one allocation, by data set: what each sample has; None of samples that have none.
-Values = dict[str, list[float | None]]
+#: Of one allocation, by what tells samples from others (`_samples`): what each has; None of samples that have none.
+Values = dict[tuple[str, ...], list[float | None]]
 
 
 class Quantity(NamedTuple):
@@ -54,20 +54,26 @@ def lines(inventory: Inventory, against: str, quantity: Quantity = KL) -> list[d
     Raises:
         InputError: there is nothing that could be compared with it.
     """
-    found, full = [], []
-    for name, allocations in _by_method(inventory, quantity).items():
-        columns = dict(zip(("model", "algorithm", "ini_size"), name, strict=True))
+    found, full, compared = [], [], dict[str, Values]()  # by model, all that was compared of it
+    methods = _by_method(inventory, quantity)
+    for name, allocations in methods.items():
         if "-" in allocations:
-            full.append(columns | {"allocation": "-"} | _cells(allocations["-"], allocations["-"], against, quantity))
             continue
+        columns = dict(zip(("model", "algorithm", "ini_size"), name, strict=True))
         if against not in allocations:
             inventory.problems.append(f"{', '.join(name)}: there is no run of {against} to compare with")
             continue
         for allocation, values in sorted(allocations.items(), key=lambda item: (item[0] != against, item[0])):
             cells = _cells(values, allocations[against], against, quantity)
             found.append(columns | {"allocation": allocation} | cells)
+        compared.setdefault(name[0], {}).update(allocations[against])
+    for name, allocations in methods.items():
+        if "-" in allocations and name[0] in compared:
+            columns = dict(zip(("model", "algorithm", "ini_size"), name, strict=True)) | {"allocation": "-"}
+            full.append(columns | _cells(allocations["-"], compared[name[0]], against, quantity, alone=True))
     if not found:
-        raise InputError(f"there are no {quantity.missing.format(against)}")
+        problems = "".join(f"; {problem}" for problem in inventory.problems)
+        raise InputError(f"there are no {quantity.missing.format(against)}{problems}")
     found = full + found
     if len({line["model"] for line in found}) == 1:
         found = [{key: value for key, value in line.items() if key != "model"} for line in found]
@@ -120,8 +126,14 @@ def _by_method(inventory: Inventory, quantity: Quantity) -> dict[tuple[str, str,
             allocation = told["allocation"]
             if allocation != "uniform" and len(sizes[allocation]) > 1:
                 allocation += f" {told['KV_class3']}"
-            found.setdefault(name, {}).setdefault(allocation, {})[entry.dataset] = values
+            found.setdefault(name, {}).setdefault(allocation, {})[_samples(entry)] = values
     return found
+
+
+def _samples(entry: Entry) -> tuple[str, ...]:
+    """A data set's name, and what else tells its samples from those of other runs: benchmark, data, seed."""
+    data = entry.summary.get("data", {}).get("sha256", "")
+    return entry.dataset, entry.benchmark.title, data, str(entry.settings.get("seed", 42))
 
 
 def _values(entry: Entry) -> list[float | None]:
@@ -137,15 +149,16 @@ def _values(entry: Entry) -> list[float | None]:
     return [100 * score for score in entry.benchmark.sample_scores(entry.dataset, predictions)]
 
 
-def _cells(values: Values, other: Values, against: str, quantity: Quantity) -> dict[str, str]:
-    """The columns of one allocation, on the data sets and samples that both have."""
-    means, differences = {}, []
-    for dataset, own in values.items():
-        pairs = zip(own, other.get(dataset, []), strict=False)
+def _cells(values: Values, other: Values, against: str, quantity: Quantity, alone: bool = False) -> dict[str, str]:
+    """The columns of one allocation, on the data sets and samples that both have; `alone`: without the difference."""
+    by_dataset: dict[str, list[tuple[float, float]]] = {}  # several benchmarks and seeds may have one
+    for samples, own in values.items():
+        pairs = zip(own, other.get(samples, []), strict=False)
         both = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
         if both:
-            means[dataset] = statistics.fmean(mine for mine, _ in both)
-            differences.append([mine - theirs for mine, theirs in both])
+            by_dataset.setdefault(samples[0], []).extend(both)
+    means = {dataset: statistics.fmean(mine for mine, _ in both) for dataset, both in by_dataset.items()}
+    differences = [[mine - theirs for mine, theirs in both] for both in by_dataset.values()]
     if not means:
         return dict.fromkeys((quantity.name, f"less {against}", quantity.gained, "samples"), "-")
     digits = quantity.digits
@@ -154,7 +167,7 @@ def _cells(values: Values, other: Values, against: str, quantity: Quantity) -> d
         f"less {against}": "",
         quantity.gained: "",
     }
-    if values is not other:
+    if values is not other and not alone:
         cells[f"less {against}"] = shown(*mean_over_data_sets(differences), digits)
         cells[quantity.gained] = str(sum(one * quantity.sign > 0 for own in differences for one in own))
     cells["samples"] = str(sum(map(len, differences)))

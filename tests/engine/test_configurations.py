@@ -1,5 +1,7 @@
-"""A batch whose sequences have a configuration each gives what each gives alone; a prompt that is in it again and
-again is read once."""
+"""A batch whose sequences have a configuration each gives what each gives alone; prompts that are in it again and
+again are read once."""
+
+import weakref
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from test_patch import left_pad
 
 from squeeze import H2O, InputError, SqueezeConfig, squeezed
 from squeeze.engine import prefill_attention
+from squeeze.engine.layer import SqueezeLayer
 from squeeze.models_table.zoo import build
 
 PROMPTS = [torch.arange(3, 143) % 199, torch.arange(20, 90), torch.arange(5, 70)]
@@ -70,6 +73,29 @@ def test_a_prompt_is_read_once_for_all_and_may_be_taken_over(monkeypatch):
         taken = steps(model, inputs[:1], torch.ones_like(inputs[:1]))
         assert len(calls) == 2 * len(run.layers) and run.shared_seconds > 0
         torch.testing.assert_close(taken, first[:, 1:2], atol=2e-4, rtol=1e-3)
+
+
+def test_whole_prompts_are_let_go_of_as_layers_are_cut(monkeypatch):
+    """And what is read once for several configurations is no one's afterwards."""
+    model = random_model("llama")
+    configs = [SqueezeConfig("h2o", size, class3) for size, class3 in SIZES]
+    whole, alive, original = [], [], SqueezeLayer.compress
+
+    def compress(layer, *args):
+        whole.append(weakref.ref(layer.keys))
+        original(layer, *args)
+        alive.append(sum(reference() is not None for reference in whole))
+
+    monkeypatch.setattr(SqueezeLayer, "compress", compress)
+    inputs, mask = left_pad(PROMPTS[:2] * 3)
+    with squeezed(model, configs[0]) as run:
+        whole.clear(), alive.clear()  # of the check that a model is patched rightly
+        run.use(*configs)
+        whole.clear(), alive.clear()
+        steps(model, inputs, mask)
+        assert alive == [0] * len(run.layers)
+        with pytest.raises(ValueError, match="a prefill of one prompt can be forked, and this is of 2"):
+            run.fork(run.prefill(inputs[:2], mask=mask[:2]), [[9] * len(run.layers)], 1)
 
 
 def test_what_configurations_of_a_batch_have_in_common():

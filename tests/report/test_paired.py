@@ -81,6 +81,30 @@ def test_scores_are_compared_in_the_same_way_and_more_is_better(place, capsys):
     assert "xsum is scored by" in capsys.readouterr().err
 
 
+def answered(folder, right, count, **settings):
+    """A run of samsum whose answers are right or wrong, as `right` says."""
+    run = make_run(Path(folder), dataset="samsum", samples=count, **settings)
+    words = [ANSWER if one else "no" for one in right]
+    lines = [{"pred": word, "answers": [ANSWER], "all_classes": None, "length": 12} for word in words]
+    write_lines(run / "samsum.jsonl", lines)
+
+
+def test_runs_of_other_samples_are_not_paired(place, capsys):
+    """Seeds have samples of their own, and so have benchmarks; the full cache's score is on those compared."""
+    uniform, squeezed = {"ini_size": 0.2, "KV_class3": 0.2}, {"ini_size": 0.2, "KV_class3": 0.1}
+    for seed, right in ((42, False), (7, True)):
+        answered(f"p/pred_Long/seed-{seed}/20", [not right] * 2, 2, seed=seed, **uniform)
+        answered(f"p/pred_Long/seed-{seed}/10", [right] * 2, 2, seed=seed, **squeezed)
+    answered("p/pred_Long/full", [True, False, False, False], 4)
+    answered("p/pred_e/10", [True] * 2, 2, **squeezed)
+    report(["p/pred_Long", "--against", "uniform", "--score"])
+    _, _, full, first, second = rows(capsys)
+    assert (full[3], full[6]) == ("50.00", "2"), "two of its four samples"
+    assert first[3] == second[3] == "50.00" and second[4].startswith("+0.00 [") and second[5:7] == ["2", "4"]
+    report(["p/pred_Long", "p/pred_e", "--against", "uniform", "--score"])
+    assert [row[3] for row in rows(capsys)[3:]] == [first[3], second[3]], "of pred_e there is nothing to compare with"
+
+
 def test_a_single_sample_has_no_spread_of_its_own(place, capsys):
     """Where one data set has no more, the interval is over the data sets; of one sample alone there is none."""
     for path, kl in (("0.2/20", 0.4), ("0.2/10", 0.2)):
