@@ -121,9 +121,10 @@ def _rows(
         `(rows, group, value_dim)`, and the probabilities, float32 `(rows, group, slots)`; none where the kernel is
         fused.
     """
-    # Heads of two widths have no fused kernel on a CPU.
-    takes = kernel != "grouped" and (kernel != "sdpa by group" or keys.shape[-1] == values.shape[-1])
-    if takes and rule.plain:
+    fused = kernel != "grouped"
+    if kernel == "sdpa by group":  # there is none for heads of two widths
+        fused = keys.shape[0] * keys.shape[1] <= kernels.FEW_SLOTS and keys.shape[-1] == values.shape[-1]
+    if fused and rule.plain:
         return _fused_rows(queries, keys, values, lengths, rule.scale, kernel), torch.empty(0)
     logits = rule.bend_(torch.bmm(queries * rule.scale, keys.transpose(1, 2)))
     if lengths is not None:

@@ -19,6 +19,11 @@ FLASH_DTYPES = (torch.float16, torch.bfloat16)
 #: Numbers of one head that they take at most.
 FLASH_WIDTH = 256
 
+#: Slots of a group of rows up to which PyTorch's fused kernel takes them on a CPU, in 16 bits. Where there are more,
+#: matrix products read memory faster; but oneDNN compiles one for every shape, and forgets those beyond 1,024, as many
+#: small groups of many lengths would need at every step.
+FEW_SLOTS = 4096
+
 #: The oldest GPUs that these kernels run on, by compute capability (Ampere).
 OLDEST = 8, 0
 
@@ -48,7 +53,7 @@ def decode_kernel(device: torch.device, dtype: torch.dtype, scored: bool) -> str
 
     Returns:
         `grouped`; on a GPU `flash` (flash-attn) or `sdpa` (PyTorch), or for rows of several lengths PyTorch's
-        `varlen_attn`; on a CPU `sdpa by group`: PyTorch's, for rows of one length after those of another.
+        `varlen_attn`; on a CPU `sdpa by group`: PyTorch's, for small groups of rows of one length (`FEW_SLOTS`).
     """
     if dtype not in FLASH_DTYPES or scored:
         return "grouped"

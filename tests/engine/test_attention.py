@@ -115,7 +115,7 @@ def test_the_memory_of_scored_attention_does_not_grow_with_the_prompt_squared(mo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [None, (17, 1, 9, 16, 3)])
 @pytest.mark.parametrize("value_dim", [8, 4])
-def test_the_kernels_of_a_cpu_decode_alike(dtype, lengths, value_dim):
+def test_the_kernels_of_a_cpu_decode_alike(monkeypatch, dtype, lengths, value_dim):
     """Where heads have two widths no fused one takes them, and grouped products stand in."""
     generator = torch.Generator().manual_seed(1)
     shapes = (5, 3, 8), (5, 17, 8), (5, 17, value_dim)
@@ -125,3 +125,6 @@ def test_the_kernels_of_a_cpu_decode_alike(dtype, lengths, value_dim):
     fused, probabilities = decode_attention._rows(*given, None, Rule(0.3), None, "sdpa by group")
     torch.testing.assert_close(fused, plain, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=1e-5)
     assert (probabilities.numel() == 0) == (value_dim == 8), "a fused kernel gives none"
+    monkeypatch.setattr(decode_attention.kernels, "FEW_SLOTS", 5 * 17 - 1)
+    many, probabilities = decode_attention._rows(*given, None, Rule(0.3), None, "sdpa by group")
+    assert probabilities.numel() > 0 and many.equal(plain)
