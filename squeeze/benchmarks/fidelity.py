@@ -93,7 +93,8 @@ def compare(
     both.
 
     Args:
-        prompts: token ids of each, (tokens,); of a model that is squeezed in several configurations each has its own.
+        prompts: token ids of each, (tokens,); of a model that is squeezed in several configurations the same ones for
+            each configuration.
         full: the answer to them, or to the first ones, where the others are these again and again.
         run: what `squeezed` gave.
         max_new_tokens: that the budgets count on.

@@ -48,8 +48,8 @@ def flash_takes(keys: torch.Tensor, values: torch.Tensor) -> bool:
 def decode_kernel(device: torch.device, dtype: torch.dtype, scored: bool) -> str:
     """Kernel of decode steps: `grouped` matrix products, or a fused one.
 
-    In float32 grouped products are as fast or faster, by measurement (docs/speed.md, docs/gpu.md). With `scored`
-    attention probabilities are wanted, which fused kernels do not give.
+    In float32 grouped products are taken: on GPUs they are faster (docs/gpu.md), on a CPU sometimes, and sometimes not
+    (docs/speed.md). With `scored` attention probabilities are wanted, which fused kernels do not give.
 
     Returns:
         `grouped`; on a GPU `flash` (flash-attn) or `sdpa` (PyTorch), or for rows of several lengths PyTorch's

@@ -40,7 +40,7 @@ class SqueezedModel:
     """A model whose `generate` keeps a squeezed cache, and the result of its last prefill.
 
     Attributes:
-        configs: the configuration, its algorithm filled in; or one for each sequence of a batch.
+        configs: the configuration, its algorithm filled in; or several, each for an equal part of a batch.
         config: the first of them: in what it says beside budgets, all agree.
         evictor: of the configuration's algorithm.
         findings: what the probe found out about the model.

@@ -49,7 +49,7 @@ def generate(
 ) -> tuple[list[torch.Tensor], list[SampleStats]]:
     """Generate after a batch of prompts, padded on the left.
 
-    Of a model that is squeezed in several configurations (`run.use`) each prompt has its own.
+    Of a model that is squeezed in several configurations (`run.use`) each has an equal part of the prompts, in order.
 
     Args:
         prompts: token ids of each, (tokens,).

@@ -23,8 +23,9 @@ def over_size(lines: Sequence[dict[str, str]], quantity: Quantity) -> Figure:
     Args:
         lines: see `squeeze.report.paired`, of one model.
     """
-    full = [float(line[quantity.name]) for line in lines if line["allocation"] == "-"]
-    frame = pd.DataFrame([line for line in lines if line[quantity.name] != "-" and line["allocation"] != "-"])
+    known = [line for line in lines if line[quantity.name] != "-"]
+    full = [float(line[quantity.name]) for line in known if line["allocation"] == "-"]
+    frame = pd.DataFrame([line for line in known if line["allocation"] != "-"])
     frame = frame.assign(value=frame[quantity.name].astype(float), size=100 * frame["ini_size"].astype(float))
     methods, sizes = list(dict.fromkeys(frame["algorithm"])), sorted(set(frame["size"]))
     others = sorted(set(frame["allocation"]) - set(SERIES))

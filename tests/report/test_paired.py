@@ -1,5 +1,6 @@
 """What each allocation gains over another on the same samples, as a table and as a figure."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,10 @@ def test_runs_of_other_samples_are_not_paired(place, capsys):
     _, _, full, first, second = rows(capsys)
     assert (full[3], full[6]) == ("50.00", "2"), "two of its four samples"
     assert first[3] == second[3] == "50.00" and second[4].startswith("+0.00 [") and second[5:7] == ["2", "4"]
+    answered("q/full", [True] * 2, 2, seed=1)
+    shutil.copytree("p/pred_Long/seed-7", "q/cut")
+    report(["q", "--against", "uniform", "--score", "--figure", "q/score.png"])
+    assert rows(capsys)[2][:4] == ["full cache", "-", "-", "-"], "it has none of these samples"
     report(["p/pred_Long", "p/pred_e", "--against", "uniform", "--score"])
     assert [row[3] for row in rows(capsys)[3:]] == [first[3], second[3]], "of pred_e there is nothing to compare with"
 
