@@ -239,11 +239,6 @@ class SqueezeCache(Cache):
             found.append((keys_values, states + sum(part.state_bytes for part in self.schedules) / batch))
         return found
 
-    def equal_shares(self) -> list[tuple[float, float]]:
-        """These bytes, divided evenly."""
-        batch = len(self.prompt_lengths)
-        return [(self.kv_bytes / batch, self.state_bytes / batch)] * batch
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included: what positions and masks are counted by, not what is held."""
         return self.columns + self.steps if self.compressed else self.seen

@@ -36,8 +36,7 @@ class PrefillResult:
             layer has fewer heads than others; None before the first prefill.
         kv_bytes: bytes of all key and value tensors that are left.
         state_bytes: bytes of H2O's scores and positions, or of StreamingLLM's sinks as they came.
-        own_bytes: of each sequence, its part of `kv_bytes` and of `state_bytes`; in a batch of several configurations
-            what it would hold alone.
+        own_bytes: of each sequence, the `kv_bytes` and `state_bytes` that it would have alone.
         notes: of each sequence, sentences that the user should see, such as that minimum budgets made the total grow.
         shared_seconds: that were saved, since the prefill was taken over from an earlier one, or the batch has prompts
             again and again, which were read once.

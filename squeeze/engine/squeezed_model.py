@@ -333,7 +333,7 @@ class SqueezedModel:
             by_sequence(cache.budgets, self.per_head),
             cache.kv_bytes,
             cache.state_bytes,
-            cache.own_bytes() if len(self.configs) > 1 else cache.equal_shares(),
+            cache.own_bytes(),
             [list(budgets.notes) for budgets in allocated],
             prefill.shared_seconds,
         )

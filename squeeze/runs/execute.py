@@ -133,7 +133,7 @@ def local_worker(
     Args:
         process: this one among those of the run.
         bar: to move on; None: one for each data set.
-        together: see `work_on`.
+        together: see `batch_groups`.
     """
     with ExitStack() as stack:
         loaded = None
@@ -181,7 +181,7 @@ def work_on(
         index: the data set's number.
         process: the share of the batches that is run.
         bar: to move on; None: one of its own.
-        together: jobs that go into one batch at most; None: as many as make `TOGETHER` sequences.
+        together: see `batch_groups`.
     """
     from squeeze.runs.batching import Group, progress_bar, run_batches
 
@@ -192,8 +192,7 @@ def work_on(
     workload = Workload(loaded.model, loaded.tokenizer, data, prompts, loaded.squeezed, options)
     measures: dict[bool, Measure[Any]] = {}  # comparisons share what they can
     groups = []
-    most = together or max(TOGETHER[first.device.type] // options.batch_size, 1)
-    members = _groups([job for job, _ in jobs], most)
+    members = batch_groups([job for job, _ in jobs], together)
     shared = sum(jobs[group[0]][0].config is not None for group in members) > 1
     for group in members:
         own = [jobs[number] for number in group]
@@ -212,13 +211,17 @@ def work_on(
     return Worked(batch_size, [found[number] for number in range(len(jobs))], attention)
 
 
-def _groups(jobs: Sequence[Job], most: int) -> list[list[int]]:
+def batch_groups(jobs: Sequence[Job], together: int | None) -> list[list[int]]:
     """Numbers of jobs, those that go into one batch together; jobs that prefill alike follow one another, since only
     one prefill is kept: those first whose allocation looks at attention, which the others need not.
 
-    Which go together follows from all jobs, and not from what they miss: a run that goes on gives what it would have
-    given.
+    Which go together follows from all jobs, and not from what they miss or who works on them: a run that goes on gives
+    what it would have given.
+
+    Args:
+        together: jobs that go into one batch at most; None: as many as make `TOGETHER` sequences.
     """
+    most = together or max(TOGETHER[jobs[0].device.type] // jobs[0].options.batch_size, 1)
     order = sorted(range(len(jobs)), key=lambda number: _prefills_alike(jobs[number]))
     alike: list[list[int]] = []
     for number in order:

@@ -12,6 +12,7 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from squeeze import threads
 from squeeze.compatibility import install
 from squeeze.errors import InputError
 from squeeze.ranks import Ranks
-from squeeze.runs.execute import OpenJob, Worked, Worker, load, measure_of, work_on
+from squeeze.runs.execute import OpenJob, Worked, Worker, batch_groups, load, measure_of, work_on
 from squeeze.runs.jobs import Job, prepare_all
 from squeeze.runs.samples import Samples
 from squeeze.runs.spec import RunSpec
@@ -40,7 +41,7 @@ class Cluster:
         address: `host:port`, `auto`, or None: one on this machine, started if there is none.
         num_cpus, num_gpus: of a task; None: a GPU if the cluster has any.
         max_retries: of a task whose worker dies.
-        together: runs that go into one batch at most, see `squeeze.runs.execute.work_on`.
+        together: runs that go into one batch at most, see `squeeze.runs.execute.batch_groups`.
     Raises:
         InputError: Ray is not installed, the address does not answer, or a task would never get what it asks for.
     """
@@ -101,26 +102,29 @@ class Cluster:
                     open_job.run.begin(open_job.samples[index])
             most = max(open_job.samples[index].total for open_job in jobs)
             shards = min(self.workers, -(-most // jobs[0].job.options.batch_size))
-            # Where there are fewer batches than workers, the runs are divided as well.
-            parts = min(len(jobs), max(1, self.workers // shards))
+            # Where there are fewer batches than workers, the runs are divided as well, but not those of one batch.
+            groups = batch_groups([open_job.job for open_job in jobs], self.together)
+            wanted = min(len(groups), max(1, self.workers // shards))
+            parts = [list(chain(*groups[part::wanted])) for part in range(wanted)]
             tasks = [
                 self._submit(
                     run_share,
                     os.getcwd(),
-                    [(open_job.job.spec, open_job.job.settings) for open_job in jobs[part::parts]],
+                    [(jobs[number].job.spec, jobs[number].job.settings) for number in part],
                     index,
                     Ranks(shard, shards),
                     self.together,
                 )
-                for part in range(parts)
+                for part in parts
                 for shard in range(shards)
             ]
             results = self._results(tasks, [open_job.samples[index] for open_job in jobs], bar)
             attention = next((worked.attention for worked in results if worked.attention is not None), None)
             counts = [0] * len(jobs)
-            for part in range(parts):
-                own = [worked.together for worked in results[part * shards : (part + 1) * shards]]
-                counts[part::parts] = [min(of_job) for of_job in zip(*own, strict=True)]
+            for first, part in zip(range(0, len(results), shards), parts, strict=True):
+                of_shards = [worked.together for worked in results[first : first + shards]]
+                for number, *found in zip(part, *of_shards, strict=True):
+                    counts[number] = min(found)
             return Worked(min(worked.batch_size for worked in results), counts, attention)
 
         yield work
@@ -168,7 +172,7 @@ def run_share(
         runs: each with its settings as the first process found them.
         index: the data set's number.
         share: which of the batches.
-        together: see `work_on`.
+        together: see `batch_groups`.
     Raises:
         InputError: this machine does not see the runs' folders, or would compute with other settings.
     """

@@ -54,6 +54,17 @@ def test_each_sequence_is_what_its_configuration_gives_alone(architecture, algor
         assert run.kv_bytes <= 1.02 * sum(held for held, _ in run.own_bytes)
 
 
+def test_bytes_of_a_sequence_are_those_that_it_has_alone():
+    model = random_model("llama")
+    with squeezed(model, SqueezeConfig("h2o", 0.5, 0.2)) as run:
+        alone = []
+        for prompt in PROMPTS:
+            steps(model, prompt[None], torch.ones(1, len(prompt)))
+            alone.append((run.kv_bytes, run.state_bytes))
+        steps(model, *left_pad(PROMPTS))
+        assert run.own_bytes == alone and len(set(alone)) > 1
+
+
 def test_a_prompt_is_read_once_for_all_and_may_be_taken_over(monkeypatch):
     model = random_model("llama")
     configs = [SqueezeConfig("h2o", size, class3, per="adakv") for size, class3 in SIZES]

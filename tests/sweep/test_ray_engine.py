@@ -1,5 +1,6 @@
 """A sweep on a Ray cluster of two workers, one of them killed, gives the bytes of this process alone."""
 
+import json
 import os
 import signal
 import subprocess
@@ -68,6 +69,16 @@ def kill_a_worker(seen, stop):
         time.sleep(0.01)
 
 
+def together(folder):
+    """How many runs went into one batch with each, itself counted, by data set."""
+    found = {}
+    for path in Path(folder).rglob("run.json"):
+        for name, dataset in json.loads(path.read_text(encoding="utf-8"))["datasets"].items():
+            found[path.relative_to(folder), name] = dataset["starts"][-1]["together"]
+    assert sorted(found.values()) == [1, 1, 2, 2, 2, 2]
+    return found
+
+
 def test_a_cluster_of_which_a_worker_is_killed_gives_the_bytes_of_one_process(place, workers, capsys):
     sweep.sweep(["grid.yaml"])
     expected = published()
@@ -83,6 +94,7 @@ def test_a_cluster_of_which_a_worker_is_killed_gives_the_bytes_of_one_process(pl
         stop.set()
         watcher.join()
     assert published() == expected
+    assert together("pred_Long") == together("alone"), "runs of one batch stay together, whoever does them"
     assert not list(Path("pred_Long").rglob("*partial*"))
     assert "killed" in seen
     shards = [name.split(".")[2].split("-")[0] for name in seen - {"killed"}]
