@@ -20,7 +20,8 @@ from transformers.cache_utils import Cache
 
 from squeeze.engine import states
 from squeeze.engine.findings import Findings
-from squeeze.engine.layer import Seen, SqueezeLayer, Step
+from squeeze.engine.layer import SqueezeLayer
+from squeeze.engine.passes import Seen, Step
 from squeeze.engine.schedule import Held, Rows, Schedule
 from squeeze.evictors import Evictor
 

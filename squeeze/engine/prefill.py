@@ -19,7 +19,7 @@ from squeeze.engine import states
 from squeeze.engine.autocast import autocast_dtype
 from squeeze.engine.cache import SqueezeCache
 from squeeze.engine.interface import current_cache
-from squeeze.engine.layer import Reading
+from squeeze.engine.passes import Reading
 from squeeze.engine.residual import Residual
 from squeeze.evictors.base import Future
 from squeeze.importance import similarity

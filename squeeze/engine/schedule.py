@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from squeeze.engine.asked import slots_of
-from squeeze.engine.layer import Seen, SqueezeLayer, Step
+from squeeze.engine.layer import SqueezeLayer
 from squeeze.engine.layout import Layout
+from squeeze.engine.passes import Seen, Step
 
 #: What changes of a `Schedule` from step to step.
 STATE = ("position", "evicted", "sinks")
