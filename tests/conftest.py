@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 from squeeze.threads import cores, settings
@@ -20,6 +21,9 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+
+# Ctrl-C as in a terminal: what a shell's script starts in the background ignores it, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = {"llama": "SmolLM2-135M", "mistral": "SmolLM2-135M-Mistral"}
