@@ -177,8 +177,7 @@ class Fidelity(Measure[FidelityStats]):
         first, own = workload.prompts[batch[0]], list(dict.fromkeys(batch))
         most = first.settings["max_new_tokens"]
         if self._answer is None or self._answered != own:
-            self._answer = None  # let go of the old one first, and of the squeezed prefill
-            run.forget_prefill()
+            self._answer = None  # let go of the old one first
             stops = StopStrings(workload.tokenizer, first.stop, len(own), start=0)
             compared = most if first.compared is None else min(first.compared, most)
             settings = first.settings | {"max_new_tokens": compared}
