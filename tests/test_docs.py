@@ -299,6 +299,13 @@ def test_links_lead_somewhere(page):
             assert not anchor or anchor in anchors(other), f"{page.name}: {other.name} has no heading {anchor}"
 
 
+def test_every_figure_and_grid_is_on_a_page():
+    """What nobody shows any more was lost with the section that it belongs to, or is to be deleted."""
+    pages = "".join(page.read_text("utf-8") for page in PAGES)
+    files = [*(ROOT / "docs/figures").iterdir(), *(ROOT / "config").glob("*.yaml")]
+    assert files and [file.name for file in files if file.name not in pages] == []
+
+
 def test_the_line_of_imports_is_the_one_that_is_enforced():
     [line] = re.findall(r"^`(.* → .*)`$", (ROOT / "docs/architecture.md").read_text("utf-8"), re.MULTILINE)
     layers = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
